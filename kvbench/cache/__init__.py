@@ -1,0 +1,1 @@
+"""Storage for the compressed caches of all rows of a decode batch."""

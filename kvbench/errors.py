@@ -1,0 +1,36 @@
+"""Errors a user can cause and mend: one line with the value, the limit and the remedy.
+
+Everything that derives from `KvbenchError` ends a command with that one line and exit code 2, never with a traceback;
+any other exception is a defect of the project and keeps its traceback.
+"""
+
+
+class KvbenchError(Exception):
+    """A problem the user can mend; the message is one line: the value, the limit, the remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(KvbenchError):
+    """A configuration value is unknown, of the wrong type or out of range."""
+
+
+class BudgetError(KvbenchError):
+    """A budget is too small (or otherwise impossible) for a policy on a prompt of a given length."""
+
+
+class DataError(KvbenchError):
+    """A data file is missing, malformed or does not match its checksum."""
+
+
+class ModelError(KvbenchError):
+    """A model or tokenizer cannot be had, or a prompt does not fit its context."""
+
+
+class RecordError(KvbenchError):
+    """A run folder or a record file cannot be written or read."""
+
+
+class MetricError(KvbenchError):
+    """A metric cannot be trusted in this environment."""

@@ -1,0 +1,1 @@
+"""Compression methods: one file each, one contract (`kvbench.policies.base`)."""

@@ -1,0 +1,77 @@
+"""What a task is: a name, samples, and the metric each sample is scored with.
+
+Sample ids and texts depend on the task's parameters and seed alone, so that a resumed run, a second machine or another
+shard asks the same questions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with everything needed to ask and score it.
+
+    Attributes:
+        id: unique within the data set; stable between runs.
+        dataset: name used in records and tables ("qasper", "passkey").
+        prompt: the whole user message, before truncation and chat wrapper.
+        answers: reference answers; the first one is the gold text of the likelihood and KL measurements.
+        metric: name of a metric in `kvbench.metrics`.
+        max_new_tokens: generation limit in tokens.
+        chat: whether the model's chat wrapper goes around the prompt.
+        answer_prefix: text that opens the assistant's turn (part of the prompt, never scored).
+        question_start: character index in `prompt` from which the question (not the context) runs to the end, or None
+            where a task cannot tell; needed for `protocol.compress=before_question`.
+        all_classes: label set of classification tasks.
+        stop_newline: stop at a newline token (LongBench's samsum).
+        min_new_tokens: tokens before which no stop is allowed.
+        truncation: what to cut when the prompt is too long: "middle" (LongBench), "document_end" (ZeroSCROLLS, needs
+            `query_start` and `truncation_separator` in `meta`) or "refuse".
+        length: the data set's own length field, if any.
+        meta: further fields a scorer or exporter needs.
+    """
+
+    id: str
+    dataset: str
+    prompt: str
+    answers: tuple[str, ...]
+    metric: str
+    max_new_tokens: int
+    chat: bool = True
+    answer_prefix: str = ""
+    question_start: int | None = None
+    all_classes: tuple[str, ...] = ()
+    stop_newline: bool = False
+    min_new_tokens: int = 0
+    truncation: str = "refuse"
+    length: int | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A source of samples; subclasses are frozen dataclasses whose fields are the task's configuration.
+
+    Attributes:
+        name: the task's name in configuration and tables.
+        limit: use only the first `limit` samples; None for all. Not part of a run's identity.
+    """
+
+    name: str
+    limit: int | None = None
+
+    @abstractmethod
+    def all_samples(self) -> list[Sample]:
+        """All samples in their fixed order.
+
+        Raises:
+            DataError: if data is missing or malformed.
+        """
+
+    def samples(self) -> list[Sample]:
+        """The samples to run: all of them, or the first `limit`."""
+        return self.all_samples()[: self.limit]
