@@ -1,0 +1,84 @@
+"""Which implementation of an attention operation runs where: the torch version anywhere, the Triton version on CUDA.
+
+Callers record the name they get back, so that a fallback is never silent.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+from kvbench.errors import ConfigError
+
+BACKENDS = ("auto", "torch", "triton")
+
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(requested: str, device: torch.device | str) -> str:
+    """Decide between the torch and the Triton version of an operation.
+
+    Args:
+        requested: "auto" (Triton on a CUDA device if it can be imported, otherwise torch), "torch" or "triton".
+        device: where the tensors live.
+
+    Returns:
+        "torch" or "triton".
+
+    Raises:
+        ConfigError: if `requested` is none of the three, or "triton" is requested where it cannot run.
+    """
+    if requested not in BACKENDS:
+        raise ConfigError(f"backend={requested!r} is not one of {', '.join(BACKENDS)}: choose one of these")
+    if requested == "torch":
+        return "torch"
+    device = torch.device(device)
+    reason = triton_obstacle(device)
+    if requested == "triton":
+        if reason is not None:
+            raise ConfigError(
+                f"backend='triton' on device {str(device)!r}: {reason}; use backend=torch or backend=auto"
+            )
+        return "triton"
+    if device.type != "cuda":
+        return "torch"
+    if reason is not None:
+        _warn_once(f"backend=auto takes the slower torch version on {device}: {reason}")
+        return "torch"
+    return "triton"
+
+
+def triton_obstacle(device: torch.device | str) -> str | None:
+    """Say why Triton kernels cannot run on a device.
+
+    Args:
+        device: where the tensors live.
+
+    Returns:
+        The reason, or None if they can run: on CUDA with Triton installed, and on any device under Triton's
+        interpreter (environment variable TRITON_INTERPRET=1, meant for tests).
+    """
+    if not _triton_installed():
+        return "the package triton is not installed"
+    if torch.device(device).type != "cuda" and not triton_interpreted():
+        return "Triton kernels need a CUDA device"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels defined in this process run in its interpreter, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
