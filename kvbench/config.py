@@ -1,0 +1,97 @@
+"""The schema behind `configs/config.yaml`: a mistyped key or a value of the wrong type fails at composition, by name.
+
+`register()` puts the schema into Hydra's store, adds the methods that other distributions offer through the entry-point
+group `kvbench.policies`, and is called by the command line before Hydra composes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from kvbench.models.config import ModelConfig
+from kvbench.policies.registry import load_policies
+
+
+@dataclass
+class ProtocolConfig:
+    """How a sample is asked; part of a run's identity.
+
+    Attributes:
+        compress: "after_question" (the whole prompt is compressed, as in the papers) or "before_question" (only the
+            context is compressed; the question is read with the compressed cache).
+        seed: seed of everything random in a policy, per sample.
+        gold_tokens: at most this many tokens of the gold answer are teacher-forced for likelihood and KL.
+        max_new_tokens: overrides the task's generation limit; null keeps it.
+    """
+
+    compress: str = "after_question"
+    seed: int = 0
+    gold_tokens: int = 64
+    max_new_tokens: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """Where benchmark data is.
+
+    Attributes:
+        root: folder with `<dataset>.jsonl` files; null for the fetched data.
+        official: folder with the official LongBench configuration files; null for the fetched ones.
+    """
+
+    root: str | None = None
+    official: str | None = None
+
+
+@dataclass
+class OutputConfig:
+    """Where runs are kept.
+
+    Attributes:
+        root: folder of run folders, created if missing.
+        table: whether to print the table after the run.
+    """
+
+    root: str = "runs"
+    table: bool = True
+
+
+@dataclass
+class RootConfig:
+    """The whole configuration; see the comments in `configs/config.yaml`."""
+
+    model: ModelConfig = MISSING
+    task: Any = MISSING
+    method: Any = None
+    arms: Any = MISSING
+    engine: Any = MISSING
+    budget: float | None = None
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    retry_failed: bool = False
+
+
+def config_folder() -> Path:
+    """The folder with the YAML files: inside the package in a wheel, beside it in a source tree."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def register() -> None:
+    """Put the schema and the methods found by entry point into Hydra's `ConfigStore`; may be called repeatedly."""
+    store = ConfigStore.instance()
+    store.store(name="kvbench_schema", node=RootConfig, provider="kvbench")
+    for name, policy in load_policies().items():
+        if (config_folder() / "method" / f"{name}.yaml").is_file():
+            continue  # our own methods are documented in their YAML file
+        node = OmegaConf.structured(policy)
+        target = {"_target_": f"{policy.__module__}.{policy.__qualname__}"}
+        store.store(
+            group="method", name=name, node={**target, **OmegaConf.to_container(node)}, provider=policy.__module__
+        )

@@ -1,0 +1,100 @@
+"""Reading records: whatever was written completely counts, whatever was not is reported and skipped.
+
+Lines can be broken only by a crash in the middle of a write; they are counted in `RecordFile.broken_lines`, and the
+sample is computed again by the next run. If two processes recorded the same sample and arm, the first success counts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import RecordError
+from kvbench.records.schema import SCHEMA_VERSION
+
+REQUIRED = ("schema", "sample", "dataset", "arm", "status")
+
+
+@dataclass
+class RecordFile:
+    """What one record file holds.
+
+    Attributes:
+        records: one dictionary per (dataset, sample, arm), in file order; a success replaces an earlier failure.
+        broken_lines: line numbers that are no complete record.
+    """
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    broken_lines: list[int] = field(default_factory=list)
+
+
+def read_record_file(path: Path) -> RecordFile:
+    """Read one `.jsonl` file; a missing file is empty.
+
+    Raises:
+        RecordError: for records of a newer schema version.
+    """
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    result = RecordFile()
+    if not path.exists():
+        return result
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            result.broken_lines.append(number)
+            continue
+        if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
+            result.broken_lines.append(number)
+            continue
+        if not isinstance(record["schema"], int) or record["schema"] > SCHEMA_VERSION:
+            raise RecordError(
+                f"{path} line {number} has record schema {record['schema']}, this version reads up to {SCHEMA_VERSION}: "
+                "upgrade kvbench or use another output.root"
+            )
+        key = (record["dataset"], record["sample"], record["arm"])
+        if key not in found or (found[key]["status"] != "ok" and record["status"] == "ok"):
+            found[key] = record
+    result.records = list(found.values())
+    return result
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """All records of a run folder, arms in the order of their file names.
+
+    Args:
+        run: the run's folder (the one with `config.json`).
+
+    Raises:
+        RecordError: if the folder is no run folder or holds records of a newer version.
+    """
+    if not (run / "records").is_dir():
+        raise RecordError(f"{run} is not a run folder (it has no records/): give a folder below output.root")
+    records: list[dict[str, Any]] = []
+    for path in sorted((run / "records").glob("*.jsonl")):
+        records.extend(read_record_file(path).records)
+    return records
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The run's `config.json`.
+
+    Raises:
+        RecordError: if it is missing or unreadable.
+    """
+    path = run / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read ({error}): is {run} a run folder?") from error
+    if not isinstance(content, dict):
+        raise RecordError(f"{path} holds no JSON object: is {run} a run folder?")
+    return content

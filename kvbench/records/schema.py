@@ -1,0 +1,92 @@
+"""What one record says: one JSON line per (sample, arm).
+
+A record is the only thing tables, statistics and reports are made from, so everything they need is in it or in the two
+files beside it (`config.json`, `environment.json`). `schema` is raised when the meaning of a field changes; a reader
+refuses records from a newer version and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Record:
+    """What one arm did with one sample.
+
+    Attributes:
+        sample: sample id, unique within `dataset`.
+        dataset: data set name.
+        arm: arm key, e.g. "kvmerger@0.35"; unique within a run.
+        method: policy name.
+        budget: requested fraction of the full cache.
+        options: policy options that differ from their defaults.
+        status: "ok" or "failed".
+        reason: why it failed; empty if it did not.
+        metric: metric name.
+        score: in [0, 1]; None if failed or not scored.
+        parts: everything the metric returned (score included), for metrics that aggregate more than a mean.
+        prediction: generated text.
+        token_ids: generated token ids, stop token not included.
+        finish: "stop" or "length".
+        answers: reference answers.
+        all_classes: label set of classification tasks.
+        length: the data set's own length field.
+        gold_nll: mean negative log-likelihood of the gold answer's tokens, nats.
+        gold_tokens: number of gold tokens behind `gold_nll` and `kl`.
+        kl: mean KL(full || arm) over the same tokens, nats.
+        kl_per_token: the single values.
+        n_prompt_tokens: T, after truncation.
+        truncated_tokens: tokens cut from the prompt.
+        compressed_tokens: tokens that were in the cache when it was compressed.
+        slots_per_layer: slots kept at the end of compression, summed over KV heads.
+        full_slots: slots of the full cache, over all layers and heads.
+        budget_measured: sum of `slots_per_layer` over `full_slots`.
+        cache_bytes: bytes allocated for the kept slots (keys, values, bias, policy state).
+        full_bytes: bytes of the full cache's keys and values.
+        seconds: this arm's share of the wall time of prefill, compression and decoding.
+        engine: engine settings and what was really used (kernels, batch rows, notes such as a halved batch).
+        meta: the sample's `meta` (length and depth of a needle, category, ...).
+        schema: version of this format.
+    """
+
+    sample: str
+    dataset: str
+    arm: str
+    method: str
+    budget: float
+    options: dict[str, Any] = field(default_factory=dict)
+    status: str = "ok"
+    reason: str = ""
+    metric: str = ""
+    score: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    prediction: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish: str = ""
+    answers: list[str] = field(default_factory=list)
+    all_classes: list[str] = field(default_factory=list)
+    length: int | None = None
+    gold_nll: float | None = None
+    gold_tokens: int = 0
+    kl: float | None = None
+    kl_per_token: list[float] = field(default_factory=list)
+    n_prompt_tokens: int = 0
+    truncated_tokens: int = 0
+    compressed_tokens: int = 0
+    slots_per_layer: list[int] = field(default_factory=list)
+    full_slots: int = 0
+    budget_measured: float | None = None
+    cache_bytes: int = 0
+    full_bytes: int = 0
+    seconds: float = 0.0
+    engine: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON types."""
+        return asdict(self)
