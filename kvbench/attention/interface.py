@@ -1,0 +1,136 @@
+"""How a transformers model reaches this package: one attention implementation, named "kvbench", set for a `with` block.
+
+Inside the block the model is called with one more keyword, `attention_context=`, which transformers hands down to the
+attention function of every layer. The context does the work:
+
+    with attention_implementation(model):
+        model(input_ids=prompt, attention_context=observer, use_cache=False, logits_to_keep=1)
+
+`AttentionInterface` and `AttentionMaskInterface` are the public plug-in points; registering a name there is all that
+outlasts the block, and nothing refers to that name afterwards. A context must not be a mapping, a sequence or an object
+with a method `to`: accelerate moves those between devices when a model is spread over several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from kvbench.errors import KvbenchError, ModelError
+
+IMPLEMENTATION = "kvbench"
+
+# Arguments that change what attention computes; a model that sets one of them needs more than `attend` offers.
+_UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+class AttentionContext(Protocol):
+    """What `attention_context=` has to be: the prompt's `Observer` or the decode batch's `RaggedCache`."""
+
+    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attend in one layer; a layer with a sliding window also passes `sliding_window=` (tokens).
+
+        Args:
+            layer_index: index of the layer, from 0.
+            query: `(B, H, Q, D)` after RoPE.
+            key: `(B, H_k, Q, D)` after RoPE, or whatever the cache's `update` returned.
+            value: as `key`.
+            scaling: factor on the logits.
+
+        Returns:
+            `(B, Q, H, D)`.
+        """
+        ...
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's attention layers call the `attention_context` it is given, until the block ends.
+
+    Blocks may be nested. The former implementation comes back however the block ends.
+
+    Args:
+        model: a causal language model whose layers use transformers' attention interface.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ModelError: if the model's class does not let its attention implementation be set.
+    """
+    previous = model.config._attn_implementation
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise ModelError(
+                f"{type(model).__name__} keeps its attention implementation {previous!r}: use a model whose layers go "
+                "through transformers' AttentionInterface, e.g. Llama, Mistral, Qwen2, Qwen3 or Phi3"
+            )
+        yield
+    finally:
+        if model.config._attn_implementation != previous:
+            model.set_attn_implementation(previous)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    attention_context: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function: check that the context computes all this layer asks for, then call it."""
+    if attention_context is None:
+        raise KvbenchError(
+            "attention_context=None reached the attention layers: inside attention_implementation(model) call "
+            "model(input_ids, attention_context=...) with an Observer or a RaggedCache"
+        )
+    if attention_mask is not None:
+        raise KvbenchError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} is not supported: give whole prompts, one a call, "
+            "without padding and without a mask"
+        )
+    if dropout:
+        raise KvbenchError(f"attention dropout {dropout} is not supported: call model.eval() first")
+    for name in _UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} needs the attention argument {name!r}, which kvbench lacks: "
+                "use a model with plain softmax attention, e.g. Llama, Mistral, Qwen2, Qwen3 or Phi3"
+            )
+    optional = {} if sliding_window is None else {"sliding_window": sliding_window}
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    layer_index = cast(int, module.layer_idx)
+    output = attention_context.attend(layer_index, query, key, value, scaling, **optional)
+    return output, None
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, q_length: Any = None, **kwargs: Any) -> None:
+    """The registered mask function: no mask is needed, and one that hides a token is refused instead of ignored.
+
+    Positional and further keyword arguments differ between versions of transformers and are not needed.
+    """
+    if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
+        hidden = int((~attention_mask.bool()).sum())
+        raise KvbenchError(
+            f"attention_mask hides {hidden} tokens, at most 0 are supported: give whole prompts, one a call, without "
+            "padding"
+        )
+    if not kwargs.get("allow_is_causal_skip", True) and isinstance(q_length, int) and q_length > 1:
+        raise KvbenchError(
+            f"{q_length} position_ids that describe several packed sequences, or a model's own mask, are not "
+            "supported: give one whole prompt a call"
+        )
