@@ -1,8 +1,8 @@
 """Names under which Hydra finds the benchmark tasks: `task=qasper` for `task=longbench/qasper`, and globs over folders.
 
-Hydra lists the options of a group without its subfolders, so `task=glob(longbench/*)` alone would match nothing. A config
-source, one of Hydra's plug-in points, adds the nested names to the listing (the YAML files stay what is loaded) and a
-short alias for every LongBench data set. ZeroSCROLLS shares names with LongBench and is always written out:
+Hydra lists the options of a group without its subfolders, so `task=glob(longbench/*)` alone would match nothing. A
+config source, one of Hydra's plug-in points, adds the nested names to the listing (the YAML files stay what is loaded)
+and a short alias for every LongBench data set. ZeroSCROLLS shares names with LongBench and is always written out:
 `task=zeroscrolls/qasper`.
 """
 
@@ -32,7 +32,7 @@ def nested_task_names(task_folder: Path) -> list[str]:
 
 
 def task_aliases(task_folder: Path) -> dict[str, str]:
-    """Short name of every LongBench task that `configs/task` has no file of its own for: {"qasper": "longbench/qasper"}.
+    """Short names of the LongBench tasks, {"qasper": "longbench/qasper"}; a file of that name in `configs/task` wins.
 
     Args:
         task_folder: `configs/task`.
@@ -46,7 +46,7 @@ def task_aliases(task_folder: Path) -> dict[str, str]:
 
 
 class TaskNames(ConfigSource):
-    """Offers the aliases as configs and the nested names as entries of the group's listing; its path is `configs/task`."""
+    """Offers the aliases as configs and the nested names in the group's listing; its path is `configs/task`."""
 
     @staticmethod
     def scheme() -> str:
