@@ -129,7 +129,7 @@ def retrieval_zh(prediction: str, answer: str) -> float:
 
 
 def _whole_percent(first: str, second: str, ratio: float) -> float:
-    """Ratio as fuzzywuzzy reports it: 100 for equal strings, 0 if either is empty, else a whole percentage, halves to even."""
+    """Ratio as fuzzywuzzy reports it: 1 for equal strings, 0 if either is empty, else whole percent, halves to even."""
     if first == second:
         return 1.0
     if not first or not second:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 from kvbench.errors import ConfigError
-from kvbench.metrics import longbench
+from kvbench.metrics import longbench, zeroscrolls
 from kvbench.metrics.base import Metric
 
 
 @cache
 def _metrics() -> dict[str, Metric]:
-    metrics: tuple[Metric, ...] = (*longbench.METRICS,)
+    metrics: tuple[Metric, ...] = (*longbench.METRICS, *zeroscrolls.METRICS)
     return {metric.name: metric for metric in metrics}
 
 

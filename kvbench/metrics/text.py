@@ -42,7 +42,7 @@ def normalize_chinese_token(token: str) -> str:
 
 @cache
 def _chinese_tokenizer() -> Any:
-    """The default dictionary of jieba in a tokenizer of our own, loaded on first use and without its messages on stderr.
+    """A tokenizer of our own over jieba's dictionary, loaded on first use and without messages on stderr.
 
     jieba reads the dictionary in its package (no network) and caches the parsed form in the temporary folder.
     """

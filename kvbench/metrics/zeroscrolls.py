@@ -1,0 +1,138 @@
+"""ZeroSCROLLS scorers, equal to the metric files of tau/zero_scrolls on the Hugging Face hub.
+
+ROUGE is Google's `rouge_score` without stemming, F1 is SQuAD's followed by transliteration, and the summarisation score
+is the geometric mean of three means (the code), not the mean of geometric means (the paper's text). Where upstream
+would crash on a malformed reference the score is 0.0.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from kvbench.metrics.base import BestAnswerMetric, Metric, mean_times_100
+from kvbench.metrics.text import multiset_f1, normalize_answer
+
+# Task -> metric (the paper's table of tasks); ZeroSCROLLS' own score is the unweighted mean of the ten.
+TASKS: dict[str, str] = {
+    "gov_report": "zs_rouge",
+    "summ_screen_fd": "zs_rouge",
+    "qmsum": "zs_rouge",
+    "squality": "zs_rouge",
+    "qasper": "zs_f1",
+    "narrative_qa": "zs_f1",
+    "quality": "zs_accuracy",
+    "musique": "zs_f1",
+    "space_digest": "zs_exp_similarity",
+    "book_sum_sort": "zs_concordance",
+}
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+_CHOICE = re.compile(r"\b[A-D]\b")
+_PERCENTAGE = re.compile(r"(\d+\.?\d*)%")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def f1(prediction: str, answer: str) -> float:
+    """F1 over normalised words, transliterated to ASCII after the normalisation.
+
+    So a curly apostrophe becomes an ASCII one that stays, and transliteration can bring capitals back.
+    """
+    from unidecode import unidecode  # on first use: no other scorer needs it
+
+    predicted, referenced = (
+        unidecode(_SURROGATES.sub("", normalize_answer(text))).split() for text in (prediction, answer)
+    )
+    return multiset_f1(predicted, referenced)
+
+
+def accuracy(prediction: str, answer: str) -> float:
+    """1 if the first single capital A to D of both texts is the same; the article "A" counts as a choice."""
+    chosen, gold = _CHOICE.search(prediction), _CHOICE.search(answer)
+    return float(chosen is not None and gold is not None and chosen.group() == gold.group())
+
+
+def exp_similarity(prediction: str, answer: str) -> float:
+    """Similarity of the first percentages: halved by every ten points of distance; 0 if either text has none.
+
+    A percentage needs its sign right after the number; a minus is ignored and values above 100 are allowed.
+    """
+    predicted, gold = _PERCENTAGE.search(prediction), _PERCENTAGE.search(answer)
+    if predicted is None or gold is None:
+        return 0.0
+    first, second = float(gold.group(1)), float(predicted.group(1))
+    return 1.0 if first == second else 0.5 ** (abs(first - second) / 10)
+
+
+def _summary_ids(text: str) -> list[int]:
+    """Numbers of a text once everything but digits, white space and commas is deleted; none if one is too long."""
+    try:
+        return [int(number) for number in re.sub(r"[^0-9\s,]", "", text).replace(",", " ").split()]
+    except ValueError:  # more digits than Python converts; upstream gives up on the whole list as well
+        return []
+
+
+def concordance(prediction: str, answer: str) -> float:
+    """Share of pairs of ids that both orders place in the same sequence; 0 unless the ids are the same multiset.
+
+    A single id in the right place is a perfect order.
+    """
+    predicted, gold = _summary_ids(prediction), _summary_ids(answer)
+    if not gold or sorted(predicted) != sorted(gold):
+        return 0.0
+    place = {number: position for position, number in enumerate(predicted)}
+    places = [place[number] for number in dict.fromkeys(gold)]
+    pairs = [(earlier, later) for i, later in enumerate(places) for earlier in places[:i]]
+    return sum(earlier < later for earlier, later in pairs) / len(pairs) if pairs else 1.0
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: on first use
+
+    return RougeScorer(list(ROUGE_TYPES), use_stemmer=False)
+
+
+class GeometricRouge:
+    """ROUGE-1, -2 and -L, joined by the geometric mean after averaging over the data set."""
+
+    name = "zs_rouge"
+    definition = "geometric mean of mean ROUGE-1, -2, -L, rouge_score without stemming (tau/zero_scrolls)"
+
+    def score(
+        self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str
+    ) -> dict[str, float]:
+        """Best F-measure over the answers, for every ROUGE type by itself (see `Metric.score`).
+
+        "score" is the geometric mean of this example's three values: for comparing examples, not used by `aggregate`.
+        """
+        del all_classes, dataset
+        scorer = _rouge_scorer()
+        results = [scorer.score(answer, prediction) for answer in answers]
+        parts = {kind: max([0.0, *(float(result[kind].fmeasure) for result in results)]) for kind in ROUGE_TYPES}
+        return {"score": geometric_mean(list(parts.values())), **parts}
+
+    def aggregate(self, scores: Sequence[Mapping[str, float]]) -> float:
+        """Geometric mean of the three means on the 0..100 scale, rounded to 4 decimals as upstream does."""
+        return round(geometric_mean([mean_times_100(scores, kind) for kind in ROUGE_TYPES]), 4)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Geometric mean of non-negative numbers."""
+    return math.prod(values) ** (1 / len(values))
+
+
+METRICS: tuple[Metric, ...] = (
+    GeometricRouge(),
+    BestAnswerMetric("zs_f1", "token F1, transliterated (tau/zero_scrolls)", lambda p, a, c: f1(p, a)),
+    BestAnswerMetric("zs_accuracy", "first letter A to D (tau/zero_scrolls)", lambda p, a, c: accuracy(p, a)),
+    BestAnswerMetric(
+        "zs_exp_similarity", "0.5 ** (percentage points / 10) (tau/zero_scrolls)", lambda p, a, c: exp_similarity(p, a)
+    ),
+    BestAnswerMetric(
+        "zs_concordance", "share of concordant pairs of ids (tau/zero_scrolls)", lambda p, a, c: concordance(p, a)
+    ),
+)
