@@ -1,4 +1,7 @@
-"""The environment a run was measured in: versions, device, commit. Bug reports paste it (`python -m kvbench.records.environment`)."""
+"""The environment a run was measured in: versions, device, commit.
+
+Bug reports paste it: `python -m kvbench.records.environment`.
+"""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def read_record_file(path: Path) -> RecordFile:
             continue
         if not isinstance(record["schema"], int) or record["schema"] > SCHEMA_VERSION:
             raise RecordError(
-                f"{path} line {number} has record schema {record['schema']}, this version reads up to {SCHEMA_VERSION}: "
+                f"{path} line {number} has record schema {record['schema']}, this version reads {SCHEMA_VERSION}: "
                 "upgrade kvbench or use another output.root"
             )
         key = (record["dataset"], record["sample"], record["arm"])

@@ -1,0 +1,273 @@
+"""The fused engine: one prefill per sample for all arms, all arms of one or more samples decoded as one batch."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psutil
+import torch
+
+from kvbench.cache.ragged import RaggedCache
+from kvbench.engine.base import ArmResult, Engine, Job, JobResult, SampleFailure, model_shape
+from kvbench.engine.decode import Decoded, DecodeLoop
+from kvbench.engine.prefill import prefill
+from kvbench.engine.strands import Strand, forced_strand, generating_strand
+from kvbench.errors import ConfigError
+from kvbench.models.load import LoadedModel
+from kvbench.policies.base import LayerStates
+
+
+@dataclass(frozen=True)
+class FusedEngine(Engine):
+    """Prefill once, fork into arms, decode all arms as rows of one batch (see module docstring).
+
+    Attributes:
+        kernels: "auto", "torch" or "triton".
+        cuda_graphs: capture decode steps in CUDA graphs.
+        max_rows: rows of a decode batch at most; None: 24 on a CPU, 64 on a GPU.
+        memory_ratio: share of the free device memory that the caches of one batch may take.
+        check_every: decode steps between looks at which rows have finished (GPU only).
+    """
+
+    kernels: str = "auto"
+    cuda_graphs: bool = True
+    max_rows: int | None = None
+    memory_ratio: float = 0.8
+    check_every: int = 8
+
+    def __post_init__(self) -> None:
+        """Validate the options."""
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ConfigError(f"engine.max_rows={self.max_rows} is below 1: give a number of rows, or null")
+        if not 0.0 < self.memory_ratio <= 1.0:
+            raise ConfigError(f"engine.memory_ratio={self.memory_ratio} is not in (0, 1]")
+        if self.check_every < 1:
+            raise ConfigError(f"engine.check_every={self.check_every} is below 1")
+
+    def run(self, loaded: LoadedModel, jobs: Sequence[Job]) -> Iterator[JobResult | SampleFailure]:
+        """Run jobs, several per batch where rows and memory allow; see `Engine.run`."""
+        session = _Session(self, loaded)
+        waiting = deque(jobs)
+        while waiting:
+            batch = session.next_batch(waiting)
+            yield from session.run_batch(batch)
+
+
+@dataclass
+class _Session:
+    """One run of the engine: the cache and the decode loop live as long as it does."""
+
+    engine: FusedEngine
+    loaded: LoadedModel
+    shape: dict[str, int] = field(init=False)
+    max_rows: int = field(init=False)
+    cache: RaggedCache | None = field(init=False, default=None)
+    loop: DecodeLoop | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.shape = model_shape(self.loaded)
+        default = 64 if self.loaded.device.type == "cuda" else 24
+        self.max_rows = self.engine.max_rows or default
+
+    # --- which jobs go together ---
+
+    def next_batch(self, waiting: deque[Job]) -> list[Job]:
+        """Take the first job and as many more as rows and memory allow."""
+        batch = [waiting.popleft()]
+        rows, n_bytes = self._rows(batch[0]), self._bytes(batch[0])
+        available = self._available_bytes()
+        while waiting:
+            rows += self._rows(waiting[0])
+            n_bytes += self._bytes(waiting[0])
+            if rows > self.max_rows or n_bytes > available:
+                break
+            batch.append(waiting.popleft())
+        return batch
+
+    def _rows(self, job: Job) -> int:
+        return len(job.arms) + (len(_forced_arms(job)) if job.gold_ids else 0)
+
+    def _bytes(self, job: Job) -> int:
+        per_slot = 2 * self.shape["head_dim"] * self.loaded.dtype.itemsize * self.shape["n_kv_heads"]
+        strands = [(arm, job.max_new_tokens) for arm in job.arms]
+        if job.gold_ids:
+            strands += [(arm, len(job.gold_ids)) for arm in _forced_arms(job)]
+        slots = sum(arm.policy.budget_tokens(job.compress_at) + room for arm, room in strands)
+        return slots * per_slot * self.shape["n_layers"]
+
+    def _available_bytes(self) -> int:
+        if self.loaded.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.loaded.device)[0]
+            free += torch.cuda.memory_reserved(self.loaded.device) - torch.cuda.memory_allocated(self.loaded.device)
+        else:
+            free = psutil.virtual_memory().available
+        return int(self.engine.memory_ratio * free) + (self.cache.allocated_bytes if self.cache is not None else 0)
+
+    # --- running a batch, and what to do when memory runs out ---
+
+    def run_batch(self, jobs: list[Job], notes: tuple[str, ...] = ()) -> Iterator[JobResult | SampleFailure]:
+        """Run jobs as one batch; out of memory halves the batch, then the arms of a single job."""
+        try:
+            results = self._attempt(jobs, notes)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            self._release()
+            if len(jobs) == 1 and len(jobs[0].arms) == 1:
+                yield SampleFailure(jobs[0].index, f"out of memory with a single arm: {_first_line(error)}")
+                return
+            results = None
+        if results is not None:
+            yield from results
+        elif len(jobs) > 1:
+            half = len(jobs) // 2
+            note = f"out of memory with {len(jobs)} samples in a batch: halved"
+            yield from self.run_batch(jobs[:half], (*notes, note))
+            yield from self.run_batch(jobs[half:], (*notes, note))
+        else:
+            yield self._run_half_the_arms(jobs[0], notes)
+
+    def _run_half_the_arms(self, job: Job, notes: tuple[str, ...]) -> JobResult | SampleFailure:
+        half = len(job.arms) // 2
+        note = f"out of memory with {len(job.arms)} arms of one sample in a batch: halved"
+        merged: JobResult | None = None
+        for arms in (job.arms[:half], job.arms[half:]):
+            for part in self.run_batch([replace(job, arms=arms)], (*notes, note)):
+                if isinstance(part, SampleFailure):
+                    return part
+                if merged is None:
+                    merged = part
+                else:
+                    merged.arms += part.arms
+        assert merged is not None
+        return merged
+
+    def _release(self) -> None:
+        self.cache = self.loop = None
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # --- one batch ---
+
+    def _attempt(self, jobs: list[Job], notes: tuple[str, ...]) -> list[JobResult | SampleFailure]:
+        cache, loop = self._storage(max(self.max_rows, sum(self._rows(job) for job in jobs)))
+        on_gpu = self.loaded.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.loaded.device)
+        prefilled = [self._prefill(job, cache) for job in jobs]
+        strands = [strand for p in prefilled for strand in p.strands if strand.forced]
+        strands += [strand for p in prefilled for strand in p.strands if not strand.forced]
+        cache.keep_rows([strand.row for strand in strands])
+        start = time.perf_counter()
+        decoded = dict(zip(map(id, strands), loop.run(strands), strict=True))
+        decode_seconds = (time.perf_counter() - start) / max(1, len(strands))
+        settings = {
+            "engine": "fused",
+            "kernels": cache.backend,
+            "observe": sorted(set().union(*(p.backends for p in prefilled))),
+            "batch_samples": len(jobs),
+            "batch_rows": len(strands),
+            "cuda_graphs": loop.replayed_steps > 0,
+            "peak_bytes": torch.cuda.max_memory_allocated(self.loaded.device) if on_gpu else None,
+            "notes": list(notes),
+        }
+        return [self._result(p, decoded, decode_seconds, settings) for p in prefilled]
+
+    def _storage(self, max_rows: int) -> tuple[RaggedCache, DecodeLoop]:
+        if self.cache is None or self.loop is None or self.cache.max_rows < max_rows:
+            self.cache = RaggedCache(
+                **self.shape, dtype=self.loaded.dtype, backend=self.engine.kernels, max_rows=max_rows
+            )
+            self.loop = DecodeLoop(self.loaded, self.cache, self.engine.check_every, self.engine.cuda_graphs)
+        self.cache.clear()
+        return self.cache, self.loop
+
+    def _prefill(self, job: Job, cache: RaggedCache) -> _Prefilled:
+        start = time.perf_counter()
+        strands = [generating_strand(job, arm, None if job.question_ids else -1) for arm in job.arms]
+        if job.gold_ids:
+            strands += [forced_strand(job, arm) for arm in _forced_arms(job)]
+        arms = list({strand.arm.key: strand.arm for strand in strands}.values())
+        budgets = {arm.key: arm.policy.layer_budgets(job.compress_at, self.shape["n_layers"]) for arm in arms}
+        for strand in strands:
+            strand.row = cache.add_row(strand.arm.policy, position=job.compress_at, room_tokens=max(1, strand.n_steps))
+
+        def on_layer(states: LayerStates) -> None:
+            for arm in arms:
+                compressed = arm.policy.compress(states, budgets[arm.key][states.layer_index])
+                for strand in strands:
+                    if strand.arm.key == arm.key:
+                        cache.write(states.layer_index, strand.row, compressed)
+
+        logits, backends = prefill(self.loaded, job, arms, on_layer, self.engine.kernels)
+        finite = bool(torch.isfinite(logits).all())
+        first_nll = 0.0
+        if not job.question_ids:
+            if job.gold_ids:
+                first_nll = -float(torch.log_softmax(logits, -1)[job.gold_ids[0]])
+            if job.min_new_tokens > 0:
+                logits[list(job.stop_ids)] = -torch.inf
+            first_token = int(logits.argmax())
+            for strand in strands:
+                if not strand.forced:
+                    strand.feed = strand.first_choice = [first_token]
+        accounts = {
+            s.arm.key: (cache.row_slots(s.row), cache.row_bytes(s.row)) for s in strands
+        }  # before decoding touches the rows
+        seconds = (time.perf_counter() - start) / len(arms)
+        return _Prefilled(job, strands, first_nll, accounts, seconds, backends, finite)
+
+    def _result(
+        self, prefilled: _Prefilled, decoded: dict[int, Decoded], decode_seconds: float, settings: dict[str, Any]
+    ) -> JobResult | SampleFailure:
+        job = prefilled.job
+        if not prefilled.finite or not all(decoded[id(strand)].finite for strand in prefilled.strands):
+            return SampleFailure(job.index, "the model's logits are not finite (NaN or infinity)")
+        by_arm = {(strand.arm.key, strand.forced): strand for strand in prefilled.strands}
+        results = []
+        for arm in job.arms:
+            generated = by_arm[arm.key, False]
+            answer = generated.answer(decoded[id(generated)].chosen)
+            assert answer is not None
+            gold_nll: list[float] = []
+            kl: list[float] = []
+            rows = 1
+            if job.gold_ids:
+                forced = by_arm[arm.key, True]
+                judged = [i for i, target in enumerate(forced.targets) if target >= 0]
+                gold_nll = [decoded[id(forced)].nll[i] for i in judged]
+                kl = [max(0.0, decoded[id(forced)].kl[i]) for i in judged]
+                if not job.question_ids:  # judged by the prefill, which is the same for every arm
+                    gold_nll, kl = [prefilled.first_nll, *gold_nll], [0.0, *kl]
+                rows = 2
+            slots, n_bytes = prefilled.accounts[arm.key]
+            seconds = prefilled.seconds + rows * decode_seconds
+            results.append(ArmResult(arm, answer[0], answer[1], gold_nll, kl, slots, n_bytes, seconds))
+        full_slots = job.compress_at * self.shape["n_layers"] * self.shape["n_kv_heads"]
+        full_bytes = full_slots * 2 * self.shape["head_dim"] * self.loaded.dtype.itemsize
+        return JobResult(job.index, results, job.compress_at, full_slots, full_bytes, settings)
+
+
+@dataclass
+class _Prefilled:
+    """A prefilled job: its strands, and what the prefill alone has already decided."""
+
+    job: Job
+    strands: list[Strand]
+    first_nll: float
+    accounts: dict[str, tuple[list[int], int]]
+    seconds: float
+    backends: set[str]
+    finite: bool
+
+
+def _forced_arms(job: Job) -> list[Any]:
+    """The job's arms, and the reference arm if it is not among them: KL needs it."""
+    keys = [arm.key for arm in job.arms]
+    return [*job.arms, *([] if job.reference.key in keys else [job.reference])]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

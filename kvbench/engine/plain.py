@@ -1,0 +1,114 @@
+"""The plain engine: one arm, one sample, one token at a time. Slow; the oracle the fused engine is tested against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvbench.attention.interface import attention_implementation
+from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, model_shape
+from kvbench.engine.plain_cache import PlainCache
+from kvbench.engine.prefill import prefill
+from kvbench.models.load import LoadedModel
+from kvbench.policies.base import LayerStates
+
+
+@dataclass(frozen=True)
+class PlainEngine(Engine):
+    """Prefills anew for every strand of every arm, and decodes it alone (see module docstring)."""
+
+    def run(self, loaded: LoadedModel, jobs: Sequence[Job]) -> Iterator[JobResult | SampleFailure]:
+        """Run jobs one after the other; see `Engine.run`."""
+        for job in jobs:
+            try:
+                yield self._run_job(loaded, job)
+            except FloatingPointError as error:
+                yield SampleFailure(job.index, str(error))
+
+    def _run_job(self, loaded: LoadedModel, job: Job) -> JobResult:
+        shape = model_shape(loaded)
+        full_slots = job.compress_at * shape["n_layers"] * shape["n_kv_heads"]
+        reference = _Row(loaded, job, job.reference).force()[1] if job.gold_ids else None
+        results = []
+        for arm in job.arms:
+            start = time.perf_counter()
+            row = _Row(loaded, job, arm)
+            token_ids, finish = row.generate()
+            gold_nll: list[float] = []
+            kl: list[float] = []
+            if reference is not None:
+                gold_nll, log_probs = _Row(loaded, job, arm).force()
+                kl = (reference.exp() * (reference - log_probs)).sum(-1).tolist()
+            results.append(
+                ArmResult(
+                    arm=arm, token_ids=token_ids, finish=finish, gold_nll=gold_nll, kl=kl,
+                    slots_per_layer=row.cache.slots_per_layer, cache_bytes=row.cache.n_bytes,
+                    seconds=time.perf_counter() - start,
+                )
+            )  # fmt: skip
+        full_bytes = full_slots * 2 * shape["head_dim"] * loaded.dtype.itemsize
+        return JobResult(
+            job.index, results, job.compress_at, full_slots, full_bytes, {"engine": "plain", "kernels": "torch"}
+        )
+
+
+class _Row:
+    """One strand: an arm's compressed cache, right after the prefill."""
+
+    def __init__(self, loaded: LoadedModel, job: Job, arm: Arm):
+        self.loaded, self.job = loaded, job
+        budgets = arm.policy.layer_budgets(job.compress_at, model_shape(loaded)["n_layers"])
+        self.cache = PlainCache(arm.policy, position=job.compress_at)
+
+        def on_layer(states: LayerStates) -> None:
+            self.cache.add(arm.policy.compress(states, budgets[states.layer_index]))
+
+        self.logits, _ = prefill(loaded, job, [arm], on_layer, kernels="torch")
+        for token in job.question_ids:
+            self.logits = self._feed(token)
+
+    def _feed(self, token: int) -> Tensor:
+        with torch.inference_mode(), attention_implementation(self.loaded.model):
+            output = self.loaded.model(
+                input_ids=torch.tensor([[token]], device=self.loaded.device),
+                position_ids=torch.tensor([[self.cache.position]], device=self.loaded.device),
+                past_key_values=self.cache,
+                attention_context=self.cache,
+                use_cache=True,
+            )
+        self.cache.advance()
+        logits = output.logits[0, -1].float()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(f"the model's logits are not finite after {self.cache.position} tokens")
+        return logits
+
+    def generate(self) -> tuple[list[int], str]:
+        """Greedy answer: tokens without the stop token, and "stop" or "length"."""
+        tokens: list[int] = []
+        while True:
+            logits = self.logits
+            if len(tokens) < self.job.min_new_tokens:
+                logits = logits.clone()
+                logits[list(self.job.stop_ids)] = -torch.inf
+            token = int(logits.argmax())
+            if token in self.job.stop_ids:
+                return tokens, "stop"
+            tokens.append(token)
+            if len(tokens) >= self.job.max_new_tokens:
+                return tokens, "length"
+            self.logits = self._feed(token)
+
+    def force(self) -> tuple[list[float], Tensor]:
+        """Negative log-likelihood of each gold token, and the log-probabilities `(n_gold, V)` that judged them."""
+        judged = []
+        for token in self.job.gold_ids[:-1]:
+            judged.append(torch.log_softmax(self.logits, -1))
+            self.logits = self._feed(token)
+        judged.append(torch.log_softmax(self.logits, -1))
+        log_probs = torch.stack(judged)
+        gold = torch.tensor(self.job.gold_ids, device=log_probs.device)
+        return (-log_probs.gather(1, gold[:, None])[:, 0]).tolist(), log_probs

@@ -1,0 +1,144 @@
+"""From a composed configuration to a plan; impossible combinations are refused here, before a weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from kvbench.engine.base import Arm, Engine
+from kvbench.errors import ConfigError, KvbenchError
+from kvbench.models.config import ModelConfig
+from kvbench.policies.base import Policy
+from kvbench.policies.full import Full
+from kvbench.tasks.base import Task
+
+COMPRESS_CHOICES = ("after_question", "before_question")
+UNIDENTIFYING_MODEL_KEYS = ("device", "device_map")  # where it runs does not change what is asked
+UNIDENTIFYING_TASK_KEYS = ("limit", "root", "official")  # nor does how much of it, or where the files lie
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know.
+
+    Attributes:
+        model: the model's configuration.
+        task: the task.
+        arms: arms to measure, in order.
+        reference: the full-cache arm that KL is measured against.
+        engine: the engine.
+        compress: "after_question" or "before_question".
+        seed: the protocol's seed.
+        gold_tokens: gold tokens to force at most.
+        max_new_tokens: generation limit that replaces the task's, or None.
+        output_root: folder of run folders.
+        retry_failed: whether failed samples run again.
+        identity: what defines the run; hashed into its folder's name.
+        config: the full composed configuration, plain types.
+    """
+
+    model: ModelConfig
+    task: Task
+    arms: tuple[Arm, ...]
+    reference: Arm
+    engine: Engine
+    compress: str
+    seed: int
+    gold_tokens: int
+    max_new_tokens: int | None
+    output_root: Path
+    retry_failed: bool
+    identity: dict[str, Any]
+    config: dict[str, Any]
+
+
+def build_plan(config: DictConfig) -> Plan:
+    """Build a plan from the composed configuration (`kvbench.config.RootConfig`).
+
+    Raises:
+        ConfigError: if a value is unknown, of the wrong type or out of range.
+    """
+    protocol = config.protocol
+    if protocol.compress not in COMPRESS_CHOICES:
+        raise ConfigError(f"protocol.compress={protocol.compress!r} is not one of {', '.join(COMPRESS_CHOICES)}")
+    if protocol.gold_tokens < 0:
+        raise ConfigError(f"protocol.gold_tokens={protocol.gold_tokens} is negative: give 0 to skip likelihood and KL")
+    if protocol.max_new_tokens is not None and protocol.max_new_tokens < 1:
+        raise ConfigError(f"protocol.max_new_tokens={protocol.max_new_tokens} is below 1: give null for the task's")
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    model = ModelConfig.from_mapping(plain["model"])
+    task = _instantiate(config.task, "task", Task)
+    if task.limit is not None and task.limit < 1:
+        raise ConfigError(f"task.limit={task.limit} is below 1: give a number of samples, or null for all")
+    identity = {
+        "model": _without(dataclasses.asdict(model), UNIDENTIFYING_MODEL_KEYS),
+        "task": _task_identity(task),
+        "protocol": plain["protocol"],
+    }
+    return Plan(
+        model=model,
+        task=task,
+        arms=_arms(config),
+        reference=Arm.of(Full()),
+        engine=_instantiate(config.engine, "engine", Engine),
+        compress=protocol.compress,
+        seed=protocol.seed,
+        gold_tokens=protocol.gold_tokens,
+        max_new_tokens=protocol.max_new_tokens,
+        output_root=Path(config.output.root).expanduser(),
+        retry_failed=config.retry_failed,
+        identity=identity,
+        config=plain,
+    )
+
+
+def _arms(config: DictConfig) -> tuple[Arm, ...]:
+    if config.method is not None:
+        policies = [_instantiate(config.method, "method", Policy)]
+    else:
+        policies = [
+            _instantiate(node, f"arms.{name}", Policy) for name, node in config.arms.items() if node is not None
+        ]
+    if config.budget is not None:
+        policies = [p if type(p) is Full else dataclasses.replace(p, budget=config.budget) for p in policies]
+    arms = {arm.key: arm for arm in map(Arm.of, policies)}
+    if not arms:
+        raise ConfigError("no arm to run: name a method (method=h2o) or a set of arms (arms=paper)")
+    return tuple(arms.values())
+
+
+def _task_identity(task: Task) -> dict[str, Any]:
+    """The task's class and fields, those of tasks within it too, without what does not define the questions."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if k not in UNIDENTIFYING_TASK_KEYS}
+        return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return {"class": type(task).__name__, **clean(dataclasses.asdict(task))}
+
+
+def _without(mapping: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+def _instantiate(node: DictConfig, name: str, kind: type) -> Any:
+    """Build the object a configuration node describes; Hydra's wrapping is taken off our own errors."""
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ConfigError(f"{name} names no class (_target_): choose an option of its group, e.g. {name}=...")
+    try:
+        made = hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, KvbenchError):
+            raise cause from None
+        raise ConfigError(f"{name} cannot be built: {str(cause or error).splitlines()[0]}") from error
+    if not isinstance(made, kind):
+        raise ConfigError(f"{name}._target_={node._target_} is a {type(made).__name__}, not a {kind.__name__}")
+    return made

@@ -1,0 +1,203 @@
+"""Run a plan: ask every sample of every arm that is not recorded yet, score the answers, append the records."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvbench.engine.base import Arm, ArmResult, Job, JobResult, SampleFailure
+from kvbench.errors import DataError
+from kvbench.metrics import get_metric
+from kvbench.models.load import LoadedModel, load_model
+from kvbench.models.prompt import EncodedPrompt, encode_sample
+from kvbench.plan import Plan
+from kvbench.records.environment import describe_environment
+from kvbench.records.folder import RunFolder
+from kvbench.records.schema import Record
+from kvbench.tasks.base import Sample
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a call did.
+
+    Attributes:
+        folder: the run folder.
+        samples: (dataset, sample id) of the plan's samples.
+        n_failed: samples that failed in this call.
+        wall_s: wall time of this call, seconds.
+    """
+
+    folder: Path
+    samples: tuple[tuple[str, str], ...]
+    n_failed: int
+    wall_s: float
+
+
+def run_plan(plan: Plan, console: Console) -> RunOutcome:
+    """Compute what is missing.
+
+    Args:
+        plan: the plan.
+        console: where progress is shown.
+
+    Returns:
+        The outcome; the numbers are in the run folder's records.
+
+    Raises:
+        KvbenchError: for anything the user can mend; what was recorded before stays valid.
+    """
+    start = time.perf_counter()
+    samples = plan.task.samples()
+    if not samples:
+        raise DataError(f"task {plan.task.name} has no samples: check its parameters and its data files")
+    for sample in samples:
+        get_metric(sample.metric)  # an unknown metric ends the run before a weight is loaded
+    folder = RunFolder(plan.output_root, f"{plan.task.name}-{plan.model.name}", plan.identity)
+    folder.describe(plan.config, describe_environment())
+    todo = _missing(plan, samples, folder)
+    n_failed = 0
+    if todo:
+        with console.status("loading the model") as status:
+            loaded = load_model(plan.model, report=status.update)
+            samples = [_limited(sample, plan) for sample in samples]
+            encoded = {index: encode_sample(samples[index], loaded) for index in todo}
+            jobs = [_job(plan, loaded, index, samples[index], encoded[index], arms) for index, arms in todo.items()]
+        with _progress(console, len(jobs), plan) as advance:
+            for result in plan.engine.run(loaded, jobs):
+                sample, prompt = samples[result.index], encoded[result.index]
+                if isinstance(result, SampleFailure):
+                    n_failed += 1
+                    console.print(f"[red]sample {sample.id} failed:[/red] {result.reason}", markup=True)
+                    folder.append(_failed(sample, arm, result.reason) for arm in todo[result.index])
+                else:
+                    folder.append(_record(loaded, sample, prompt, result, arm) for arm in result.arms)
+                advance()
+    keys = tuple((sample.dataset, sample.id) for sample in samples)
+    return RunOutcome(folder.path, keys, n_failed, time.perf_counter() - start)
+
+
+def _missing(plan: Plan, samples: list[Sample], folder: RunFolder) -> dict[int, tuple[Arm, ...]]:
+    done = {arm.key: folder.done(arm.key, plan.retry_failed) for arm in plan.arms}
+    missing = {
+        index: tuple(arm for arm in plan.arms if (sample.dataset, sample.id) not in done[arm.key])
+        for index, sample in enumerate(samples)
+    }
+    return {index: arms for index, arms in missing.items() if arms}
+
+
+def _limited(sample: Sample, plan: Plan) -> Sample:
+    """The sample with the plan's generation limit, if it has one."""
+    return replace(sample, max_new_tokens=plan.max_new_tokens) if plan.max_new_tokens else sample
+
+
+def _job(
+    plan: Plan, loaded: LoadedModel, index: int, sample: Sample, prompt: EncodedPrompt, arms: tuple[Arm, ...]
+) -> Job:
+    compress_at = len(prompt.input_ids)
+    if plan.compress == "before_question":
+        if not prompt.question_start_token:
+            raise DataError(
+                f"sample {sample.id} of {sample.dataset} cannot tell context from question, which "
+                "protocol.compress=before_question needs: use after_question or another task"
+            )
+        compress_at = prompt.question_start_token
+    return Job(
+        index=index,
+        input_ids=prompt.input_ids,
+        compress_at=compress_at,
+        gold_ids=_gold_ids(loaded, sample, plan.gold_tokens),
+        arms=arms,
+        reference=plan.reference,
+        stop_ids=prompt.stop_token_ids,
+        max_new_tokens=sample.max_new_tokens,
+        min_new_tokens=prompt.min_new_tokens,
+        seed=_seed(plan.seed, sample),
+    )
+
+
+def _gold_ids(loaded: LoadedModel, sample: Sample, limit: int) -> tuple[int, ...]:
+    """Tokens of the first reference answer as a continuation of the prompt, at most `limit`."""
+    if limit == 0 or not sample.answers or not sample.answers[0]:
+        return ()
+    continues_text = sample.answer_prefix and not sample.answer_prefix[-1].isspace()
+    text = (" " if continues_text else "") + sample.answers[0]
+    return tuple(loaded.tokenizer.encode(text, add_special_tokens=False)[:limit])
+
+
+def _seed(seed: int, sample: Sample) -> int:
+    """A seed per sample, so that neither order nor process decides what is random."""
+    digest = hashlib.sha256(f"{seed}|{sample.dataset}|{sample.id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _record(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult) -> Record:
+    prediction = loaded.tokenizer.decode(arm.token_ids, skip_special_tokens=True)
+    parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
+    n_slots = sum(arm.slots_per_layer)
+    return Record(
+        **_identity(sample, arm.arm),
+        score=parts["score"],
+        parts=parts,
+        prediction=prediction,
+        token_ids=arm.token_ids,
+        finish=arm.finish,
+        gold_nll=_mean(arm.gold_nll),
+        gold_tokens=len(arm.gold_nll),
+        kl=_mean(arm.kl),
+        kl_per_token=[round(value, 6) for value in arm.kl],
+        n_prompt_tokens=len(prompt.input_ids),
+        truncated_tokens=prompt.truncated_tokens,
+        compressed_tokens=result.compressed_tokens,
+        slots_per_layer=arm.slots_per_layer,
+        full_slots=result.full_slots,
+        budget_measured=n_slots / result.full_slots,
+        cache_bytes=arm.cache_bytes,
+        full_bytes=result.full_bytes,
+        seconds=round(arm.seconds, 4),
+        engine=result.settings,
+    )
+
+
+def _failed(sample: Sample, arm: Arm, reason: str) -> Record:
+    return Record(**_identity(sample, arm), status="failed", reason=reason)
+
+
+def _identity(sample: Sample, arm: Arm) -> dict[str, object]:
+    """The fields every record of a sample has, failed or not."""
+    return {
+        "sample": sample.id,
+        "dataset": sample.dataset,
+        "arm": arm.key,
+        "method": arm.policy.name,
+        "budget": arm.policy.budget,
+        "options": arm.policy.options(),
+        "metric": sample.metric,
+        "answers": list(sample.answers),
+        "all_classes": list(sample.all_classes),
+        "length": sample.length,
+        "meta": sample.meta,
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+@contextmanager
+def _progress(console: Console, n_jobs: int, plan: Plan) -> Iterator:
+    """A progress bar over samples; yields a function to call after each."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f"{plan.task.name}: samples x {len(plan.arms)} arms", total=n_jobs)
+        yield lambda: progress.advance(bar)
