@@ -1,0 +1,80 @@
+"""Random and model-like inputs for policy tests; plain functions so that a failing case is easy to rebuild by hand."""
+
+import torch
+from torch import Tensor
+
+from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape
+    actual, expected = actual.double(), expected.double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def causal_column_sums(queries: Tensor, keys: Tensor) -> Tensor:
+    group = queries.shape[0] // keys.shape[0]
+    logits = queries @ keys.repeat_interleave(group, 0).transpose(1, 2) / queries.shape[-1] ** 0.5
+    n_tokens = queries.shape[1]
+    hidden = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+    return logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(1)
+
+
+def make_layer(
+    n_query_heads: int,
+    n_kv_heads: int,
+    n_tokens: int,
+    *,
+    head_dim: int = 16,
+    seed: int = 0,
+    correlated: bool = False,
+    layer_index: int = 3,
+    n_layers: int = 8,
+    dtype: torch.dtype = torch.float32,
+) -> LayerStates:
+    """Independent Gaussian keys, or keys like a model's: a shared mean plus a slow walk (adjacent cosine ~0.85)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    keys = normal(n_kv_heads, n_tokens, head_dim)
+    if correlated:
+        for t in range(1, n_tokens):
+            keys[:, t] = 0.8 * keys[:, t - 1] + 0.6 * keys[:, t]
+        keys = 2.0 * keys + normal(n_kv_heads, 1, head_dim)
+    values = normal(n_kv_heads, n_tokens, head_dim)
+    sums = causal_column_sums(normal(n_query_heads, n_tokens, head_dim), keys)
+    return LayerStates(
+        keys.to(dtype), values.to(dtype), layer_index, n_layers, n_query_heads, seed=seed, column_sums=sums
+    )
+
+
+def decode_slots(compressed: CompressedLayer) -> DecodeSlots:
+    """The cache's view of a compressed layer: copies with one scratch slot appended."""
+
+    def with_scratch(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, torch.zeros_like(tensor[:, :1])], dim=1)
+
+    return DecodeSlots(
+        keys=with_scratch(compressed.keys),
+        values=with_scratch(compressed.values),
+        state={name: with_scratch(tensor) for name, tensor in compressed.state.items()},
+        constants={name: tensor.clone() for name, tensor in compressed.constants.items()},
+        step_index=torch.zeros((), dtype=torch.int64),
+    )
+
+
+def new_tokens(
+    n_steps: int, n_query_heads: int, n_kv_heads: int, n_slots: int, *, head_dim: int = 16, seed: int = 0
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Keys, values and peaked attention rows over slots + 1 for `n_steps` new tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(n_kv_heads, head_dim, generator=generator),
+            torch.randn(n_kv_heads, head_dim, generator=generator),
+            (4.0 * torch.randn(n_query_heads, n_slots + 1, generator=generator)).softmax(-1),
+        )
+        for _ in range(n_steps)
+    ]
