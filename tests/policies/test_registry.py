@@ -1,0 +1,57 @@
+"""Methods are found by entry point; mistakes in names are answered with the choices."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from kvbench.errors import ConfigError
+from kvbench.policies import registry
+from kvbench.policies.full import Full
+from kvbench.policies.h2o import H2O
+from kvbench.policies.registry import build_policy, load_policies
+
+
+def test_own_methods_are_installed_under_their_names():
+    policies = load_policies()
+    assert {"full", "h2o", "cam", "kvmerger", "kvmerger_bias"} <= set(policies)
+    assert all(policy.name == name for name, policy in policies.items())
+
+
+def test_build_passes_options_on():
+    assert build_policy("h2o", {"budget": 0.35, "recent_share": 0.25}) == H2O(budget=0.35, recent_share=0.25)
+    assert build_policy("full") == Full()
+
+
+def test_unknown_method_lists_the_choices():
+    with pytest.raises(ConfigError, match=r"unknown method 'h20': choose one of .*cam.*h2o"):
+        build_policy("h20")
+
+
+def test_unknown_option_lists_the_choices():
+    with pytest.raises(ConfigError, match=r"unknown option recent for method h2o: choose among budget, recent_share"):
+        build_policy("h2o", {"recent": 3})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("kvbench.policies.nowhere:Gone", "cannot be loaded"),
+        ("kvbench.policies.h2o:Gone", "cannot be loaded"),
+        ("kvbench.policies.h2o:math", "is not a subclass"),
+    ],
+)
+def test_broken_entry_points_are_named(monkeypatch, value, message):
+    broken = EntryPoint("mine", value, registry.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    with pytest.raises(ConfigError, match=rf"entry point mine = {value}.*{message}"):
+        load_policies()
+
+
+def test_two_packages_with_one_name_are_refused(monkeypatch):
+    points = [
+        EntryPoint("h2o", "kvbench.policies.h2o:H2O", registry.ENTRY_POINT_GROUP),
+        EntryPoint("h2o", "kvbench.policies.full:Full", registry.ENTRY_POINT_GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    with pytest.raises(ConfigError, match="another package"):
+        load_policies()
