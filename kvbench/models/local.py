@@ -1,0 +1,114 @@
+"""Load a checkpoint folder: safetensors weights only, and never code that comes with the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from kvbench.errors import ModelError
+from kvbench.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with weights, configuration and tokenizer.
+
+    Attributes:
+        folder: the folder.
+        source: what it is, for the record: a path, or a package or hub id with its exact version.
+    """
+
+    folder: Path
+    source: str
+
+
+def locate(config: ModelConfig, report: Callable[[str], None]) -> Checkpoint:
+    """The folder `config.path`.
+
+    Args:
+        config: `path` is read.
+        report: told what takes time (nothing here).
+
+    Raises:
+        ModelError: if `path` is no folder.
+    """
+    folder = Path(config.path or "").expanduser()
+    if not folder.is_dir():
+        raise ModelError(f"model.path={config.path} is no folder: name a folder with config.json and *.safetensors")
+    return Checkpoint(folder, str(folder.resolve()))
+
+
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype, device: torch.device, device_map: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from a folder.
+
+    Args:
+        folder: the checkpoint folder.
+        dtype: dtype of the weights.
+        device: where the model goes, unless `device_map` is given.
+        device_map: "auto" to spread the layers over all devices, or None.
+
+    Raises:
+        ModelError: if the folder is unsafe (pickled weights, its own code), incomplete, or cannot be loaded.
+    """
+    check_folder(folder)
+    placement: dict[str, Any] = {}
+    if device_map is not None:
+        placement["device_map"] = device_map
+    elif device.type != "cpu":
+        placement["device_map"] = {"": device}  # weights go straight to the device, not through CPU memory
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+        with no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe, **placement)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model folder {folder} cannot be loaded ({error}): check that it is complete") from error
+    return model, tokenizer
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bar over the weights out of the output: loading is announced by one line of our own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse folders that are incomplete, hold only pickled weights, or need their own code.
+
+    Raises:
+        ModelError: with the reason and the remedy.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model folder {folder} has no readable config.json ({error}): download it again") from error
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickled:
+            raise ModelError(
+                f"model folder {folder} has only pickled weights ({pickled[0]}), which can run code when read: "
+                "convert them to *.safetensors"
+            )
+        raise ModelError(f"model folder {folder} has no *.safetensors file: download the weights")
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"model folder {folder} (model_type {config.get('model_type')!r}) needs its own Python code, which is "
+            "never run here: use a model that transformers knows"
+        )

@@ -1,0 +1,83 @@
+"""A Llama of any shape with seeded random weights: for tests (tiny) and for timing (real shapes), no download.
+
+Weights are drawn with variance 1 / fan-in, embeddings with variance 1, so that attention is neither uniform nor
+one-hot at any size and logits differ clearly between tokens.  Draws happen on the target device: the same seed gives
+the same weights on the same kind of device, and a model of 13 billion parameters takes seconds on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from kvbench.errors import ConfigError
+from kvbench.models.byte_tokenizer import MIN_VOCAB_SIZE, byte_tokenizer
+from kvbench.models.config import ModelConfig
+
+
+def build_random_llama(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, str]:
+    """Build the model on `device` and its byte tokenizer.
+
+    Args:
+        config: the shape fields and `seed` are read.
+        dtype: dtype of the weights.
+        device: where the weights are created.
+
+    Returns:
+        The model, the tokenizer, and a line that says what the weights are.
+
+    Raises:
+        ConfigError: if the vocabulary is too small for the byte tokenizer.
+    """
+    if config.vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(f"model.vocab_size={config.vocab_size} is below {MIN_VOCAB_SIZE}, the byte tokenizer's size")
+    tokenizer = byte_tokenizer(config.max_context_tokens)
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_query_heads,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_context_tokens,
+        tie_word_embeddings=False,
+        dtype=dtype,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape)
+    nn.Module.to(model, dtype)
+    model.to_empty(device=device)
+    # Rotary frequencies are not weights: `to_empty` leaves them undefined, so they are computed again.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=shape).to(device)
+    draw_weights(model, config.seed)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    source = f"random weights, seed {config.seed}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    return model, tokenizer, source
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Fill all weights of `model` in place, from a generator of its own.
+
+    Args:
+        model: matrices named `embed_tokens` get variance 1, other matrices 1 / fan-in, vectors (norms) become 1.
+        seed: seed of the generator.
+    """
+    generator: torch.Generator | None = None
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        if generator is None:
+            generator = torch.Generator(parameter.device).manual_seed(seed)
+        std = 1.0 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+        parameter.normal_(0.0, std, generator=generator)
