@@ -164,10 +164,12 @@ class DecodeLoop:
         if not self.cuda_graphs or self._eager_steps.get(shape, 0) < EAGER_STEPS:
             self._eager_steps[shape] = self._eager_steps.get(shape, 0) + 1
             self._forward(tables, n_rows, n_forced)
+            self.cache.count_step()
             return
         if shape not in self._graphs:
             self._graphs[shape] = self._capture(lambda: self._forward(tables, n_rows, n_forced))
         self._graphs[shape].replay()
+        self.cache.count_step()
         self.replayed_steps += 1
 
     def _capture(self, forward: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -190,7 +192,7 @@ class DecodeLoop:
             attention_context=self.cache,
             use_cache=True,
         )
-        self.cache.advance()
+        self.cache.advance_device()
         logits = output.logits[:, -1].float()
         tables.finite[:n_rows] &= torch.isfinite(logits).all(-1)
         if n_forced:

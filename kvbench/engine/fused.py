@@ -165,7 +165,7 @@ class _Session:
         decode_seconds = (time.perf_counter() - start) / max(1, len(strands))
         settings = {
             "engine": "fused",
-            "kernels": cache.backend,
+            "kernels": sorted(cache.backends),
             "observe": sorted(set().union(*(p.backends for p in prefilled))),
             "batch_samples": len(jobs),
             "batch_rows": len(strands),

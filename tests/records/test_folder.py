@@ -1,0 +1,104 @@
+"""Records survive crashes, resume, and never lie about what was written."""
+
+import json
+import os
+
+import pytest
+
+from kvbench.errors import RecordError
+from kvbench.records.folder import RunFolder, file_name, identity_hash
+from kvbench.records.read import read_record_file, read_records
+from kvbench.records.schema import SCHEMA_VERSION, Record
+
+IDENTITY = {"model": "m", "task": "t"}
+
+
+def record(sample: str = "s1", arm: str = "h2o@0.5", **fields) -> Record:
+    return Record(sample=sample, dataset="passkey", arm=arm, method="h2o", budget=0.5, **fields)
+
+
+def test_equal_identities_share_a_folder_and_others_do_not(tmp_path):
+    first, again = RunFolder(tmp_path, "t-m", IDENTITY), RunFolder(tmp_path, "t-m", dict(reversed(IDENTITY.items())))
+    other = RunFolder(tmp_path, "t-m", {**IDENTITY, "model": "n"})
+    assert first.path == again.path != other.path
+    assert first.path.name == f"t-m-{identity_hash(IDENTITY)}"
+
+
+def test_appended_records_are_done_and_read_back(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    folder.append([record("s1", prediction="ünï\n\ud83d"), record("s2", status="failed", reason="why")])
+    assert folder.done("h2o@0.5") == {("passkey", "s1"), ("passkey", "s2")}
+    assert folder.done("h2o@0.5", retry_failed=True) == {("passkey", "s1")}
+    assert [r["sample"] for r in read_records(folder.path)] == ["s1", "s2"]
+
+
+def test_a_half_written_last_line_is_skipped_and_spoils_nothing_after_it(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    folder.append([record("s1"), record("s2")])
+    path = folder.arm_file("h2o@0.5")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert folder.done("h2o@0.5") == {("passkey", "s1")}
+    folder.append([record("s3")])
+    content = read_record_file(path)
+    assert [r["sample"] for r in content.records] == ["s1", "s3"]
+    assert content.broken_lines == [2]
+
+
+def test_a_success_replaces_a_failure_and_the_first_success_counts(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    folder.append([record(status="failed"), record(score=0.25), record(score=0.75)])
+    (kept,) = read_records(folder.path)
+    assert kept["score"] == 0.25
+
+
+def test_records_of_a_newer_version_are_refused(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    folder.append([record(schema=SCHEMA_VERSION + 1)])
+    with pytest.raises(RecordError, match=f"schema {SCHEMA_VERSION + 1}.*upgrade"):
+        folder.done("h2o@0.5")
+
+
+def test_a_number_that_is_no_number_is_never_written(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    with pytest.raises(ValueError, match="JSON"):
+        folder.append([record(gold_nll=float("nan"))])
+    assert read_records(folder.path) == []
+
+
+def test_configuration_is_written_once(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    folder.describe({"budget": 0.5}, {"torch": "1"})
+    folder.describe({"budget": 0.9}, {"torch": "2"})
+    assert json.loads((folder.path / "config.json").read_text())["config"] == {"budget": 0.5}
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.json", "environment.json", "records"]
+
+
+def test_arm_files_have_safe_and_distinct_names():
+    assert file_name("kvmerger@0.35,sigma=3").startswith("kvmerger@0.35_sigma=3-")
+    assert file_name("a/../b") != file_name("a_.._b")
+    assert "/" not in file_name("a/../b")
+    assert file_name("h2o@0.5") == "h2o@0.5.jsonl"
+
+
+def test_a_folder_that_cannot_be_made_ends_in_one_line(tmp_path):
+    (tmp_path / "taken").write_text("a file where a folder is wanted")
+    with pytest.raises(RecordError, match=r"output\.root") as error:
+        RunFolder(tmp_path / "taken", "t", IDENTITY)
+    assert "\n" not in str(error.value)
+
+
+def test_two_writers_never_interleave_lines(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    children = []
+    for child in range(4):
+        pid = os.fork()
+        if pid == 0:
+            for i in range(40):
+                folder.append([record(f"s{child}-{i}", prediction="x" * 5000)])
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        assert os.waitpid(pid, 0)[1] == 0
+    content = read_record_file(folder.arm_file("h2o@0.5"))
+    assert len(content.records) == 160
+    assert content.broken_lines == []
