@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 if TYPE_CHECKING:  # imported late, so that tests without a model start at once
     from kvbench.models.load import LoadedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub: a slow failure would hide a missing fixture
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    # Without a GPU, kernel tests run in Triton's interpreter. It is chosen when triton is first imported, hence here.
+    # Nothing but an explicit backend="triton" takes that path: on the CPU, backend="auto" stays torch.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +64,15 @@ def smollm2() -> LoadedModel:
     from kvbench.models.load import load_model
 
     return load_model(named_config("smollm2-135m"), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton kernels run in tests: the GPU, or the CPU under Triton's interpreter (keep shapes tiny there)."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is not installed: its kernels cannot be tested")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no CUDA device, and TRITON_INTERPRET is set to something else than 1")
+    return torch.device("cpu")
