@@ -1,0 +1,259 @@
+"""Exact attention column sums on the GPU: one pass of Q K^T with the log-sum-exp the flash forward leaves behind.
+
+With L_i, the log-sum-exp of row i, known, `sum_i exp(scaling * q_i . k_j - L_i)` needs no softmax: a program owns a
+block of keys of one query head and walks over the query blocks at and below the diagonal, adding up probabilities in
+fp32 registers. No atomics, so the result is deterministic, and memory beyond the result is nil. The keys of a block are
+read once per query head, not once per group: they are used against up to T queries, so sharing them would save nothing
+that counts. Per logit the kernel spends D multiply-adds, one multiply-add for scale and L, one exp2 and one addition.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvbench.errors import ConfigError
+
+MAX_HEAD_DIM = 256
+
+
+class KernelConfig(NamedTuple):
+    """Tile sizes and launch parameters of the kernel; one of the two blocks is a multiple of the other."""
+
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(head_dim: int, dtype: torch.dtype) -> KernelConfig:
+    """The configuration used unless another is given, by head dimension and dtype; fixed, so that runs are repeatable.
+
+    Args:
+        head_dim: D.
+        dtype: of queries and keys.
+
+    Returns:
+        The configuration; `scripts/bench_kernels.py --sweep` times the alternatives.
+    """
+    if dtype == torch.float32:  # no tensor cores: full fp32 products
+        return KernelConfig(32, 64, 4, 2) if head_dim <= 128 else KernelConfig(16, 32, 4, 2)
+    if head_dim <= 64:
+        return KernelConfig(64, 128, 4, 3)
+    if head_dim <= 128:
+        return KernelConfig(64, 128, 4, 3)
+    return KernelConfig(64, 64, 4, 2)
+
+
+def forward_with_log_sum_exp(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Causal attention by the library's fused kernel, with the log-sum-exp of each row.
+
+    Flash attention for fp16 and bf16 on CUDA, memory-efficient attention for fp32 there, and the CPU's flash kernel on
+    the CPU (used only under Triton's interpreter).
+
+    Args:
+        query: `(H, T, D)`.
+        keys: `(H_k, T, D)`.
+        values: `(H_k, T, D)`.
+        scaling: factor on the logits.
+
+    Returns:
+        output `(H, T, D)` in the queries' dtype, natural log-sum-exp `(H, T)` fp32.
+    """
+    n_query_heads, n_tokens, head_dim = query.shape
+    padding = -head_dim % 8  # the fused kernels want a multiple of 8; zeros change no logit
+    if padding:
+        query, keys, values = (torch.nn.functional.pad(x, (0, padding)) for x in (query, keys, values))
+    batch: list[Tensor] = [query[None], keys[None], values[None]]
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention(*batch, 0.0, True, scale=scaling)[:2]
+    else:
+        group_size = n_query_heads // keys.shape[0]
+        batch[1:] = [x.repeat_interleave(group_size, 1) for x in batch[1:]]
+        if query.device.type == "cuda":
+            output, log_sum_exp = torch.ops.aten._scaled_dot_product_efficient_attention(
+                *batch, None, True, 0.0, True, scale=scaling
+            )[:2]
+        else:
+            output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *batch, 0.0, True, scale=scaling
+            )
+    # Some of these kernels pad the rows of the log-sum-exp.
+    return output[0, :, :, :head_dim], log_sum_exp[0, :, :n_tokens]
+
+
+def column_sums_triton(
+    query: Tensor, keys: Tensor, log_sum_exp: Tensor, scaling: float, config: KernelConfig | None = None
+) -> Tensor:
+    """Attention mass each key receives, summed over all queries of a causal prompt.
+
+    Args:
+        query: `(H, T, D)`, fp16, bf16 or fp32.
+        keys: `(H_k, T, D)`, same dtype.
+        log_sum_exp: `(H, T)` fp32, natural logarithm, of the scaled causal logits.
+        scaling: factor on the logits.
+        config: tile sizes and launch parameters; the default suits the head dimension and dtype.
+
+    Returns:
+        `(H, T)` fp32.
+
+    Raises:
+        ConfigError: if D is above 256.
+    """
+    n_query_heads, n_tokens, head_dim = query.shape
+    if head_dim > MAX_HEAD_DIM:
+        raise ConfigError(f"head dimension {head_dim} is above {MAX_HEAD_DIM}, the kernel's limit: use backend=torch")
+    config = config or default_config(head_dim, query.dtype)
+    query, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys))
+    log_sum_exp = log_sum_exp if log_sum_exp.stride(-1) == 1 else log_sum_exp.contiguous()
+    sums = torch.empty(n_query_heads, n_tokens, dtype=torch.float32, device=query.device)
+    grid = (triton.cdiv(n_tokens, config.block_keys) * n_query_heads,)
+    with _device_guard(query.device):
+        _column_sums_kernel[grid](
+            query,
+            keys,
+            log_sum_exp,
+            sums,
+            n_tokens,
+            n_query_heads,
+            n_query_heads // keys.shape[0],
+            scaling * math.log2(math.e),
+            query.stride(0),
+            query.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            log_sum_exp.stride(0),
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_QUERIES=config.block_queries,
+            BLOCK_KEYS=config.block_keys,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return sums
+
+
+def _device_guard(device: torch.device) -> Any:
+    """Make the tensors' GPU current: Triton launches on the current one, which may be another."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+
+
+@triton.jit
+def _add_blocks(  # type: ignore[no-untyped-def]
+    acc,
+    query_ptr,
+    log_sum_exp_ptr,
+    keys_transposed,
+    first_query,
+    stop_query,
+    first_key,
+    n_tokens,
+    scale_log2,
+    stride_query_token,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
+    """Add the probabilities of queries `first_query .. stop_query - 1` to `acc`; only `DIAGONAL` blocks are masked."""
+    dims = tl.arange(0, BLOCK_DIM)
+    offsets = tl.arange(0, BLOCK_QUERIES)
+    for start in range(first_query, stop_query, BLOCK_QUERIES):
+        rows = start + offsets
+        inside = rows < n_tokens
+        pointers = query_ptr + rows[:, None].to(tl.int64) * stride_query_token + dims[None, :]
+        if HEAD_DIM == BLOCK_DIM:
+            block = tl.load(pointers, mask=inside[:, None], other=0.0)
+        else:
+            block = tl.load(pointers, mask=inside[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)
+        # An infinite log-sum-exp makes the probabilities of rows past the end zero.
+        log_sum_exp = tl.load(log_sum_exp_ptr + rows, mask=inside, other=float("inf")) * 1.4426950408889634
+        logits = tl.dot(block, keys_transposed, input_precision="ieee")
+        mass = tl.exp2(logits * scale_log2 - log_sum_exp[:, None])
+        if DIAGONAL:
+            columns = first_key + tl.arange(0, BLOCK_KEYS)
+            mass = tl.where(rows[:, None] >= columns[None, :], mass, 0.0)
+        acc += mass
+    return acc
+
+
+@triton.jit
+def _column_sums_kernel(  # type: ignore[no-untyped-def]
+    query_ptr,
+    keys_ptr,
+    log_sum_exp_ptr,
+    sums_ptr,
+    n_tokens,
+    n_query_heads,
+    group_size,
+    scale_log2,
+    stride_query_head,
+    stride_query_token,
+    stride_keys_head,
+    stride_keys_token,
+    stride_log_sum_exp_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """One block of keys of one query head. The first keys see the most queries: their programs start first."""
+    program = tl.program_id(0)
+    head = (program % n_query_heads).to(tl.int64)
+    first_key = (program // n_query_heads) * BLOCK_KEYS
+    columns = first_key + tl.arange(0, BLOCK_KEYS)
+    dims = tl.arange(0, BLOCK_DIM)
+    keys_transposed = tl.load(
+        keys_ptr
+        + (head // group_size) * stride_keys_head
+        + columns[None, :].to(tl.int64) * stride_keys_token
+        + dims[:, None],
+        mask=(columns[None, :] < n_tokens) & (dims[:, None] < HEAD_DIM),
+        other=0.0,
+    )
+    query_ptr += head * stride_query_head
+    log_sum_exp_ptr += head * stride_log_sum_exp_head
+    acc = tl.zeros((BLOCK_QUERIES, BLOCK_KEYS), dtype=tl.float32)
+    first_query = (first_key // BLOCK_QUERIES) * BLOCK_QUERIES
+    below_diagonal = tl.minimum(tl.cdiv(first_key + BLOCK_KEYS, BLOCK_QUERIES) * BLOCK_QUERIES, n_tokens)
+    acc = _add_blocks(
+        acc,
+        query_ptr,
+        log_sum_exp_ptr,
+        keys_transposed,
+        first_query,
+        below_diagonal,
+        first_key,
+        n_tokens,
+        scale_log2,
+        stride_query_token,
+        HEAD_DIM,
+        BLOCK_DIM,
+        BLOCK_QUERIES,
+        BLOCK_KEYS,
+        True,
+    )
+    acc = _add_blocks(
+        acc,
+        query_ptr,
+        log_sum_exp_ptr,
+        keys_transposed,
+        below_diagonal,
+        n_tokens,
+        first_key,
+        n_tokens,
+        scale_log2,
+        stride_query_token,
+        HEAD_DIM,
+        BLOCK_DIM,
+        BLOCK_QUERIES,
+        BLOCK_KEYS,
+        False,
+    )
+    tl.store(sums_ptr + head * n_tokens + columns, tl.sum(acc, axis=0), mask=columns < n_tokens)
