@@ -1,11 +1,23 @@
-"""Where kvbench keeps what it downloads: one folder per user, shared by models and data sets."""
+"""Where kvbench keeps what it downloads, and how a folder gets there so that no reader ever sees half of it.
+
+A cached folder is complete exactly when its manifest can be read and matches. The manifest is written last, into a
+temporary folder beside the final one, which is then renamed; writers hold a file lock and look again once they have it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from kvbench.errors import DataError
+
+MANIFEST = "kvbench_manifest.json"
 
 
 def cache_folder() -> Path:
@@ -28,7 +40,73 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"cache folder {folder} cannot be created ({error}); set KVBENCH_CACHE to a writable one"
-        ) from None
+        raise DataError(f"cache folder {folder} cannot be created ({error}): set KVBENCH_CACHE to another") from None
     return folder
+
+
+def complete_folder(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether `folder` was written to its end, from the same `identity`, and all its files have their recorded size."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in manifest["files_bytes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(manifest.get("identity") == identity and sizes == manifest["files_bytes"])
+
+
+def ensure_folder(
+    folder: Path,
+    identity: dict[str, Any],
+    write: Callable[[Path], dict[str, Any] | None],
+    waiting: Callable[[], None] = lambda: None,
+) -> Path:
+    """Make sure that `folder` is complete, writing it at most once, whatever other processes do.
+
+    Args:
+        folder: the final folder.
+        identity: what the content depends on (checksums, versions); JSON values.
+        write: fills an empty folder; called only if needed. What it returns is kept in the manifest as "source".
+        waiting: called once if another process is writing the folder, before waiting for it.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        DataError: if the folder cannot be written.
+    """
+    if complete_folder(folder, identity):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            lock.acquire()
+        try:
+            if not complete_folder(folder, identity):
+                _write(folder, identity, write)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written ({error}): free space, or set KVBENCH_CACHE=DIR") from error
+    return folder
+
+
+def _write(folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any] | None]) -> None:
+    # A fixed name is safe under the lock, and what a killed process left there is found and removed.
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        source = write(partial)
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        files_bytes = {file.relative_to(partial).as_posix(): file.stat().st_size for file in files}
+        manifest = {"identity": identity, "source": source, "files_bytes": files_bytes}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if folder.exists():  # incomplete, or of another identity
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kvbench.errors import DataError
 
@@ -23,21 +23,37 @@ def read_jsonl(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tup
     Raises:
         DataError: if the file cannot be read or is empty, or at the first line that is not a JSON object in UTF-8.
     """
-    line_number = 0
     try:
         with path.open("rb") as file:
-            while line := file.readline(max_line_bytes + 1):
-                line_number += 1
-                if len(line) > max_line_bytes:
-                    raise DataError(
-                        f"{path}:{line_number}: the line is longer than {max_line_bytes} bytes; "
-                        "is this a JSONL file (one row per line)?"
-                    )
-                yield line_number, _parse(line, f"{path}:{line_number}")
+            yield from parse_jsonl(file, str(path), max_line_bytes)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def parse_jsonl(
+    file: IO[bytes], name: str, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same for an open file.
+
+    Args:
+        file: open for reading in binary mode.
+        name: what errors call it.
+        max_line_bytes: as in `read_jsonl`.
+
+    Raises:
+        DataError: as `read_jsonl`.
+    """
+    line_number = 0
+    while line := file.readline(max_line_bytes + 1):
+        line_number += 1
+        if len(line) > max_line_bytes:
+            raise DataError(
+                f"{name}:{line_number}: the line is longer than {max_line_bytes} bytes; "
+                "is this a JSONL file (one row per line)?"
+            )
+        yield line_number, _parse(line, f"{name}:{line_number}")
     if line_number == 0:
-        raise DataError(f"{path} is empty; fetch it again")
+        raise DataError(f"{name} is empty; fetch it again")
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,9 @@ from typing import Any
 
 from kvbench.errors import ConfigError, DataError
 from kvbench.tasks.base import Sample, Task
+from kvbench.tasks.fetched import OFFICIAL_COMMIT, OFFICIAL_SHA256, longbench_folder
 from kvbench.tasks.jsonl import any_field, count_field, read_jsonl, text_field, text_list_field
 
-logger = logging.getLogger(__name__)
-
-OFFICIAL_COMMIT = "2e00731f8d0bff23dc4325161044d0ed8af94c1e"
-OFFICIAL_SHA256 = {
-    "dataset2prompt.json": "56d22ad4f382169c2b8a11ff4c982a4a1bea096c8152b0f0b85b64686b157c30",
-    "dataset2maxlen.json": "72966b3c0933e214591637fb085798c5e687ebff4ddaab5d99bbc31120532022",
-    "model2maxlen.json": "2405c0b85b215a504fb6a8f69c4982db7e2be2d53d177c69891cdcf0fe78f3ce",
-}
 FETCH = "python -m kvbench.fetch longbench"
 
 
@@ -72,6 +64,11 @@ class LongBench(Task):
             ConfigError: if the data set is not one of LongBench's.
             DataError: if a file is missing, malformed or (official configuration) does not match its checksum.
         """
+        if self.first_line_only != (self.category == "few_shot"):
+            raise ConfigError(
+                f"first_line_only={self.first_line_only} for {self.dataset}, category {self.category!r}: the official "
+                "scorer takes the first line on few_shot data sets and on no others"
+            )
         prompts, lengths = official_config(self._official_folder())
         if self.base_dataset not in prompts:
             raise ConfigError(f"LongBench has no data set {self.dataset!r}; it has {', '.join(prompts)}")
@@ -127,26 +124,25 @@ class LongBench(Task):
 
     def _rows_file(self) -> Path:
         named = self.root or os.environ.get("KVBENCH_DATA")
-        if named is None:
-            raise DataError(f"no LongBench data: run `{FETCH}`, or set data.root=DIR (or KVBENCH_DATA)")
-        folder = Path(named).expanduser()
-        file = f"{self.dataset}.jsonl"
-        for path in (folder / file, folder / "data" / file):
+        folder = Path(named).expanduser() if named else longbench_folder()
+        candidates = (folder / f"{self.dataset}.jsonl", folder / "data" / f"{self.dataset}.jsonl")
+        for path in candidates:
             if path.is_file():
                 return path
         raise DataError(
-            f"neither {folder / file} nor {folder / 'data' / file} exists; set data.root=DIR to the folder of the "
-            f"LongBench files, or run `{FETCH}` without data.root"
+            f"neither {candidates[0]} nor {candidates[1]} exists; set data.root=DIR (or KVBENCH_DATA) to the folder of "
+            f"the LongBench files, or neither and run `{FETCH}`"
         )
 
     def _official_folder(self) -> Path:
         if self.official is not None:
             return Path(self.official).expanduser()
         named = self.root or os.environ.get("KVBENCH_DATA")
-        for folder in (Path(named).expanduser(), Path(named).expanduser() / "config") if named else ():
-            if (folder / "dataset2prompt.json").is_file():
-                return folder
-        raise DataError(f"no official LongBench configuration: run `{FETCH}`, or set data.official=DIR")
+        beside = (Path(named).expanduser(), Path(named).expanduser() / "config") if named else ()
+        return (
+            next((folder for folder in beside if (folder / "dataset2prompt.json").is_file()), None)
+            or longbench_folder() / "config"
+        )
 
 
 def official_config(folder: Path) -> tuple[dict[str, str], dict[str, int]]:

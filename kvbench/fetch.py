@@ -1,0 +1,57 @@
+"""Fetch benchmark data ahead of a run, so that the run itself needs no network.
+
+    python -m kvbench.fetch longbench                  LongBench and LongBench-E with the official prompts, 114 MB
+    python -m kvbench.fetch zeroscrolls                all ten tasks of ZeroSCROLLS
+    python -m kvbench.fetch zeroscrolls/qasper         one of them
+
+A killed download goes on where it stopped. The last line printed is one JSON document: the folder of each name.
+`KVBENCH_CACHE` chooses the place, `HF_ENDPOINT` a mirror of the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from kvbench.errors import KvbenchError
+from kvbench.tasks.fetched import ZEROSCROLLS_TASKS, longbench_folder, zeroscrolls_folder
+
+FETCHERS: dict[str, Callable[[], Path]] = {
+    "longbench": longbench_folder,
+    **{f"zeroscrolls/{task}": partial(zeroscrolls_folder, task) for task in ZEROSCROLLS_TASKS},
+}
+GROUPS = {"zeroscrolls": tuple(name for name in FETCHERS if name.startswith("zeroscrolls/"))}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after the command; None for those of the process.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can mend.
+    """
+    parser = argparse.ArgumentParser(prog="python -m kvbench.fetch", description="Fetch benchmark data.")
+    names = [*GROUPS, *FETCHERS]
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    chosen = parser.parse_args(arguments).names
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    folders: dict[str, str] = {}
+    try:
+        for name in dict.fromkeys(single for word in chosen for single in GROUPS.get(word, (word,))):
+            folders[name] = str(FETCHERS[name]())
+    except KvbenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(folders))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
