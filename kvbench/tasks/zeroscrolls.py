@@ -1,0 +1,163 @@
+"""ZeroSCROLLS: ten tasks whose rows hold the complete prompt.
+
+    python -m kvbench task=zeroscrolls/quality data.root=DIR
+    python -m kvbench task=zeroscrolls/quality task.split=test task.export_only=true
+
+The second command makes predictions for rows without references; `python -m kvbench.export zeroscrolls RUN` writes the
+leaderboard's CSV from them.
+
+Source: hub data set tau/zero_scrolls; Shaham et al. 2023, arXiv:2305.14196; experiments/hf/run_hf_model.py of
+tau-nlp/zero_scrolls for the truncation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from kvbench.errors import ConfigError, DataError
+from kvbench.tasks.archive import open_member
+from kvbench.tasks.base import Sample, Task
+from kvbench.tasks.fetched import ZEROSCROLLS_TASKS, zeroscrolls_folder
+from kvbench.tasks.jsonl import any_field, count_field, parse_jsonl, text_field
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroScrolls(Task):
+    """One ZeroSCROLLS task.
+
+    Attributes:
+        task: official name.
+        metric: name of a metric in `kvbench.metrics`.
+        max_new_tokens: generation limit in tokens; the official runners reserve as much for the output.
+        split: "validation" (about 20 rows, meant for a look) or "test".
+        export_only: take rows without references too; they are asked and exported, never scored.
+        chat: whether the model's chat wrapper goes around the prompt.
+        root: folder with `<task>/<split>.jsonl` or `<task>.zip`; None for `$KVBENCH_DATA`, else the fetched data.
+    """
+
+    task: str
+    metric: str
+    max_new_tokens: int
+    split: str = "validation"
+    export_only: bool = False
+    chat: bool = True
+    root: str | None = None
+
+    @property
+    def dataset(self) -> str:
+        """Name in records and tables; LongBench has data sets of the same names."""
+        return f"zeroscrolls_{self.task}"
+
+    def all_samples(self) -> list[Sample]:
+        """The split's questions in first-seen order; several rows with one id are one question with several references.
+
+        Raises:
+            ConfigError: if task or split are unknown.
+            DataError: if data is missing or malformed, or a row has no reference and `export_only` is off.
+        """
+        if self.task not in ZEROSCROLLS_TASKS or self.split not in SPLITS:
+            raise ConfigError(
+                f"ZeroSCROLLS has no {self.task!r} with split {self.split!r}; tasks are "
+                f"{', '.join(ZEROSCROLLS_TASKS)}; splits {', '.join(SPLITS)}"
+            )
+        self._check_splits()
+        samples: dict[str, Sample] = {}
+        with self._open(self.split) as (file, name):
+            for line_number, row in parse_jsonl(file, name):
+                sample = self._sample(row, f"{name}:{line_number}")
+                first = samples.get(sample.id)
+                if first is None:
+                    samples[sample.id] = sample
+                    continue
+                if first.prompt != sample.prompt:
+                    logger.warning(
+                        "%s:%d: id %s again with another input; the first counts", name, line_number, sample.id
+                    )
+                samples[sample.id] = replace(first, answers=(*first.answers, *sample.answers))
+        n_unscored = sum(not sample.answers for sample in samples.values())
+        if n_unscored and not self.export_only:
+            raise DataError(
+                f"{name}: {n_unscored} of {len(samples)} rows have no output to score against; set "
+                "task.split=validation, or task.export_only=true to make leaderboard predictions without scoring them"
+            )
+        return list(samples.values())
+
+    def _sample(self, row: dict[str, Any], where: str) -> Sample:
+        prompt = text_field(row, "input", where)
+        output = any_field(row, "output", where)
+        answers = () if output is None else (text_field(row, "output", where),)
+        fields = ("document_start_index", "document_end_index", "query_start_index", "query_end_index")
+        indices = [count_field(row, field, where) for field in fields]
+        if max(indices) > len(prompt) or indices[0] > indices[2]:
+            raise DataError(
+                f"{where}: {', '.join(fields)} are {indices}; they must lie within the {len(prompt)} characters of the "
+                "input, the query after the document"
+            )
+        return Sample(
+            id=text_field(row, "id", where),
+            dataset=self.dataset,
+            prompt=prompt,
+            answers=answers,
+            metric=self.metric,
+            max_new_tokens=self.max_new_tokens,
+            chat=self.chat,
+            question_start=indices[2],
+            truncation="document_end",
+            meta={
+                "task": self.task,
+                "split": self.split,
+                "query_start": indices[2],
+                "query_end": indices[3],
+                "document_end": indices[1],
+                "truncation_separator": text_field(row, "truncation_seperator", where),
+            },
+        )
+
+    @contextlib.contextmanager
+    def _open(self, split: str) -> Iterator[tuple[IO[bytes], str]]:
+        """The split's rows, open for reading, and what errors call them."""
+        named = self.root or os.environ.get("KVBENCH_DATA")
+        folder = Path(named).expanduser() if named else zeroscrolls_folder(self.task)
+        path, archive = folder / self.task / f"{split}.jsonl", folder / f"{self.task}.zip"
+        if path.is_file():
+            try:
+                with path.open("rb") as file:
+                    yield file, str(path)
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        elif archive.is_file():
+            with open_member(archive, (f"{self.task}/{split}.jsonl", f"{split}.jsonl")) as (member, name):
+                yield member, f"{archive}/{name}"
+        else:
+            raise DataError(
+                f"neither {path} nor {archive} exists; set data.root=DIR (or KVBENCH_DATA) to the folder of the "
+                f"ZeroSCROLLS files, or neither and run `python -m kvbench.fetch zeroscrolls/{self.task}`"
+            )
+
+    def _check_splits(self) -> None:
+        """Detect a release in which both splits are one file, as in the qasper.zip of 2025 (lm-eval issue 1083)."""
+        digests = set()
+        for split in SPLITS:
+            try:
+                with self._open(split) as (file, _):
+                    digests.add(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
+            except DataError:
+                if split == self.split:
+                    raise
+                return
+        if len(digests) == 1:
+            message = f"{self.task}: validation and test are the same file, a known defect of the 2025 qasper.zip"
+            if self.split == "test":
+                raise DataError(f"{message}; its test questions are missing, so use another release of the data")
+            logger.warning("%s; the rows are used as validation", message)
