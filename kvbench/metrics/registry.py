@@ -6,12 +6,18 @@ from functools import cache
 
 from kvbench.errors import ConfigError
 from kvbench.metrics import longbench, zeroscrolls
-from kvbench.metrics.base import Metric
+from kvbench.metrics.base import BestAnswerMetric, Metric
+from kvbench.metrics.synthetic import first_word_score, needle_score
+
+_SYNTHETIC = (
+    BestAnswerMetric("needle", "answer in the first line, as whole words", lambda p, a, c: needle_score(p, a)),
+    BestAnswerMetric("first_word", "first word equals the answer", lambda p, a, c: first_word_score(p, a)),
+)
 
 
 @cache
 def _metrics() -> dict[str, Metric]:
-    metrics: tuple[Metric, ...] = (*longbench.METRICS, *zeroscrolls.METRICS)
+    metrics: tuple[Metric, ...] = (*longbench.METRICS, *zeroscrolls.METRICS, *_SYNTHETIC)
     return {metric.name: metric for metric in metrics}
 
 

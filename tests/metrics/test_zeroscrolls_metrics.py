@@ -1,0 +1,96 @@
+import math
+
+import pytest
+
+from kvbench.metrics import get_metric
+from kvbench.metrics.zeroscrolls import TASKS, concordance, exp_similarity, geometric_mean
+
+DOC_PREDICTIONS = ["red boat in harbour", "the crew sleeps", "nothing"]
+DOC_ANSWERS = [["red boat in harbour"], ["the crew", "crew sleeps well tonight"], ["everything"]]
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "answers", "expected"),
+    [
+        ("zs_f1", "", ["yes"], 0.0),
+        ("zs_f1", "The Çelik bridge.", ["celik bridge"], 1.0),  # transliterated, article and full stop gone
+        ("zs_f1", "Anna’s", ["annas"], 0.0),  # the curly apostrophe becomes an ASCII one that stays
+        ("zs_f1", "Anna's", ["annas"], 1.0),
+        ("zs_f1", "東京", ["dong jing"], 0.0),  # transliteration brings capitals: "Dong Jing"
+        ("zs_f1", "a b", ["c", "b d"], 2 / 3),  # the article goes: precision 1, recall 1/2 with the better answer
+        ("zs_f1", "\ud800boat", ["boat"], 1.0),  # a lone surrogate has no transliteration
+        ("zs_accuracy", "(C) because of A", ["C"], 1.0),
+        ("zs_accuracy", "A boat, so C", ["C"], 0.0),
+        ("zs_accuracy", "c", ["C"], 0.0),
+        ("zs_accuracy", "C", ["none of them"], 0.0),
+        ("zs_exp_similarity", "about 45.5% of them", ["45.5%"], 1.0),
+        ("zs_exp_similarity", "70%", ["50%"], 0.25),
+        ("zs_exp_similarity", "70 %", ["70%"], 0.0),
+        ("zs_exp_similarity", "70", ["70%"], 0.0),
+        ("zs_exp_similarity", "70%", ["seventy"], 0.0),
+        ("zs_concordance", "Summary 2, Summary 1, Summary 3", ["1, 2, 3"], 2 / 3),
+        ("zs_concordance", "3 2 1", ["1, 2, 3"], 0.0),
+        ("zs_concordance", "The 3 summaries: 1, 2, 3", ["1, 2, 3"], 0.0),
+        ("zs_concordance", "1, 2", ["1, 2, 3"], 0.0),
+        ("zs_concordance", "1", ["1"], 1.0),
+        ("zs_concordance", "", [""], 0.0),
+    ],
+)
+def test_hand_computed(metric, prediction, answers, expected):
+    assert get_metric(metric).score(prediction, answers, (), "any") == {"score": pytest.approx(expected, abs=1e-12)}
+
+
+def test_rouge_takes_the_best_answer_for_each_type():
+    # Against the first answer 0.8, 2/3 and 0.8; against the second 1, 0 and 1/3.
+    score = get_metric("zs_rouge").score("x1 x2 x3", ["x1 x2", "x3 x2 x1"], (), "squality")
+    assert score["rouge1"] == pytest.approx(1.0)
+    assert score["rouge2"] == pytest.approx(2 / 3)
+    assert score["rougeL"] == pytest.approx(0.8)
+    assert score["score"] == pytest.approx((1.0 * (2 / 3) * 0.8) ** (1 / 3))
+
+
+def test_rouge_is_google_rouge_without_stemming():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    metric = get_metric("zs_rouge")
+    answer, prediction = "The crews discussed harbours.", "the crew discusses harbours, naïve 東京"
+    score = metric.score(prediction, [answer], (), "qmsum")
+    stemmed = RougeScorer(["rouge1"], use_stemmer=True).score(answer, prediction)["rouge1"].fmeasure
+    assert score["rouge1"] == RougeScorer(["rouge1"]).score(answer, prediction)["rouge1"].fmeasure
+    assert score["rouge1"] < stemmed
+
+
+def test_rouge_averages_before_the_geometric_mean():
+    metric = get_metric("zs_rouge")
+    scores = [
+        metric.score(prediction, answers, (), "qmsum")
+        for prediction, answers in zip(DOC_PREDICTIONS, DOC_ANSWERS, strict=True)
+    ]
+    means = [sum(score[kind] for score in scores) / 3 for kind in ("rouge1", "rouge2", "rougeL")]
+    assert metric.aggregate(scores) == round(100 * math.prod(means) ** (1 / 3), 4)
+    assert metric.aggregate(scores) > 100 * sum(score["score"] for score in scores) / 3
+
+
+def test_rouge_of_a_pair_without_bigrams_is_zero():
+    metric = get_metric("zs_rouge")
+    assert metric.aggregate([metric.score("boat", ["boat"], (), "qmsum")]) == 0.0
+
+
+def test_huge_numbers_stay_finite():
+    assert exp_similarity("9" * 400 + "%", "8" * 400 + "%") == 1.0  # both overflow to the same value
+    assert exp_similarity("9" * 400 + "%", "50%") == 0.0
+    assert concordance("1" * 5000, "1" * 5000) == 0.0
+
+
+def test_concordance_counts_pairs_like_lifelines():
+    # lifelines.utils.concordance_index gives 0.8 for this order: 8 of 10 pairs.
+    assert concordance("5, 3, 1, 2, 4", "5, 1, 3, 4, 2") == 0.8
+
+
+def test_geometric_mean():
+    assert geometric_mean([1.0, 8.0, 27.0]) == pytest.approx(6.0)
+
+
+def test_ten_tasks():
+    assert len(TASKS) == 10
+    assert all(get_metric(name) for name in TASKS.values())
