@@ -135,7 +135,7 @@ def named_config(name: str, **overrides: Any) -> ModelConfig:
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if name not in names:
         raise ConfigError(f"model={name} is unknown: choose one of {', '.join(names)}")
-    merged = OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), overrides)
+    merged: Any = OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), overrides)
     return ModelConfig.from_mapping({str(key): merged[key] for key in merged})
 
 
