@@ -48,8 +48,8 @@ class KVMerger(Policy):
             from the last token to the first. Exact anchored sets come from a per-head threshold found by bisection; of
             the sets then still too many, the closest neighbours are joined.
         scope: "head" forms sets per KV head; "layer" forms them once for all heads, from head-mean cosines and scores.
-        recent_fraction: share of the prompt's last tokens that is protected; None takes it from the budget: 0.17 at 0.5,
-            0.08 at 0.35, linear between, constant beyond.
+        recent_fraction: share of the prompt's last tokens that is protected; None takes it from the budget: 0.17 at
+            0.5, 0.08 at 0.35, linear between, constant beyond.
         topk_fraction: share of the prompt protected for its attention, among the older tokens; None as before: 0.12,
             0.02.
         whole_first_layers: first layers left uncompressed; their slots count towards the budget.

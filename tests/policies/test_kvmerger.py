@@ -205,6 +205,17 @@ def test_protected_tokens_survive_unmerged():
             assert torch.equal(compressed.keys[h, slot], layer.keys[h, position])
 
 
+def test_protected_tokens_that_cut_everything_apart_stay_within_the_budget():
+    layer = make_layer(1, 1, 60, correlated=True)
+    layer.column_sums = (torch.arange(60) % 2).float().unsqueeze(0)  # every other token is a heavy one
+    policy = KVMerger(recent_fraction=0.0, topk_fraction=0.4)
+    assert policy.protected_counts(60, 30) == (0, 14)  # 24 protected tokens would leave 25 runs and only 6 slots
+    compressed = policy.compress(layer, 30)
+    for position in range(33, 60, 2):
+        slot = compressed.positions[0].tolist().index(position)
+        assert torch.equal(compressed.values[0, slot], layer.values[0, position])
+
+
 def test_protection_schedule():
     def counts(budget: float, slots: int | None = None, **options) -> tuple[int, int]:
         return KVMerger(budget=budget, **options).protected_counts(1000, slots)
