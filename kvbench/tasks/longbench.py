@@ -64,10 +64,10 @@ class LongBench(Task):
             ConfigError: if the data set is not one of LongBench's.
             DataError: if a file is missing, malformed or (official configuration) does not match its checksum.
         """
-        if self.first_line_only != (self.category == "few_shot"):
+        if self.first_line_only != (self.category == "few-shot"):
             raise ConfigError(
                 f"first_line_only={self.first_line_only} for {self.dataset}, category {self.category!r}: the official "
-                "scorer takes the first line on few_shot data sets and on no others"
+                "scorer takes the first line on few-shot data sets and on no others"
             )
         prompts, lengths = official_config(self._official_folder())
         if self.base_dataset not in prompts:

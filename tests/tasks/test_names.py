@@ -35,7 +35,7 @@ def test_short_and_long_name_are_the_same_task(app_folder: Path) -> None:
     short = compose_task(app_folder, "task=samsum_e", "data.root=/rows", "data.official=/official")
     assert long == short
     assert long == LongBench(
-        name="samsum_e", dataset="samsum_e", language="en", category="few_shot", metric="rouge_l", chat=False,
+        name="samsum_e", dataset="samsum_e", language="en", category="few-shot", metric="rouge_l", chat=False,
         first_line_only=True, stop_newline=True, root="/rows", official="/official",
     )  # fmt: skip
 
@@ -62,9 +62,14 @@ def test_glob_sweeps_over_a_folder(app_folder: Path) -> None:
         "def main(config):\n    print('ran', config.task.name)\n"
         "main()\n"
     )
-    command = [sys.executable, str(script), "-m", "task=glob(longbench/*, exclude=*_e)", "hydra.sweep.dir=out"]
+    command = [
+        sys.executable,
+        str(script),
+        "-m",
+        "task=glob([longbench/l*, longbench/t*], exclude=*_e)",
+        "hydra.sweep.dir=out",
+    ]
     done = subprocess.run(command, cwd=app_folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     ran = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ran ")]
-    assert len(ran) == 21
-    assert {"qasper", "repobench-p", "2wikimqa"} <= set(ran)
+    assert ran == ["lcc", "lsht", "trec", "triviaqa"]

@@ -1,0 +1,203 @@
+"""LongBench: official prompts from real rows (where there are some), and every kind of bad row named."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from longbench_rows import row, stand_in_official, write_rows
+
+from kvbench.errors import ConfigError, DataError
+from kvbench.metrics.averages import CHINESE_CATEGORIES, ENGLISH_CATEGORIES
+from kvbench.metrics.longbench import DATASETS, FIRST_LINE_DATASETS
+from kvbench.tasks.fetched import LONGBENCH_DATASETS, LONGBENCH_E_DATASETS
+from kvbench.tasks.longbench import LongBench
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "task" / "longbench"
+# Official pred.py leaves these without a chat wrapper; its samsum branch stops at a newline too.
+NO_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+
+
+def config(name: str) -> dict[str, Any]:
+    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert values.pop("defaults") == ["/task/longbench/_base@_here_"]
+    return values
+
+
+def task(dataset: str, /, **fields: Any) -> LongBench:
+    return LongBench(**{"name": dataset, **config(dataset), **fields})
+
+
+@pytest.fixture
+def qasper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LongBench:
+    monkeypatch.delenv("KVBENCH_DATA", raising=False)
+    official = stand_in_official(tmp_path / "official", monkeypatch)
+    return task("qasper", root=str(tmp_path), official=str(official))
+
+
+def test_there_is_a_file_for_every_data_set() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.yaml")} - {"_base"}
+    assert names == {*LONGBENCH_DATASETS, *(f"{dataset}_e" for dataset in LONGBENCH_E_DATASETS)}
+    assert (len(LONGBENCH_DATASETS), len(LONGBENCH_E_DATASETS)) == (21, 13)
+
+
+@pytest.mark.parametrize("dataset", [*LONGBENCH_DATASETS, *(f"{dataset}_e" for dataset in LONGBENCH_E_DATASETS)])
+def test_files_agree_with_the_official_tables(dataset: str) -> None:
+    values, base = config(dataset), dataset.removesuffix("_e")
+    categories = CHINESE_CATEGORIES if values["language"] == "zh" else ENGLISH_CATEGORIES
+    assert values["dataset"] == dataset
+    assert values["metric"] == DATASETS[base][0]
+    assert base in {**categories, "extra": ()}[values["category"]]
+    assert values["chat"] == (base not in NO_CHAT)
+    assert values["first_line_only"] == (base in FIRST_LINE_DATASETS)
+    assert values["stop_newline"] == (base == "samsum")
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("dataset", LONGBENCH_DATASETS)
+def test_real_rows_render_as_the_official_code_does(dataset: str, shared_data: Path) -> None:
+    official = shared_data / "longbench_official"
+    rows_file = shared_data / "longbench_samples" / f"{dataset}.jsonl"
+    samples = task(dataset, root=str(rows_file.parent), official=str(official)).samples()
+    rows = [json.loads(line) for line in rows_file.read_bytes().splitlines()]
+    template = json.loads((official / "dataset2prompt.json").read_text(encoding="utf-8"))[dataset]
+    limit = json.loads((official / "dataset2maxlen.json").read_text())[dataset]
+    assert len(samples) == len(rows) >= 4
+    for sample, fields in zip(samples, rows, strict=True):
+        assert sample.prompt == template.format(**fields)
+        assert sample.id == fields["_id"]
+        assert sample.answers == tuple(fields["answers"])
+        assert sample.all_classes == tuple(fields["all_classes"] or ())
+        assert (sample.length, sample.max_new_tokens) == (fields["length"], limit)
+        assert (sample.truncation, sample.answer_prefix) == ("middle", "")
+        if fields["input"]:
+            assert sample.question_start is not None
+            before, after = sample.prompt[: sample.question_start], sample.prompt[sample.question_start :]
+            assert before.endswith(fields["context"])
+            assert fields["input"] in after
+        else:
+            assert sample.question_start is None
+
+
+@pytest.mark.shared
+def test_official_oddities_survive(shared_data: Path) -> None:
+    root, official = str(shared_data / "longbench_samples"), str(shared_data / "longbench_official")
+
+    def prompt(dataset: str) -> str:
+        return task(dataset, root=root, official=official).samples()[0].prompt
+
+    assert prompt("narrativeqa").count("asconcisely") == 2
+    assert prompt("passage_count").endswith("The final answer is: ")
+    assert prompt("lcc").endswith("Next line of code:\n")
+    assert "NEWLINE_CHAR" in prompt("multi_news")
+    samples = task("samsum", root=root, official=official).samples()
+    assert all(sample.stop_newline and sample.min_new_tokens == 1 and not sample.chat for sample in samples)
+
+
+def test_a_row_becomes_a_sample(qasper: LongBench, tmp_path: Path) -> None:
+    write_rows(tmp_path / "qasper.jsonl", row(1), row(2, input=""), row(3, answers=["only"]))
+    first, second, third = qasper.samples()
+    assert first.prompt == (
+        "Read this.\n\nClaim 1 is that braces {like} {0} are {input} safe."
+        "\n\n Now answer. \n\nQuestion: What is claim 1?\n\nAnswer:"
+    )
+    assert first.question_start is not None
+    assert first.prompt[first.question_start :] == "\n\n Now answer. \n\nQuestion: What is claim 1?\n\nAnswer:"
+    assert second.question_start is None
+    assert third.answers == ("only",)
+    assert (first.metric, first.max_new_tokens, first.chat, first.min_new_tokens) == ("qa_f1", 128, True, 0)
+    assert first.meta["category"] == "single-document QA"
+
+
+def test_limit_takes_the_first_rows(qasper: LongBench, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "qasper.jsonl", *(row(number) for number in range(5)))
+    limited = task("qasper", root=qasper.root, official=qasper.official, limit=2)
+    assert [sample.id for sample in limited.samples()] == ["id-0", "id-1"]
+
+
+def test_longbench_e_rows_use_the_prompts_of_the_plain_id(qasper: LongBench, tmp_path: Path) -> None:
+    write_rows(tmp_path / "qasper_e.jsonl", row(1), row(2, dataset="qasper_e"))
+    samples = task("qasper_e", root=qasper.root, official=qasper.official).samples()
+    assert [sample.dataset for sample in samples] == ["qasper_e", "qasper_e"]
+    assert samples[0].max_new_tokens == 128
+
+
+@pytest.mark.parametrize(
+    "field", ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
+)
+def test_a_missing_field_is_named(qasper: LongBench, tmp_path: Path, field: str) -> None:
+    path = write_rows(tmp_path / "qasper.jsonl", row(1), row(2, **{field: ...}))
+    with pytest.raises(DataError, match=f"field '{field}' is missing") as error:
+        qasper.samples()
+    assert str(error.value).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (row(2, input=None), "'input' must be a string"),
+        (row(2, context=["a"]), "'context' must be a string"),
+        (row(2, answers="a"), "'answers' must be a list of strings"),
+        (row(2, answers=[]), "'answers' is empty"),
+        (row(2, length="10"), "'length' must be a non-negative integer"),
+        (row(2, all_classes=[1]), "'all_classes' must be a list of strings"),
+        (row(2, dataset="hotpotqa"), "a row of 'hotpotqa', expected 'qasper'"),
+        (row(1), "_id 'id-1' was seen in line 1"),
+        (json.dumps(row(2)).replace("What", "\\ud800"), "lone surrogate"),
+        ('{"input": "cut', "malformed JSON"),
+        ("", "the line is empty"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_bad_row_is_named(qasper: LongBench, tmp_path: Path, bad: Any, problem: str) -> None:
+    path = write_rows(tmp_path / "qasper.jsonl", row(1), bad, row(3))
+    with pytest.raises(DataError, match=problem) as error:
+        qasper.samples()
+    assert f"{path}:2" in str(error.value)
+
+
+def test_classification_needs_its_classes(qasper: LongBench, tmp_path: Path) -> None:
+    write_rows(tmp_path / "trec.jsonl", row(1, dataset="trec", all_classes=["a", "b"]), row(2, dataset="trec"))
+    with pytest.raises(DataError, match=r"trec\.jsonl:2: field 'all_classes' is empty"):
+        task("trec", root=qasper.root, official=qasper.official).samples()
+
+
+def test_a_changed_official_file_is_refused(qasper: LongBench, tmp_path: Path) -> None:
+    write_rows(tmp_path / "qasper.jsonl", row(1))
+    changed = tmp_path / "official" / "dataset2prompt.json"
+    changed.write_text(changed.read_text().replace("Read", "Reed"))
+    found = hashlib.sha256(changed.read_bytes()).hexdigest()[:12]
+    with pytest.raises(DataError, match=f"dataset2prompt.json has SHA-256 {found}"):
+        qasper.samples()
+
+
+def test_no_data_says_where_it_looked(qasper: LongBench, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"qasper\.jsonl nor .*data/qasper\.jsonl exists; set data.root=DIR"):
+        qasper.samples()
+    elsewhere = task("qasper", root=str(tmp_path), official=str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"set data\.official=DIR"):
+        elsewhere.samples()
+
+
+def test_the_environment_names_the_folder(qasper: LongBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "data" / "qasper.jsonl", row(1))
+    (tmp_path / "official").rename(tmp_path / "config")  # found beside the rows
+    monkeypatch.setenv("KVBENCH_DATA", str(tmp_path))
+    assert [sample.id for sample in task("qasper").samples()] == ["id-1"]
+
+
+def test_without_any_folder_the_fetched_data_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVBENCH_DATA", raising=False)
+    monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with pytest.raises(DataError, match=r"longbench is not in the cache and cannot be fetched: .*HF_HUB_OFFLINE is"):
+        task("qasper").samples()
+
+
+def test_rules_that_the_scorer_fixes_cannot_be_configured_away(qasper: LongBench) -> None:
+    with pytest.raises(ConfigError, match="first_line_only=True for qasper"):
+        task("qasper", root=qasper.root, official=qasper.official, first_line_only=True).samples()
+    with pytest.raises(ConfigError, match="no data set 'nq'"):
+        task("qasper", root=qasper.root, official=qasper.official, dataset="nq").samples()
