@@ -48,10 +48,11 @@ class RaggedLayer:
         lengths: `(B, H_k)` int32, filled slots before the new token.
         bias: `(N_b,)` fp32 arena of logit biases, or None if no row has any.
         bias_offsets: `(B, H_k)` int64, first bias of each block, -1 for rows without bias.
-        attention: flat fp32 buffer for the attention rows of stepping rows (Triton version only), or None.
+        attention: flat fp32 buffer in which the Triton version forms attention rows, or None if no row wants any.
         attention_offsets: `(B,)` int64, where a row's `(H, length + 1)` attention begins, -1 if it is not wanted.
         max_slots: no block will ever hold more slots than this, the new token included: fixes the launch grid.
         blocks: the host's view of the same, one list of blocks per row.
+        attention_views: for each row that wants its attention the `(H, length + 1)` view of the buffer.
     """
 
     keys: Tensor
@@ -64,6 +65,7 @@ class RaggedLayer:
     attention_offsets: Tensor
     max_slots: int
     blocks: list[list[HeadBlock]] = field(default_factory=list)
+    attention_views: dict[int, Tensor] = field(default_factory=dict)
 
 
 def ragged_decode(
@@ -84,7 +86,7 @@ def ragged_decode(
     Raises:
         ValueError: if attention is asked of a row with ragged heads.
     """
-    output = torch.empty_like(query)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     wanted = set(attention_rows)
     attention: dict[int, Tensor] = {}
     for row, blocks in enumerate(layer.blocks):
@@ -101,11 +103,24 @@ def ragged_decode(
     return output, attention
 
 
+def write_token(new_keys: Tensor, new_values: Tensor, layer: RaggedLayer) -> None:
+    """Write the new token's key and value of every row and head to slot `length` of its block, in torch.
+
+    Args:
+        new_keys: `(B, H_k, 1, D)`.
+        new_values: likewise.
+        layer: where to write.
+    """
+    slots = (layer.offsets + layer.lengths).view(-1)
+    layer.keys.index_copy_(0, slots, new_keys.reshape(-1, new_keys.shape[-1]))
+    layer.values.index_copy_(0, slots, new_values.reshape(-1, new_values.shape[-1]))
+
+
 def _attend_block(query: Tensor, block: HeadBlock, scaling: float, output: Tensor) -> Tensor:
     """One block: writes `output`, shaped `(query heads, D)` like `query`, and returns the fp32 weights `(.., n)`."""
     n_slots = block.length + 1
     keys, values = block.keys[:, :n_slots], block.values[:, :n_slots]
-    grouped = query.view(keys.shape[0], -1, keys.shape[2])
+    grouped = query.reshape(keys.shape[0], -1, keys.shape[2])
     logits = torch.bmm(grouped, keys.transpose(1, 2)).float().mul_(scaling)
     if block.bias is not None:
         logits += block.bias[:, None, :n_slots]

@@ -11,11 +11,13 @@ decode step is then one forward pass over all rows and one `advance`:
     cache.advance()
 
 Nothing in a step depends on data, so the host knows every length beforehand: a step neither synchronises nor allocates
-by data, and with the Triton backend it can be captured in a CUDA graph.
+by data, and with the Triton backend it can be captured in a CUDA graph and replayed for every batch of equal
+`graph_key`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NoReturn
 
 import torch
@@ -23,11 +25,13 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.attention.backend import choose_backend
-from kvbench.attention.decode import RaggedLayer, ragged_decode
+from kvbench.cache.arena import Arena
 from kvbench.cache.layer import CacheLayer, RowExtent
-from kvbench.cache.tables import DeviceTables
+from kvbench.cache.sealed import SealedLayer, attention_elements, seal_layer
+from kvbench.cache.tables import DeviceTables, table_columns
 from kvbench.errors import ConfigError, ModelError
-from kvbench.policies.base import CompressedLayer, DecodeSlots, Policy
+from kvbench.policies.base import CompressedLayer, Policy
+from kvbench.policies.rows import RowsStepper, find_rows_stepper
 
 
 class _Row:
@@ -36,6 +40,7 @@ class _Row:
     def __init__(self, policy: Policy, position: int, room_tokens: int, n_layers: int):
         self.policy = policy
         self.position = position
+        self.room_tokens = room_tokens
         self.room = 1 if policy.steps else room_tokens
         self.new_tokens = 0
         self.extents: list[RowExtent | None] = [None] * n_layers
@@ -88,10 +93,12 @@ class RaggedCache(Cache):
         self._layers: list[CacheLayer | None] = [None] * n_layers
         self._tables: dict[torch.device, DeviceTables] = {}
         self._reserved_slots = 0
-        self._moves = 0
-        self._sealed: list[RaggedLayer] = []
-        self._steps: list[dict[int, DecodeSlots]] = []
+        self._attention: dict[torch.device, Arena] = {}
+        self._steppers: dict[torch.device, dict[type[Policy], RowsStepper | None]] = {}
+        self._sealed: list[SealedLayer] = []
         self._dirty = True
+        self._generation = 0
+        self._graph_key: Hashable = None
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 
@@ -106,8 +113,9 @@ class RaggedCache(Cache):
         Args:
             policy: the method; a policy that steps keeps its size, any other row grows by a slot per new token.
             position: position id of the first new token, that is the number of prompt tokens.
-            room_tokens: most new tokens the row will store (ignored for policies that step). A row that stays in the
-                batch beyond that overwrites its last slot: no other row is harmed, its further answers mean nothing.
+            room_tokens: most new tokens the row will store; a policy that steps needs no room for them. A row that
+                stays in the batch beyond that overwrites its last slot: no other row is harmed, its further answers
+                mean nothing.
 
         Returns:
             The row's index.
@@ -122,8 +130,8 @@ class RaggedCache(Cache):
             raise ConfigError(
                 f"row {len(self._rows) + 1} exceeds max_rows={self.max_rows}: decode fewer arms at once or raise it"
             )
+        self._change()
         self._rows.append(_Row(policy, position, room_tokens, self.n_layers))
-        self._dirty = True
         return len(self._rows) - 1
 
     def reserve(self, slots_per_layer: int) -> None:
@@ -148,19 +156,21 @@ class RaggedCache(Cache):
 
         Raises:
             ValueError: if shapes or dtype do not fit the model, the row's layer is written already, or a policy that
-                steps returns ragged heads or a bias on them that cannot move along.
+                steps returns ragged heads.
+            ConfigError: if the backend asked for cannot run on the layer's device.
         """
-        record = self._rows[row]
+        record, device = self._rows[row], layer.keys.device
         self._check(layer_index, row, layer)
+        self._change()
         if self._layers[layer_index] is None:
-            self._layers[layer_index] = CacheLayer(self.head_dim, self.dtype, layer.keys.device)
+            self.backends.add(choose_backend(self.backend, device))
+            self._layers[layer_index] = CacheLayer(self.head_dim, self.dtype, device)
             self._reserve(self._layer(layer_index))
-            if layer.keys.device not in self._tables:
-                self._tables[layer.keys.device] = DeviceTables(
-                    self.n_layers, self.max_rows, self.n_kv_heads, layer.keys.device
-                )
+        if device not in self._tables:
+            self._tables[device] = DeviceTables(self.n_layers, self.max_rows, self.n_kv_heads, device)
+            self._attention[device] = Arena((), torch.float32, device)
+            self._steppers[device] = {}
         record.extents[layer_index] = self._layer(layer_index).write(layer, record.room)
-        self._dirty = True
 
     def keep_rows(self, rows: list[int]) -> None:
         """Shrink the batch to some of its rows, which are renumbered in the order given.
@@ -175,16 +185,15 @@ class RaggedCache(Cache):
         """
         if len(set(rows)) != len(rows) or any(not 0 <= row < len(self._rows) for row in rows):
             raise ValueError(f"rows {rows} are not distinct indices below {len(self._rows)}")
+        self._change()
         self._rows = [self._rows[row] for row in rows]
-        self._dirty = True
 
     def clear(self) -> None:
         """Drop all rows; storage stays allocated at its addresses for the next batch."""
-        self._rows = []
-        for layer in self._layers:
-            for arena in layer.arenas if layer is not None else ():
-                arena.clear()
         self._dirty = True
+        self._rows = []
+        for arena in self._arenas():
+            arena.clear()
 
     def row_slots(self, row: int) -> list[int]:
         """Prompt slots kept in each layer, summed over KV heads."""
@@ -203,7 +212,7 @@ class RaggedCache(Cache):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all arenas, whether in use or not."""
-        return sum(a.allocated_bytes for layer in self._layers if layer is not None for a in layer.arenas)
+        return sum(arena.allocated_bytes for arena in self._arenas())
 
     # ---- decode steps ----------------------------------------------------------------------------------------------
 
@@ -246,10 +255,7 @@ class RaggedCache(Cache):
         expected = (len(self._rows), self.n_kv_heads, 1, self.head_dim)
         if tuple(key_states.shape) != expected:
             raise ValueError(f"new keys have shape {tuple(key_states.shape)}, the batch needs {expected}")
-        layer = self._sealed[layer_idx]
-        slots = (layer.offsets + layer.lengths).view(-1)
-        layer.keys.index_copy_(0, slots, key_states.reshape(-1, self.head_dim))
-        layer.values.index_copy_(0, slots, value_states.reshape(-1, self.head_dim))
+        self._sealed[layer_idx].write(key_states, value_states)
         return key_states, value_states
 
     def attend(
@@ -275,20 +281,16 @@ class RaggedCache(Cache):
             `(B, 1, H, D)`.
 
         Raises:
-            ModelError: if a row has seen more tokens than the layer's window: its slots no longer tell their distance.
+            ModelError: if prompt and new tokens of a row do not fit into the layer's window: its slots do not tell how
+                far back they are.
+            RuntimeError: if a step of the torch backend is captured in a CUDA graph: its lengths are the host's.
         """
-        if sliding_window is not None and self.get_seq_length() + 1 > sliding_window:
-            raise ModelError(
-                f"{self.get_seq_length() + 1} tokens exceed layer {layer_index}'s sliding window of {sliding_window}: "
-                "set max_prompt_tokens so that prompt and answer fit into the window"
-            )
-        steps = self._steps[layer_index]
-        output, attention = ragged_decode(query.squeeze(2), self._sealed[layer_index], scaling, tuple(steps))
-        for row, slots in steps.items():
-            for state in slots.state.values():
-                state[:, -1] = 0
-            self._rows[row].policy.step(slots, attention[row])
-        return output.unsqueeze(1)
+        if sliding_window is not None:
+            self._check_window(layer_index, sliding_window)
+        sealed = self._sealed[layer_index]
+        if sealed.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the torch backend cannot be captured in a CUDA graph: ask `capturable` first")
+        return sealed.attend(query.squeeze(2), scaling).unsqueeze(1)
 
     def advance(self) -> None:
         """Go on to the next token after a forward pass: lengths, positions and step counters, on device and host."""
@@ -296,30 +298,52 @@ class RaggedCache(Cache):
         self.count_step()
 
     def advance_device(self) -> None:
-        """The device's half of `advance`: what belongs into a captured step."""
+        """The device's half of `advance`, without the host's: see `count_step`."""
         for tables in self._tables.values():
             tables.advance()
 
     def count_step(self) -> None:
-        """The host's half of `advance`: to be called after each replay of a captured step."""
+        """The host's half of `advance`.
+
+        A replayed step need not call it: whenever the batch changes, and for `room_left`, the cache asks the device how
+        far its rows are. Only the torch backend reads the host's lengths in a step.
+        """
         for index, row in enumerate(self._rows):
             before = row.grown
             row.new_tokens += 1
             if row.grown == before or self._dirty:
                 continue
             for layer in self._sealed:
-                for block in layer.blocks[index]:
+                for block in layer.ragged.blocks[index]:
                     block.length += 1
 
     def room_left(self, row: int) -> int | None:
         """New tokens a row can still store; None for a row that steps, which always can."""
+        self._pull_steps()
         record = self._rows[row]
         return None if record.policy.steps else record.room - record.new_tokens
 
     @property
+    def capturable(self) -> bool:
+        """Whether a step may be captured in a CUDA graph: all layers use Triton and lie on one device."""
+        return self.backends == {"triton"} and len(self._tables) == 1
+
+    @property
+    def graph_key(self) -> Hashable:
+        """Equal for two batches if a step captured with one of them may be replayed with the other.
+
+        Covers the number of rows, the policies' kinds, the launch grids and all addresses; lengths, positions and
+        offsets may differ.
+        """
+        self.prepare()
+        return self._graph_key
+
+    @property
     def generation(self) -> int:
-        """Grows whenever an address that a captured step could use has changed."""
-        return self._moves + sum(a.moves for layer in self._layers if layer is not None for a in layer.arenas)
+        """Grows whenever `graph_key` changes, so whenever a step captured before must not be replayed as it is."""
+        if self._rows:
+            self.prepare()
+        return self._generation
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -357,59 +381,69 @@ class RaggedCache(Cache):
         if layer.lengths is not None and policy.steps:
             raise ValueError(f"{policy.name} steps and returns ragged heads: a step needs heads of equal length")
 
+    def _check_window(self, layer_index: int, sliding_window: int) -> None:
+        needed = max(row.position + row.room_tokens for row in self._rows)
+        if needed > sliding_window:
+            raise ModelError(
+                f"{needed} prompt and new tokens exceed layer {layer_index}'s sliding window of {sliding_window}: "
+                "lower max_prompt_tokens so that both fit into the window"
+            )
+
+    def _arenas(self) -> list[Arena]:
+        layers = [arena for layer in self._layers if layer is not None for arena in layer.arenas]
+        return layers + list(self._attention.values())
+
+    def _change(self) -> None:
+        """The batch is about to change: note how far its rows are; before the next step look everything up again."""
+        self._pull_steps()
+        self._dirty = True
+
+    def _pull_steps(self) -> None:
+        """Ask the device how many tokens the rows have seen, since replayed steps pass the host by."""
+        if not self._dirty:
+            seen = self._tables[self._layer(0).device].step_index[: len(self._rows)].tolist()
+            for row, new_tokens in zip(self._rows, seen, strict=True):
+                row.new_tokens = new_tokens
+
     def _seal(self) -> None:
-        """Build the device tables and the host's views from the rows' extents."""
+        """Fill the device tables and look up what every layer's steps need."""
         if not self._rows:
             raise RuntimeError("the cache has no rows: add and write rows before decoding")
+        policies, grown = [row.policy for row in self._rows], [row.grown for row in self._rows]
         by_layer = list(zip(*(self._extents(row) for row in range(len(self._rows))), strict=True))
-        grown = [row.grown for row in self._rows]
-
-        def table(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype)
-
-        columns = {
-            "offsets": table([[e.offsets for e in extents] for extents in by_layer]),
-            "lengths": table(
-                [[[n + g for n in e.lengths] for e, g in zip(extents, grown, strict=True)] for extents in by_layer],
-                torch.int32,
-            ),
-            "limits": table(
-                [[[n + e.room - 1 for n in e.lengths] for e in extents] for extents in by_layer], torch.int32
-            ),
-            "bias_offsets": table([[e.bias_offsets for e in extents] for extents in by_layer]),
-            "step_index": table([row.new_tokens for row in self._rows]),
-            "position_ids": table([[row.position + row.new_tokens] for row in self._rows]),
-        }
-        for tables in self._tables.values():
+        elements = [attention_elements(policies, extents, self.n_query_heads) for extents in by_layer]
+        for index, layer_elements in enumerate(elements):
+            self._attention[self._layer(index).device].reserve(sum(layer_elements))
+        columns = table_columns(by_layer, grown, elements)
+        columns["step_index"] = torch.tensor([row.new_tokens for row in self._rows])
+        columns["position_ids"] = torch.tensor([[row.position + row.new_tokens] for row in self._rows])
+        for device, tables in self._tables.items():
             tables.fill(**columns)
-        self._sealed = [self._ragged_layer(index, list(extents)) for index, extents in enumerate(by_layer)]
-        self._steps = [self._decode_slots(index, list(extents)) for index, extents in enumerate(by_layer)]
-
-    def _ragged_layer(self, index: int, extents: list[RowExtent]) -> RaggedLayer:
-        layer, n_rows = self._layer(index), len(extents)
-        tables = self._tables[layer.device]
-        self.backends.add(choose_backend(self.backend, layer.device))
-        return RaggedLayer(
-            keys=layer.keys.storage,
-            values=layer.values.storage,
-            offsets=tables.offsets[index, :n_rows],
-            lengths=tables.lengths[index, :n_rows],
-            bias=layer.bias.storage if any(e.bias_offset >= 0 for e in extents) else None,
-            bias_offsets=tables.bias_offsets[index, :n_rows],
-            attention=None,
-            attention_offsets=tables.attention_offsets[index, :n_rows],
-            max_slots=max(e.max_slots for e in extents),
-            blocks=[layer.blocks(e, row.grown) for e, row in zip(extents, self._rows, strict=True)],
-        )
-
-    def _decode_slots(self, index: int, extents: list[RowExtent]) -> dict[int, DecodeSlots]:
-        layer = self._layer(index)
-        step_index = self._tables[layer.device].step_index
-        return {
-            row: layer.decode_slots(extent, step_index[row])
-            for row, extent in enumerate(extents)
-            if self._rows[row].policy.steps
-        }
+            for policy in policies:
+                if policy.steps and type(policy) not in self._steppers[device]:
+                    self._steppers[device][type(policy)] = find_rows_stepper(
+                        type(policy), self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, device
+                    )
+        self._sealed = [
+            seal_layer(
+                index,
+                layer := self._layer(index),
+                choose_backend(self.backend, layer.device),
+                policies,
+                extents,
+                grown,
+                self._tables[layer.device],
+                self._attention[layer.device].storage,
+                self.n_query_heads,
+                self._steppers[layer.device],
+            )
+            for index, extents in enumerate(by_layer)
+        ]
+        addresses = tuple(arena.moves for arena in self._arenas())
+        key = (len(self._rows), addresses, tuple(layer.key for layer in self._sealed))
+        if key != self._graph_key:
+            self._graph_key = key
+            self._generation += 1
 
     # ---- transformers' view ----------------------------------------------------------------------------------------
 

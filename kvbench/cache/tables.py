@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
+
+from kvbench.cache.layer import RowExtent
 
 
 class DeviceTables:
@@ -53,3 +58,31 @@ class DeviceTables:
         torch.minimum(self.lengths + 1, self.limits, out=self.lengths)
         self.step_index.add_(1)
         self.position_ids.add_(1)
+
+
+def table_columns(
+    by_layer: Sequence[Sequence[RowExtent]], grown: Sequence[int], attention_elements: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """Host tables of where the rows lie.
+
+    Args:
+        by_layer: for each layer the extents of the rows.
+        grown: slots that new tokens have added to each row.
+        attention_elements: for each layer the attention weights each row needs a buffer for, 0 for none.
+
+    Returns:
+        The tables `offsets`, `lengths`, `limits`, `bias_offsets` and `attention_offsets` of `DeviceTables`, for B rows.
+    """
+    kept = torch.tensor([[extent.lengths for extent in extents] for extents in by_layer], dtype=torch.int32)
+    room = torch.tensor([[[extent.room] for extent in extents] for extents in by_layer], dtype=torch.int32)
+    starts = [
+        [start if count else -1 for start, count in zip(accumulate(counts, initial=0), counts, strict=False)]
+        for counts in attention_elements
+    ]
+    return {
+        "offsets": torch.tensor([[extent.offsets for extent in extents] for extents in by_layer]),
+        "lengths": kept + torch.tensor(grown, dtype=torch.int32).view(1, -1, 1),
+        "limits": kept + room - 1,
+        "bias_offsets": torch.tensor([[extent.bias_offsets for extent in extents] for extents in by_layer]),
+        "attention_offsets": torch.tensor(starts),
+    }

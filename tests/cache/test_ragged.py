@@ -273,11 +273,11 @@ def test_a_row_past_its_room_harms_no_other():
         cache.update(new[0], new[1], 0)
         cache.attend(0, new[0], new[0], new[1], 1.0)
         cache.advance()
-    blocks = cache._sealed[0].blocks[1][0]
+    blocks = cache._sealed[0].ragged.blocks[1][0]
     assert torch.equal(blocks.keys[:, :9], long.keys)
     assert blocks.length == 15
-    assert cache._sealed[0].lengths.tolist() == [[6, 6], [15, 15]]
-    assert cache._sealed[0].blocks[0][0].length == 6
+    assert cache._sealed[0].ragged.lengths.tolist() == [[6, 6], [15, 15]]
+    assert cache._sealed[0].ragged.blocks[0][0].length == 6
     assert cache.room_left(0) == -4
 
 
@@ -310,12 +310,36 @@ def test_reserve_fixes_the_addresses():
     cache.reserve(2000)
     for _ in range(3):
         cache.write(0, cache.add_row(Whole(), 50, 8), random_layer(2, 50))
-    assert cache._layers[0].keys.capacity == 2048
-    assert cache.generation == 2  # the first allocation of keys and of values
-    kept = cache._layers[0].keys.storage[:116].clone()
+    arena = cache._layers[0].keys
+    assert (arena.capacity, arena.moves) == (2048, 1)
+    kept = arena.storage[:50].clone()
     cache.write(0, cache.add_row(Whole(), 900, 8), random_layer(2, 900))
-    assert cache.generation == 4
-    assert torch.equal(cache._layers[0].keys.storage[:50], kept[:50])
+    assert (arena.capacity, arena.moves) == (2304, 2)
+    assert torch.equal(arena.storage[:50], kept)
+
+
+def test_generation_and_graph_key_tell_when_a_captured_step_is_stale():
+    cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
+    cache.reserve(2000)
+
+    def batch(*lengths, room=8):
+        cache.clear()
+        for length in lengths:
+            cache.write(0, cache.add_row(Whole(), length, room), random_layer(2, length))
+        return cache.generation, cache.graph_key
+
+    first = batch(250, 100)
+    assert batch(250, 100) == first
+    assert batch(300, 30) == first  # other lengths, same launch grid
+    three = batch(250, 100, 100)
+    assert three[0] > first[0]
+    assert three[1] != first[1]
+    again = batch(250, 100)
+    assert again[1] == first[1]
+    assert again[0] > three[0]
+    moved = batch(1250, 100)
+    assert moved[1] != first[1]
+    assert batch(250, 100)[1] != first[1]
 
 
 def test_is_a_transformers_cache():
@@ -360,13 +384,27 @@ def test_refusals():
         RaggedCache(1, 3, 2, HEAD_DIM, torch.float32)
 
 
-def test_sliding_window_is_refused_once_it_is_exceeded():
+def test_sliding_window_is_refused_before_it_is_exceeded():
     cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
     cache.write(0, cache.add_row(Whole(), 5, 3), random_layer(2, 5))
     new = torch.randn(1, 2, 1, HEAD_DIM)
     cache.update(new, new, 0)
-    cache.attend(0, new, new, new, 1.0, sliding_window=6)
-    cache.advance()
-    cache.update(new, new, 0)
-    with pytest.raises(ModelError, match="sliding window of 6"):
-        cache.attend(0, new, new, new, 1.0, sliding_window=6)
+    cache.attend(0, new, new, new, 1.0, sliding_window=8)
+    with pytest.raises(ModelError, match="8 prompt and new tokens exceed layer 0's sliding window of 7"):
+        cache.attend(0, new, new, new, 1.0, sliding_window=7)
+
+
+def test_replayed_steps_are_counted_by_the_device():
+    """A replayed graph runs only the device's half of `advance`; the host catches up when the batch changes."""
+    cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
+    for length in (5, 7):
+        cache.write(0, cache.add_row(Whole(), length, 6), random_layer(2, length))
+    cache.prepare()
+    for _ in range(4):
+        cache.advance_device()
+    assert cache.room_left(1) == 2
+    cache.keep_rows([1])
+    cache.prepare()
+    assert cache.position_ids.tolist() == [[11]]
+    assert cache._sealed[0].ragged.lengths.tolist() == [[11, 11]]
+    assert cache._sealed[0].ragged.blocks[0][0].length == 11
