@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
@@ -71,9 +72,17 @@ def load_checkpoint(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
         with no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe, **placement)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model folder {folder} cannot be loaded ({error}): check that it is complete") from error
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"model folder {folder} cannot be loaded ({error}): check that it is complete and fits this machine"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
+        raise ModelError(
+            f"model folder {folder} lacks {len(missing)} weights ({missing[0]}): download all its *.safetensors files"
+        )
     return model, tokenizer
 
 

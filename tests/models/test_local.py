@@ -1,0 +1,126 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from kvbench.errors import ModelError
+from kvbench.models.config import named_config
+from kvbench.models.load import load_model
+from kvbench.models.local import no_progress_bar
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_gqa, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_gqa.model.save_pretrained(folder)
+    tiny_gqa.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def load(folder, **overrides):
+    return load_model(named_config("llama2-7b-chat", path=str(folder), **overrides), device="cpu")
+
+
+def test_a_folder_loads_under_any_configuration(tiny_gqa, folder):
+    loaded = load(folder)
+    input_ids = torch.tensor([tiny_gqa.tokenizer("any text")["input_ids"]])
+    assert torch.equal(loaded.model(input_ids).logits, tiny_gqa.model(input_ids).logits)
+    assert loaded.tokenizer("any text")["input_ids"] == input_ids[0].tolist()
+    assert (loaded.name, loaded.chat_format, loaded.max_prompt_tokens) == ("llama2-7b-chat", "llama2", 3500)
+    assert loaded.source == str(folder)
+    assert loaded.max_context_tokens == tiny_gqa.max_context_tokens
+
+
+def test_dtype_is_applied(folder):
+    assert load(folder, dtype="bfloat16").model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ModelError, match="is no folder"):
+        load(tmp_path / "absent")
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"only pickled weights \(pytorch_model\.bin\).*convert"):
+        load(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no \*\.safetensors file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_no_readable_config(folder, text):
+    (folder / "config.json").unlink()
+    if text:
+        (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"no readable config\.json"):
+        load(folder)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_code_beside_the_weights_is_never_run(folder):
+    edit_config(folder, model_type="own", auto_map={"AutoModelForCausalLM": "own.Own", "AutoConfig": "own.OwnConfig"})
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError, match=r"model_type 'own'.*its own Python code"):
+        load(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_known_model_types_ignore_code_beside_the_weights(folder):
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "own.Own"})
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    assert type(load(folder).model).__name__ == "LlamaForCausalLM"
+    assert not (folder / "ran").exists()
+
+
+def test_broken_weights_are_one_line(folder):
+    (folder / "model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder)
+
+
+def test_missing_weights_are_not_replaced_by_random_ones(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights \(model\.layers\.1\.self_attn\.k_proj\.weight\)"):
+        load(folder)
+
+
+def test_missing_template_names_the_remedy(folder):
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=r"model\.chat_format=none"):
+        load(folder, chat_format="template")
+    assert load(folder, chat_format="none").tokenizer.chat_template is None
+
+
+def test_progress_bar_setting_is_restored():
+    assert logging.is_progress_bar_enabled()
+    shown = []
+
+    def fail():
+        with no_progress_bar():
+            shown.append(logging.is_progress_bar_enabled())
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail()
+    assert shown == [False]
+    assert logging.is_progress_bar_enabled()
