@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvbench.attention.backend import choose_backend
 from kvbench.errors import BudgetError
-from kvbench.policies import segments
+from kvbench.policies import merging, segments
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy
 from kvbench.policies.counter_rng import counter_uniform
 from kvbench.policies.full import whole_layer
-from kvbench.policies.merging import merge_segments
 from kvbench.policies.options import (
     GROUP_REDUCTIONS,
     reduce_groups,
@@ -182,17 +182,17 @@ class KVMerger(Policy):
         if self.is_whole(layer.layer_index, layer.n_layers) or (self.exact_budget and budget_tokens >= layer.n_tokens):
             return whole_layer(layer)
         scores = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
-        links = self.links(layer.keys, scores, budget_tokens if self.exact_budget else None)
-        lengths, n_slots = None, budget_tokens
-        if not self.exact_budget:
-            lengths = (~links).sum(1)
-            n_slots = int(lengths.max())
+        triton = choose_backend(self.backend, layer.keys.device) == "triton"
+        starts, lengths = self.sets(layer.keys, scores, budget_tokens, triton)
+        merge_segments = merging.merge_segments
+        if triton:
+            from kvbench.policies.kvmerger_triton import merge_segments
         merged = merge_segments(
             layer.keys,
             layer.values,
             self.pivot_scores(scores, layer),
-            segments.segment_starts(links, n_slots),
-            sigma=self.sigma,
+            starts,
+            sigma=float(self.sigma),
             mean_distance=self.sigma_mode == "mean_distance",
             scale_values=self.value_scale == "count",
             merge=self.merge,
@@ -202,34 +202,41 @@ class KVMerger(Policy):
             bias = merged.counts.clamp_min(1).log()
         return CompressedLayer(merged.keys, merged.values, merged.pivots, lengths=lengths, bias=bias)
 
-    def links(self, keys: Tensor, scores: Tensor, n_slots: int | None) -> Tensor:
-        """Decide which tokens belong to the set of their predecessor.
+    def sets(self, keys: Tensor, scores: Tensor, budget_tokens: int, triton: bool) -> tuple[Tensor, Tensor | None]:
+        """Divide the tokens of every head into sets of neighbours.
 
         Args:
             keys: `(H_k, T, D)`.
             scores: `(H_k, T)` fp32, aggregated attention.
-            n_slots: sets per head, or None for the fixed threshold.
+            budget_tokens: sets per head; not used in threshold mode.
+            triton: use the kernels (exact chains have one, the default; the other forms are torch on every device).
 
         Returns:
-            `(H_k, T)` bool.
+            `(H_k, m + 1)` int64, where the sets begin (see `segments.segment_starts`), and the sets per head `(H_k,)`
+            int64 if they differ, else None.
         """
         share = self.scope == "layer"
         if share:
             scores = scores.mean(0, keepdim=True)
-        n_tokens = keys.shape[1]
-        protected = segments.protected_tokens(scores, *self.protected_counts(n_tokens, n_slots))
+        n_heads, n_tokens, _ = keys.shape
+        protection = self.protected_counts(n_tokens, budget_tokens if self.exact_budget else None)
+        if self.exact_budget and self.linkage == "chain":
+            exact_chain_starts = segments.exact_chain_starts
+            if triton:
+                from kvbench.policies.segments_triton import exact_chain_starts
+            return exact_chain_starts(keys, scores, *protection, budget_tokens, share), None
+        protected = segments.protected_tokens(scores, *protection)
         units = segments.unit_keys(keys)
-        if self.linkage == "anchor" and n_slots is None:
-            links = segments.anchored_links(units, protected, torch.tensor(self.threshold), share)
-        elif self.linkage == "anchor" and n_slots is not None:
-            links = segments.exact_anchored_links(units, protected, n_slots, share)
+        if self.exact_budget:
+            links = segments.exact_anchored_links(units, protected, budget_tokens, share)
+            return segments.segment_starts(links.expand(n_heads, -1), budget_tokens), None
+        if self.linkage == "anchor":
+            links = segments.anchored_links(units, protected, self.threshold, share)
         else:
-            cosines = segments.mergeable_cosines(units, protected, share)
-            if n_slots is None:
-                links = cosines > self.threshold
-            else:
-                links = segments.largest_by_recency(cosines, n_tokens - n_slots)
-        return links.expand(keys.shape[0], -1)
+            links = segments.mergeable_cosines(units, protected, share) > self.threshold
+        links = links.expand(n_heads, -1)
+        lengths = (~links).sum(1)
+        return segments.segment_starts(links, int(lengths.max())), lengths
 
     def pivot_scores(self, scores: Tensor, layer: LayerStates) -> Tensor:
         """Scores whose maximum in a set is its pivot (ties: the latest token), `(H_k, T)` fp32."""

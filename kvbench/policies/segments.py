@@ -82,7 +82,7 @@ def mergeable_cosines(units: Tensor, protected: Tensor, share_heads: bool) -> Te
     return cosines
 
 
-def anchored_links(units: Tensor, protected: Tensor, threshold: Tensor, share_heads: bool) -> Tensor:
+def anchored_links(units: Tensor, protected: Tensor, threshold: float | Tensor, share_heads: bool) -> Tensor:
     """Link each token to its set's anchor while it is similar to it.
 
     The scan runs from the last token to the first: a token joins the current set if its cosine with the token the set
@@ -95,7 +95,7 @@ def anchored_links(units: Tensor, protected: Tensor, threshold: Tensor, share_he
     Args:
         units: `(H, T, D)` fp32, from `unit_keys`.
         protected: `(H, T)` bool, or `(1, T)` if heads share.
-        threshold: `(H, 1)`, `(1, 1)` or scalar.
+        threshold: cosine, one number or `(H, 1)` (`(1, 1)` if heads share).
         share_heads: average the cosines over the heads.
 
     Returns:
@@ -159,3 +159,27 @@ def segment_starts(links: Tensor, n_slots: int) -> Tensor:
     columns = torch.where(links, n_slots, (~links).cumsum(1) - 1)
     starts = torch.full((n_heads, n_slots + 1), n_tokens, device=links.device)
     return starts.scatter_(1, columns, torch.where(links, n_tokens, tokens))
+
+
+def exact_chain_starts(
+    keys: Tensor, scores: Tensor, n_recent: int, n_top: int, n_slots: int, share_heads: bool
+) -> Tensor:
+    """Chained sets that are exactly `n_slots` per head: the closest adjacent pairs are linked (ties: the later pair).
+
+    The twin of `kvbench.policies.segments_triton.exact_chain_starts`.
+
+    Args:
+        keys: `(H, T, D)`.
+        scores: `(H, T)` fp32, aggregated attention; `(1, T)` if heads share.
+        n_recent: protected last tokens.
+        n_top: protected tokens of highest score among the older ones.
+        n_slots: sets per head; at least `n_recent + 2 n_top + 1`, or T, so that enough pairs may be linked.
+        share_heads: one division for all heads, from cosines averaged over them.
+
+    Returns:
+        `(H, n_slots + 1)` int64, as from `segment_starts`.
+    """
+    protected = protected_tokens(scores, n_recent, n_top)
+    cosines = mergeable_cosines(unit_keys(keys), protected, share_heads)
+    links = largest_by_recency(cosines, keys.shape[1] - n_slots)
+    return segment_starts(links, n_slots).expand(keys.shape[0], -1)
