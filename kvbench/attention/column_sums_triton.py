@@ -167,7 +167,8 @@ def _add_blocks(  # type: ignore[no-untyped-def]
     for start in range(first_query, stop_query, BLOCK_QUERIES):
         rows = start + offsets
         inside = rows < n_tokens
-        pointers = query_ptr + rows[:, None].to(tl.int64) * stride_query_token + dims[None, :]
+        base = query_ptr + tl.cast(start, tl.int64) * stride_query_token
+        pointers = base + (offsets[:, None] * stride_query_token + dims[None, :])
         if HEAD_DIM == BLOCK_DIM:
             block = tl.load(pointers, mask=inside[:, None], other=0.0)
         else:
@@ -183,7 +184,8 @@ def _add_blocks(  # type: ignore[no-untyped-def]
     return acc
 
 
-@triton.jit
+# Not specialised on the numbers that change from prompt to prompt: one compilation serves every length.
+@triton.jit(do_not_specialize=["n_tokens", "n_query_heads", "group_size", "stride_log_sum_exp_head"])
 def _column_sums_kernel(  # type: ignore[no-untyped-def]
     query_ptr,
     keys_ptr,
