@@ -59,14 +59,22 @@ def main() -> int:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us whole: we print one line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     n_failed = 0
+    refused: KvbenchError | None = None
 
     def job(config: DictConfig) -> None:
-        nonlocal n_failed
-        n_failed += run(config)
+        nonlocal n_failed, refused
+        if refused is not None:  # a sweep ends at its first impossible job
+            return
+        try:
+            n_failed += run(config)
+        except KvbenchError as error:  # kept from Hydra, which would add lines of its own
+            refused = error
 
     try:
         register()
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
+        if refused is not None:
+            raise refused
     except KvbenchError as error:
         print(f"kvbench: {error}", file=sys.stderr)
         return EXIT_MEND

@@ -135,10 +135,12 @@ def _instantiate(node: DictConfig, name: str, kind: type) -> Any:
     try:
         made = hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
-        cause = error.__cause__
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, KvbenchError):
+            cause = cause.__cause__
         if isinstance(cause, KvbenchError):
             raise cause from None
-        raise ConfigError(f"{name} cannot be built: {str(cause or error).splitlines()[0]}") from error
+        raise ConfigError(f"{name} cannot be built: {cause}") from error
     if not isinstance(made, kind):
         raise ConfigError(f"{name}._target_={node._target_} is a {type(made).__name__}, not a {kind.__name__}")
     return made

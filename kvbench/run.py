@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -170,7 +171,7 @@ def _failed(sample: Sample, arm: Arm, reason: str) -> Record:
     return Record(**_identity(sample, arm), status="failed", reason=reason)
 
 
-def _identity(sample: Sample, arm: Arm) -> dict[str, object]:
+def _identity(sample: Sample, arm: Arm) -> dict[str, Any]:
     """The fields every record of a sample has, failed or not."""
     return {
         "sample": sample.id,

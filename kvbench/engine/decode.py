@@ -7,8 +7,9 @@ when that makes the batch much smaller, and stops when no row is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from kvbench.engine.strands import Strand, reference_rows
 from kvbench.models.load import LoadedModel
 
 EAGER_STEPS = 2  # steps before a shape is captured: they compile kernels and fill library workspaces
+MAX_CAPTURES = 8
 
 
 @dataclass
@@ -82,6 +84,14 @@ class _Tables:
         self.step.fill_(first_step)
 
 
+@dataclass
+class _Captured:
+    """A step of one batch shape: run eagerly a few times, then captured."""
+
+    eager_steps: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+
+
 class DecodeLoop:
     """Decodes batches of strands whose prompts are in a `RaggedCache`.
 
@@ -98,9 +108,8 @@ class DecodeLoop:
         self.cuda_graphs = cuda_graphs and loaded.device.type == "cuda" and len(devices) == 1
         self.check_every = check_every if loaded.device.type == "cuda" else 1  # a look costs nothing on a CPU
         self._tables: _Tables | None = None
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._graph_generation = -1
-        self._eager_steps: dict[tuple[int, int], int] = {}
+        self._captured: dict[tuple[Hashable, int], _Captured] = {}
+        self._pool: Any = None
         self.replayed_steps = 0
 
     def run(self, strands: list[Strand]) -> list[Decoded]:
@@ -152,31 +161,38 @@ class DecodeLoop:
             capacity = 1 << (n_steps - 1).bit_length()
             tables = _Tables(self.cache.max_rows, capacity, max(max_stops, 4), self.loaded.device)
             self._tables = tables
-            self._graphs.clear()
+            self._captured.clear()
         return tables
 
     def _step(self, tables: _Tables, n_rows: int, n_forced: int) -> None:
-        if self._graph_generation != self.cache.generation:  # an address in a captured graph is stale
-            self._graphs.clear()
-            self._eager_steps.clear()
-            self._graph_generation = self.cache.generation
-        shape = (n_rows, n_forced)
-        if not self.cuda_graphs or self._eager_steps.get(shape, 0) < EAGER_STEPS:
-            self._eager_steps[shape] = self._eager_steps.get(shape, 0) + 1
+        if not self.cuda_graphs:
             self._forward(tables, n_rows, n_forced)
             self.cache.count_step()
             return
-        if shape not in self._graphs:
-            self._graphs[shape] = self._capture(lambda: self._forward(tables, n_rows, n_forced))
-        self._graphs[shape].replay()
+        shape = (self.cache.graph_key, n_forced)
+        captured = self._captured.setdefault(shape, _Captured())
+        if captured.eager_steps < EAGER_STEPS:
+            captured.eager_steps += 1
+            self._forward(tables, n_rows, n_forced)
+        else:
+            if captured.graph is None:
+                captured.graph = self._capture(lambda: self._forward(tables, n_rows, n_forced))
+                self._forget_oldest()
+            captured.graph.replay()
+            self.replayed_steps += 1
         self.cache.count_step()
-        self.replayed_steps += 1
+
+    def _forget_oldest(self) -> None:
+        """Keep the most recent captures only: each holds memory."""
+        while len(self._captured) > MAX_CAPTURES:
+            del self._captured[next(iter(self._captured))]
 
     def _capture(self, forward: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._pool):
             forward()
         return graph
 

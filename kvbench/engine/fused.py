@@ -208,7 +208,7 @@ class _Session:
             if job.gold_ids:
                 first_nll = -float(torch.log_softmax(logits, -1)[job.gold_ids[0]])
             if job.min_new_tokens > 0:
-                logits[list(job.stop_ids)] = -torch.inf
+                logits = logits.index_fill(0, torch.tensor(job.stop_ids, device=logits.device), -torch.inf)
             first_token = int(logits.argmax())
             for strand in strands:
                 if not strand.forced:

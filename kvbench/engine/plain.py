@@ -92,8 +92,7 @@ class _Row:
         while True:
             logits = self.logits
             if len(tokens) < self.job.min_new_tokens:
-                logits = logits.clone()
-                logits[list(self.job.stop_ids)] = -torch.inf
+                logits = logits.index_fill(0, torch.tensor(self.job.stop_ids, device=logits.device), -torch.inf)
             token = int(logits.argmax())
             if token in self.job.stop_ids:
                 return tokens, "stop"

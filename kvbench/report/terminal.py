@@ -29,8 +29,9 @@ def print_tables(records: Iterable[RecordDict], title: str, console: Console) ->
 
 def _table(title: str, summaries: list[ArmSummary]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    table.add_column(COLUMNS[0], overflow="fold")
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for s in summaries:
         failed = f" ({s.n_failed} failed)" if s.n_failed else ""
         table.add_row(

@@ -1,0 +1,147 @@
+"""The command line as a user meets it: the last line, the exit codes, one line per error, resuming."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SMOKE = [
+    "model=tiny-random", "arms=smoke", "task=passkey", "task.limit=2", "task.length_tokens=300", "engine=fused",
+    "protocol.max_new_tokens=6", "protocol.gold_tokens=4",
+]  # fmt: skip
+
+
+def kvbench(*arguments: str, folder, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "kvbench", *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})},
+    )  # fmt: skip
+
+
+def one_line_error(result) -> str:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("kvbench: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    return folder, kvbench(*SMOKE, folder=folder)
+
+
+def test_last_line_is_the_promised_json(smoke):
+    folder, result = smoke
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert set(document) == {"run", "model", "task", "n_samples", "wall_s", "arms"}
+    assert (document["model"], document["task"], document["n_samples"]) == ("tiny-random", "passkey", 2)
+    assert [arm["arm"] for arm in document["arms"]][:2] == ["full", "cam@0.5"]
+    assert len(document["arms"]) == 9
+    for arm in document["arms"]:
+        assert {"method", "budget", "n", "score", "gold_nll", "kl", "budget_measured", "cache_bytes", "seconds"} <= set(
+            arm
+        )
+        assert arm["n"] == 2
+        assert arm["budget_measured"] == pytest.approx(arm["budget"], abs=1 / 250)
+        assert arm["budget_measured"] <= arm["budget"]
+    assert (folder / document["run"] / "config.json").is_file()
+
+
+def test_a_second_call_computes_nothing_and_says_the_same(smoke):
+    folder, first = smoke
+    again = kvbench(*SMOKE, folder=folder)
+    before, after = (json.loads(r.stdout.splitlines()[-1]) for r in (first, again))
+    assert {**before, "wall_s": 0} == {**after, "wall_s": 0}
+    assert "loading" not in again.stderr
+
+
+def test_a_named_method_adds_one_arm_to_the_run(smoke):
+    folder, first = smoke
+    result = kvbench(*SMOKE, "method=h2o", "budget=0.2", folder=folder)
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert document["run"] == json.loads(first.stdout.splitlines()[-1])["run"]
+    assert "h2o@0.2" in [arm["arm"] for arm in document["arms"]]
+
+
+def test_a_sweep_runs_every_combination(tmp_path):
+    result = kvbench("-m", *SMOKE, "method=h2o,cam", "budget=0.5,0.35", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert [arm["arm"] for arm in document["arms"]] == ["cam@0.5", "cam@0.35", "h2o@0.5", "h2o@0.35"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no outputs/, no multirun/
+
+
+def test_help_and_cfg_need_no_model(tmp_path):
+    result = kvbench("--help", folder=tmp_path)
+    assert result.returncode == 0
+    assert "method: cam, full, h2o, kvmerger, kvmerger_bias" in result.stdout
+    result = kvbench("--cfg", "job", folder=tmp_path)
+    assert result.returncode == 0
+    assert "smollm2-135m" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["method=nope"], ["nope", "h2o", "kvmerger"]),
+        (["task=nope"], ["nope", "passkey"]),
+        (["model=nope"], ["nope", "tiny-random"]),
+        (["protocol.sede=1"], ["sede"]),
+        (["method=kvmerger", "method.treshold=0.8"], ["treshold"]),
+        (["budget=0", "method=h2o"], ["budget=0", "(0, 1]"]),
+        (["budget=1.5", "method=h2o"], ["1.5", "(0, 1]"]),
+        (["budget=half", "method=h2o"], ["half"]),
+        (["method=h2o", "budget=0.01"], ["0.01", "slots", "at least"]),
+        (["method=kvmerger", "budget=0.5"], ["0.5", "whole"]),
+        (["protocol.compress=never"], ["never", "after_question"]),
+        (["task.length_tokens=9000"], ["8192"]),
+        (["output.root=/proc/none"], ["/proc/none", "output.root"]),
+        (["task.limit=0"], ["task.limit=0"]),
+        (["model.path=/nowhere"], ["/nowhere"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, arguments, words):
+    line = one_line_error(kvbench(*SMOKE, *arguments, folder=tmp_path))
+    for word in words:
+        assert word in line
+
+
+def longbench_call(folder, shared_data, *more):
+    official = shared_data / "longbench_official"
+    return kvbench(
+        "model=tiny-random", "task=qasper", f"data.root={folder}", f"data.official={official}", "method=h2o",
+        "budget=0.5", "protocol.max_new_tokens=3", "protocol.gold_tokens=2", "model.max_prompt_tokens=600", *more,
+        folder=folder,
+    )  # fmt: skip
+
+
+def test_longbench_rows_from_a_folder(tmp_path, shared_data):
+    rows = (shared_data / "longbench_samples" / "qasper.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "qasper.jsonl").write_text("\n".join(rows[:2]) + "\n", encoding="utf-8")
+    result = longbench_call(tmp_path, shared_data)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert (document["task"], document["n_samples"], document["arms"][0]["n"]) == ("qasper", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["qasper.jsonl", "empty"]),
+        (b'{"input": "x"\n', ["qasper.jsonl", "1"]),
+        (b"\xff\xfe{}\n", ["qasper.jsonl", "UTF-8"]),
+        (b'{"input": "x"}\n', ["qasper.jsonl", "context"]),
+    ],
+    ids=["empty", "malformed", "not-utf8", "missing-field"],
+)
+def test_bad_data_is_named_by_file_and_line(tmp_path, shared_data, content, words):
+    (tmp_path / "qasper.jsonl").write_bytes(content)
+    line = one_line_error(longbench_call(tmp_path, shared_data))
+    for word in words:
+        assert word in line

@@ -1,0 +1,58 @@
+"""Every configuration file composes, and what it describes can be built: a config nobody runs rots."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+
+from kvbench.config import config_folder, register
+from kvbench.plan import build_plan
+
+
+def options(group: str) -> list[str]:
+    folder = config_folder() / group
+    names = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.rglob("*.yaml"))]
+    return [name for name in names if not name.rsplit("/", 1)[-1].startswith("_")]
+
+
+def composed(*overrides: str):
+    register()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("name", options("method"))
+def test_every_method_builds(name):
+    plan = build_plan(composed(f"method={name}", "task=passkey"))
+    assert [arm.policy.name for arm in plan.arms] == [name]
+    assert plan.arms[0].policy.options() == {}  # the YAML defaults are the class's defaults
+
+
+@pytest.mark.parametrize("name", options("task"))
+def test_every_task_builds(name):
+    assert build_plan(composed(f"task={name}")).task.name
+
+
+@pytest.mark.parametrize("name", [n for n in options("model") if n != "local"])
+def test_every_model_composes(name):
+    assert build_plan(composed(f"model={name}")).model.name == name
+
+
+@pytest.mark.parametrize("group", ["arms", "engine"])
+def test_every_option_of_the_other_groups_builds(group):
+    for name in options(group):
+        assert build_plan(composed(f"{group}={name}")).arms
+
+
+def test_a_mistyped_key_fails_at_composition_with_its_name():
+    with pytest.raises(ConfigCompositionException, match=r"protocol\.sede"):
+        composed("protocol.sede=3")
+    with pytest.raises(ConfigCompositionException, match=r"model\.pth"):
+        composed("model.pth=/x")
+
+
+def test_where_a_model_runs_and_where_data_lies_do_not_define_a_run():
+    base = build_plan(composed("task=qasper")).identity
+    same = build_plan(composed("task=qasper", "model.device=cpu", "task.limit=3", "data.root=/x")).identity
+    assert base == same
+    for override in ("protocol.seed=1", "task=passkey", "protocol.compress=before_question", "model.dtype=bfloat16"):
+        assert build_plan(composed("task=qasper", override)).identity != base, override
