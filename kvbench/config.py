@@ -91,7 +91,6 @@ def register() -> None:
         if (config_folder() / "method" / f"{name}.yaml").is_file():
             continue  # our own methods are documented in their YAML file
         node = OmegaConf.structured(policy)
-        target = {"_target_": f"{policy.__module__}.{policy.__qualname__}"}
-        store.store(
-            group="method", name=name, node={**target, **OmegaConf.to_container(node)}, provider=policy.__module__
-        )
+        fields: dict[str, Any] = OmegaConf.to_container(node)  # type: ignore[assignment]
+        fields["_target_"] = f"{policy.__module__}.{policy.__qualname__}"
+        store.store(group="method", name=name, node=fields, provider=policy.__module__)

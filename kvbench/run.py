@@ -140,7 +140,7 @@ def _seed(seed: int, sample: Sample) -> int:
 
 
 def _record(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult) -> Record:
-    prediction = loaded.tokenizer.decode(arm.token_ids, skip_special_tokens=True)
+    prediction = str(loaded.tokenizer.decode(arm.token_ids, skip_special_tokens=True))
     parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
     n_slots = sum(arm.slots_per_layer)
     return Record(

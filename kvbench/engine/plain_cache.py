@@ -123,6 +123,6 @@ class PlainCache(Cache):
         """Key length and offset for a mask; unused, since our mask function makes none."""
         return self.position + 1, 0
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """No maximum."""
         return -1
