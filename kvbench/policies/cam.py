@@ -24,6 +24,7 @@ from torch import Tensor
 from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 from kvbench.policies.counter_rng import counter_hash, counter_uniform
 from kvbench.policies.options import require_bool, require_count, require_number
+from kvbench.policies.rows import RowsStepper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,3 +119,12 @@ class CaM(Policy):
         share = (leaving_values / n_targets) * gate.unsqueeze(-1)
         merged = slots.values.index_select(1, targets).float() + share
         slots.values.index_copy_(1, targets, merged.to(slots.values.dtype))
+
+    @classmethod
+    def rows_stepper(
+        cls, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device
+    ) -> RowsStepper:
+        """Make the version of `step` that serves all rows of this policy in one launch (arguments: `RowsStepper`)."""
+        from kvbench.policies.cam_triton import CaMRowsStepper  # imports triton, which a CPU may lack
+
+        return CaMRowsStepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 from kvbench.policies.options import GROUP_REDUCTIONS, reduce_groups, require_bool, require_choice, require_number
+from kvbench.policies.rows import RowsStepper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +114,12 @@ class H2O(Policy):
                 tensor.scatter_(1, index, tensor.index_select(1, leaving))
         for tensor in per_slot:
             tensor.index_copy_(1, leaving, tensor[:, n_slots:].clone())
+
+    @classmethod
+    def rows_stepper(
+        cls, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device
+    ) -> RowsStepper:
+        """Make the version of `step` that serves all rows of this policy in one launch (arguments: `RowsStepper`)."""
+        from kvbench.policies.h2o_triton import H2ORowsStepper  # imports triton, which a CPU may lack
+
+        return H2ORowsStepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)

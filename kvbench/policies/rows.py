@@ -120,7 +120,11 @@ def find_rows_stepper(
         device: likewise.
 
     Returns:
-        The stepper, or None if the class has none.
+        The stepper, or None if the class has none or redefines `step` below the class that has one.
     """
-    factory = getattr(policy_class, "rows_stepper", None)
-    return None if factory is None else factory(n_layers, max_rows, n_query_heads, n_kv_heads, device)
+    for owner in policy_class.__mro__:
+        if "rows_stepper" in vars(owner):
+            return policy_class.rows_stepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)  # type: ignore
+        if "step" in vars(owner):
+            return None
+    return None
