@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
+from rich.text import Text
 
 from kvbench.errors import KvbenchError
 from kvbench.models.config import named_config
 from kvbench.models.load import BUILDERS, LOCATORS
-from kvbench.models.local import check_folder
+from kvbench.models.local import Checkpoint, check_folder
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -39,7 +40,7 @@ def prepare(name: str, report: Callable[[str], None]) -> dict[str, str | None]:
     config = named_config(name)
     if config.effective_source in BUILDERS:
         return {"name": name, "folder": None, "source": "random weights: nothing to fetch"}
-    checkpoint = LOCATORS[config.effective_source](config, report)
+    checkpoint: Checkpoint = LOCATORS[config.effective_source](config, report)
     check_folder(checkpoint.folder)
     return {"name": name, "folder": str(checkpoint.folder), "source": checkpoint.source}
 
@@ -61,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with console.status(f"preparing {name}") as status:
 
             def report(message: str) -> None:
-                console.print(f"{name}: {message}", highlight=False)
-                status.update(message)
+                console.print(f"{name}: {message}", highlight=False, markup=False)
+                status.update(Text(message))
 
             prepared = prepare(name, report)
     except KvbenchError as error:

@@ -72,13 +72,14 @@ def load_checkpoint(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
         with no_progress_bar():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"model folder {folder} cannot be loaded ({error}): check that it is complete and fits this machine"
         ) from error
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise ModelError(
             f"model folder {folder} lacks {len(missing)} weights ({missing[0]}): download all its *.safetensors files"

