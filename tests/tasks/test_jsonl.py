@@ -1,11 +1,12 @@
 """Bad rows are named by file and line, whatever is wrong with them."""
 
+import io
 from pathlib import Path
 
 import pytest
 
 from kvbench.errors import DataError
-from kvbench.tasks.jsonl import count_field, read_jsonl, text_field, text_list_field
+from kvbench.tasks.jsonl import count_field, parse_jsonl, read_jsonl, text_field, text_list_field
 
 
 def rows(path: Path, content: bytes, **options: int) -> list[tuple[int, dict]]:
@@ -43,12 +44,17 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, problem: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_long_line_is_refused_before_it_is_read_whole(tmp_path: Path) -> None:
-    path = tmp_path / "x.jsonl"
-    with path.open("wb") as file:
-        file.truncate(4 * 2**30)  # sparse: 4 GiB of zero bytes without a line end
-    with pytest.raises(DataError, match="longer than 1048576 bytes"):
-        list(read_jsonl(path, max_line_bytes=2**20))
+def test_a_long_line_is_refused_before_it_is_read_whole() -> None:
+    class Endless(io.BytesIO):
+        """One line without an end."""
+
+        def readline(self, size: int | None = -1, /) -> bytes:
+            assert size is not None
+            assert 0 <= size <= 2**20 + 1, "the line would fill the memory"
+            return b"x" * size
+
+    with pytest.raises(DataError, match="endless:1: the line is longer than 1048576 bytes"):
+        list(parse_jsonl(Endless(), "endless", max_line_bytes=2**20))
 
 
 def test_no_file_an_empty_file_and_a_folder(tmp_path: Path) -> None:
