@@ -1,0 +1,202 @@
+import json
+from dataclasses import replace
+
+import pytest
+from llama_like import llama_like_tokenizer
+
+from kvbench.errors import ModelError
+from kvbench.models.prompt import RETOKENIZE_MARGIN_TOKENS, encode_sample
+from kvbench.tasks.base import Sample
+
+PROMPT = (
+    "Read the text. " + " ".join(f"Line {i} of the text, naïve 语言." for i in range(60)) + "\nQuestion: what is it?"
+)
+QUESTION = PROMPT.index("Question")
+
+
+def sample(prompt=PROMPT, **fields):
+    values = {"id": "s1", "dataset": "d", "answers": ("a",), "metric": "qa_f1", "max_new_tokens": 20}
+    return Sample(prompt=prompt, **{**values, **fields})
+
+
+@pytest.fixture
+def llama2(tiny_gqa):
+    """A model with a Llama-2-like tokenizer and LongBench's settings, scaled down."""
+    return replace(tiny_gqa, tokenizer=llama_like_tokenizer(), chat_format="llama2", max_prompt_tokens=501)
+
+
+def longbench_order(tokenizer, prompt, max_length, chat):
+    """The official steps, written plainly."""
+    ids = tokenizer(prompt)["input_ids"]
+    if len(ids) > max_length:
+        half = int(max_length / 2)
+        first = tokenizer.decode(ids[:half], skip_special_tokens=True)
+        last = tokenizer.decode(ids[-half:], skip_special_tokens=True)
+        prompt = first + last
+    if chat:
+        prompt = "[INST]" + prompt + "[/INST]"
+    return tokenizer(prompt)["input_ids"], prompt
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("prompt", [PROMPT, PROMPT + "语" * 200, "short", " leading </s> space"])
+def test_longbench_order(llama2, prompt, chat):
+    expected_ids, expected_text = longbench_order(llama2.tokenizer, prompt, 501, chat)
+    encoded = encode_sample(sample(prompt, chat=chat, truncation="middle"), llama2)
+    assert list(encoded.input_ids) == expected_ids
+    assert encoded.prompt_text == expected_text
+    assert encoded.input_ids.count(llama2.tokenizer.bos_token_id) == 1
+    full = len(llama2.tokenizer(prompt)["input_ids"])
+    assert encoded.truncated_tokens == (full - 500 if full > 501 else 0)
+
+
+def test_a_prompt_at_the_limit_is_not_cut(llama2):
+    n_tokens = len(llama2.tokenizer(PROMPT)["input_ids"])
+    assert encode_sample(sample(truncation="middle"), replace(llama2, max_prompt_tokens=n_tokens)).truncated_tokens == 0
+    cut = encode_sample(sample(truncation="middle"), replace(llama2, max_prompt_tokens=n_tokens - 1))
+    assert cut.truncated_tokens == n_tokens - 2 * ((n_tokens - 1) // 2)
+
+
+@pytest.mark.model
+def test_longbench_order_on_real_rows(smollm2, shared_data):
+    templates = json.loads((shared_data / "longbench_official" / "dataset2prompt.json").read_text(encoding="utf-8"))
+    for name in ("qasper", "samsum", "lcc", "vcsum"):
+        with (shared_data / "longbench_samples" / f"{name}.jsonl").open(encoding="utf-8") as lines:
+            row = json.loads(next(lines))
+        prompt = templates[name].format(**row)
+        assert len(smollm2.tokenizer(prompt, verbose=False)["input_ids"]) > 900
+        loaded = replace(smollm2, chat_format="llama2", max_prompt_tokens=900)
+        expected, _ = longbench_order(smollm2.tokenizer, prompt, 900, True)
+        assert list(encode_sample(sample(prompt, truncation="middle"), loaded).input_ids) == expected
+
+
+def text_from(loaded, encoded):
+    """The decoded tokens from the question on."""
+    return loaded.tokenizer.decode(list(encoded.input_ids[encoded.question_start_token :]))
+
+
+@pytest.mark.parametrize("truncation", ["refuse", "middle"])
+def test_question_start_is_a_token_index(llama2, tiny_gqa, truncation):
+    for loaded, end in ((llama2, "[/INST]"), (tiny_gqa, "\n[assistant]\n")):
+        loaded = replace(loaded, max_prompt_tokens=501 if truncation == "middle" else None)
+        encoded = encode_sample(sample(question_start=QUESTION, truncation=truncation), loaded)
+        assert (encoded.truncated_tokens > 0) == (truncation == "middle")
+        assert text_from(loaded, encoded) == PROMPT[QUESTION:] + end
+        before = loaded.tokenizer.decode(list(encoded.input_ids[: encoded.question_start_token]))
+        assert before.endswith("\n")
+
+
+@pytest.mark.model
+def test_question_start_with_merged_spaces(smollm2):
+    prompt = "The capital of France is Paris. What is the capital?"
+    encoded = encode_sample(sample(prompt, question_start=prompt.index("What")), smollm2)
+    assert text_from(smollm2, encoded).startswith(" What is the capital?<|im_end|>\n<|im_start|>assistant\n")
+    assert encoded.stop_token_ids == (2,)
+    assert encoded.input_ids[0] == 1  # the template's own start, no BOS before it
+    assert encoded.input_ids[1] != 1
+
+
+def test_question_start_is_none_where_it_cannot_be_told(llama2):
+    short = replace(llama2, max_prompt_tokens=20)
+    assert encode_sample(sample(question_start=QUESTION, truncation="middle"), short).question_start_token is None
+    assert (
+        encode_sample(sample(question_start=None), replace(llama2, max_prompt_tokens=None)).question_start_token is None
+    )
+    bare = replace(llama2, max_prompt_tokens=None, chat_format="none")
+    assert encode_sample(sample(question_start=len(PROMPT)), bare).question_start_token is None  # nothing follows
+
+
+def test_answer_prefix_opens_the_answer_after_the_wrapper(tiny_gqa, llama2):
+    assert encode_sample(sample("Hi", answer_prefix="It is"), tiny_gqa).prompt_text == (
+        "<|bos|>[user]\nHi\n[assistant]\nIt is"
+    )
+    encoded = encode_sample(sample("Hi", answer_prefix=" It is"), llama2)
+    assert encoded.prompt_text == "[INST]Hi[/INST] It is"
+    assert list(encoded.input_ids) == llama2.tokenizer("[INST]Hi[/INST] It is")["input_ids"]
+
+
+DOCUMENT = "Summarize.\n\n" + "word " * 300
+QUERY = "\n\nQuery: what of it?\n\nAnswer:\n"
+ZERO = {"query_start": len(DOCUMENT), "truncation_separator": "... [cut]"}
+
+
+def test_zeroscrolls_cut_keeps_the_query(llama2):
+    tokenizer = llama2.tokenizer
+    bare = replace(llama2, chat_format="none")
+    encoded = encode_sample(sample(DOCUMENT + QUERY, truncation="document_end", meta=ZERO), bare)
+    suffix = tokenizer("... [cut]" + QUERY, add_special_tokens=False)["input_ids"]
+    expected = tokenizer(DOCUMENT)["input_ids"][: 501 - len(suffix)] + suffix
+    assert list(encoded.input_ids) == expected
+    assert len(expected) == 501
+    assert encoded.truncated_tokens == len(tokenizer(DOCUMENT)["input_ids"]) + len(suffix) - 501
+    assert encoded.prompt_text.endswith("... [cut]" + QUERY)
+    assert DOCUMENT.startswith(encoded.prompt_text.removesuffix("... [cut]" + QUERY))
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_zeroscrolls_cut_inside_a_wrapper(tiny_gqa):
+    loaded = replace(tiny_gqa, max_prompt_tokens=400)
+    fields = {"truncation": "document_end", "meta": ZERO, "question_start": len(DOCUMENT) + 2, "answer_prefix": "It"}
+    encoded = encode_sample(sample(DOCUMENT + QUERY, **fields), loaded)
+    kept = 400 - 1 - len("... [cut]" + QUERY)  # one token is the BOS
+    text = "<|bos|>[user]\n" + DOCUMENT[:kept] + "... [cut]" + QUERY + "\n[assistant]\nIt"
+    assert encoded.prompt_text == text
+    assert loaded.tokenizer.decode(list(encoded.input_ids)) == text
+    assert text_from(loaded, encoded) == QUERY[2:] + "\n[assistant]\nIt"
+
+
+def test_zeroscrolls_prompt_that_fits_is_left_alone(tiny_gqa):
+    encoded = encode_sample(sample(DOCUMENT + QUERY, truncation="document_end", meta=ZERO), tiny_gqa)
+    assert encoded.truncated_tokens == 0
+    assert "[cut]" not in encoded.prompt_text
+
+
+def test_zeroscrolls_errors(tiny_gqa):
+    short = replace(tiny_gqa, max_prompt_tokens=100)
+    with pytest.raises(ModelError, match="truncation_separator"):
+        encode_sample(sample(DOCUMENT + QUERY, truncation="document_end", meta={"query_start": 5}), short)
+    short = replace(tiny_gqa, max_prompt_tokens=30)
+    with pytest.raises(ModelError, match="query of 39 tokens alone fills the limit of 30"):
+        encode_sample(sample(DOCUMENT + QUERY, truncation="document_end", meta=ZERO), short)
+
+
+def test_refusal_names_tokens_limit_and_remedy(tiny_gqa):
+    loaded = replace(tiny_gqa, max_prompt_tokens=10)
+    with pytest.raises(ModelError, match=r"sample s1: its prompt of 21 tokens exceeds the limit of 10.*raise model"):
+        encode_sample(sample("x" * 20), loaded)
+
+
+def test_context_must_hold_prompt_and_new_tokens(tiny_model):
+    loaded = tiny_model(n_layers=1, max_context_tokens=100)
+    wrapper = len("[user]\n") + len("\n[assistant]\n") + 1
+    assert len(encode_sample(sample("x" * (80 - wrapper)), loaded).input_ids) == 80
+    with pytest.raises(ModelError, match="81 prompt tokens and 20 new tokens exceed the context of 100"):
+        encode_sample(sample("x" * (81 - wrapper)), loaded)
+    with pytest.raises(ModelError, match="90 new tokens leave no room"):
+        encode_sample(sample("x" * 200, truncation="middle", max_new_tokens=90), loaded)
+
+
+@pytest.mark.parametrize("fields", [{"truncation": "middle"}, {"truncation": "document_end", "meta": ZERO}])
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_limit_derived_from_the_context_leaves_room_for_everything(tiny_model, fields, chat):
+    loaded = tiny_model(n_layers=1, max_context_tokens=300)
+    encoded = encode_sample(sample(DOCUMENT + QUERY, answer_prefix="It is", chat=chat, **fields), loaded)
+    assert 300 - 20 - RETOKENIZE_MARGIN_TOKENS - 2 <= len(encoded.input_ids) <= 300 - 20
+    assert encoded.prompt_text.endswith("It is")
+
+
+def test_special_tokens_in_the_data_are_parsed_unless_protected(tiny_gqa):
+    prompt = "one <|eos|> two? "
+    eos = tiny_gqa.tokenizer.eos_token_id
+    assert eos in encode_sample(sample(prompt), tiny_gqa).input_ids
+    protected = encode_sample(sample(prompt, question_start=12), replace(tiny_gqa, protect_special_tokens=True))
+    assert eos not in protected.input_ids
+    assert protected.input_ids[0] == tiny_gqa.tokenizer.bos_token_id  # the wrapper's own tokens still count
+    assert text_from(tiny_gqa, protected).startswith("two?")
+
+
+def test_stops_and_minimum_come_from_the_sample(tiny_gqa):
+    newline = tiny_gqa.tokenizer.encode("\n", add_special_tokens=False)[-1]
+    encoded = encode_sample(sample(stop_newline=True, min_new_tokens=1), tiny_gqa)
+    assert encoded.stop_token_ids == (2, newline)
+    assert encoded.min_new_tokens == 1
