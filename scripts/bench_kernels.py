@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import decode_kernels
 import torch
 from torch import Tensor
 
@@ -241,6 +242,11 @@ def sweep_column_sums(device: torch.device) -> Iterator[Row]:
                     yield {"case": case, "refused": str(error).splitlines()[0][:60]}
                     continue
                 yield {"case": case, "ms": median, "deviation_ms": deviation, "default": config == chosen}
+
+
+CHECKS.update(decode_kernels.CHECKS)
+TIMINGS.update(decode_kernels.TIMINGS)
+SWEEPS.update(decode_kernels.SWEEPS)
 
 
 def run_section(title: str, producers: dict[str, Producer], only: str | None, device: torch.device) -> list[Row]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,7 +26,7 @@ ATTENTION_CHUNK = 1024
 TARGET_PROGRAMS = 2048  # enough to fill 132 multiprocessors with several programs each, twice over
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def _split_kernel(  # type: ignore[no-untyped-def]
     query, keys, values, bias, offsets, lengths, bias_offsets, attention, attention_offsets,
     partial_values, partial_max, partial_sum,
@@ -119,7 +120,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
         tl.store(where, running_values, mask=in_group[:, None] & in_dims[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def _merge_kernel(  # type: ignore[no-untyped-def]
     output, lengths, attention, attention_offsets, partial_values, partial_max, partial_sum, n_splits,
     N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -183,6 +184,38 @@ def _write_kernel(  # type: ignore[no-untyped-def]
     tl.store(values + at, value, mask=mask)
 
 
+class Launch(NamedTuple):
+    """How the first kernel is cut.
+
+    Attributes:
+        split_slots: slots per split.
+        tile_slots: slots per iteration within a split.
+        warps: per program.
+        stages: of software pipelining.
+    """
+
+    split_slots: int
+    tile_slots: int
+    warps: int
+    stages: int
+
+
+def default_launch(n_blocks: int, max_slots: int, group_size: int, dtype: torch.dtype) -> Launch:
+    """How to cut the work; alternatives are timed by `scripts/bench_kernels.py --sweep ragged_decode`.
+
+    Args:
+        n_blocks: rows times KV heads.
+        max_slots: slots of the longest block.
+        group_size: query heads per KV head.
+        dtype: of keys and values; matrix products in fp32 need small tiles, or registers spill.
+
+    Returns:
+        The launch.
+    """
+    tile_slots = 16 if dtype == torch.float32 and group_size > 1 else 64
+    return Launch(split_slots(n_blocks, max_slots), tile_slots, 4, 3)
+
+
 def split_slots(n_blocks: int, max_slots: int) -> int:
     """Slots per split: a power of two from 64 up, so that there are enough programs but at most `MAX_SPLITS` a block.
 
@@ -200,7 +233,11 @@ def split_slots(n_blocks: int, max_slots: int) -> int:
 
 
 def ragged_decode(
-    query: Tensor, layer: RaggedLayer, scaling: float, attention_rows: Sequence[int] = ()
+    query: Tensor,
+    layer: RaggedLayer,
+    scaling: float,
+    attention_rows: Sequence[int] = (),
+    launch: Launch | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Attention of one new token per row, as `kvbench.attention.decode.ragged_decode`; in two launches.
 
@@ -210,6 +247,7 @@ def ragged_decode(
             whose `attention_offsets` are not negative.
         scaling: factor on the logits.
         attention_rows: rows of which views of `layer.attention` are returned.
+        launch: how the work is cut; by default `default_launch`.
 
     Returns:
         The output `(B, H, D)` in the query's dtype, contiguous, and the attention `(H, length + 1)` fp32 of each row of
@@ -220,8 +258,8 @@ def ragged_decode(
     group = n_heads // n_kv_heads
     block_group = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    slots = split_slots(n_rows * n_kv_heads, layer.max_slots)
-    n_splits = -(-layer.max_slots // slots)
+    launch = launch or default_launch(n_rows * n_kv_heads, layer.max_slots, group, query.dtype)
+    n_splits = -(-layer.max_slots // launch.split_slots)
     output = torch.empty((n_rows, n_heads, head_dim), dtype=query.dtype, device=query.device)
     partial_values = torch.empty((n_rows, n_heads, n_splits, head_dim), dtype=torch.float32, device=query.device)
     partial_max, partial_sum = torch.empty((2, n_rows, n_heads, n_splits), dtype=torch.float32, device=query.device)
@@ -234,16 +272,16 @@ def ragged_decode(
         partial_values, partial_max, partial_sum,
         scaling * LOG2_E, query.stride(0), query.stride(1), n_splits,
         N_KV_HEADS=n_kv_heads, GROUP=group, BLOCK_GROUP=block_group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
-        BLOCK_SLOTS=min(slots, 64), SPLIT_SLOTS=slots,
+        BLOCK_SLOTS=launch.tile_slots, SPLIT_SLOTS=launch.split_slots,
         HAS_BIAS=layer.bias is not None, HAS_ATTENTION=attention is not None,
-        num_warps=4, num_stages=2,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     n_chunks = 1 if attention is None else -(-layer.max_slots // ATTENTION_CHUNK)
     _merge_kernel[(n_rows * n_heads, n_chunks)](
         output, layer.lengths, dummy if attention is None else attention, layer.attention_offsets,
         partial_values, partial_max, partial_sum, n_splits,
         N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
-        BLOCK_SPLITS=triton.next_power_of_2(n_splits), SPLIT_SLOTS=slots,
+        BLOCK_SPLITS=triton.next_power_of_2(n_splits), SPLIT_SLOTS=launch.split_slots,
         HAS_ATTENTION=attention is not None, CHUNK=ATTENTION_CHUNK,
         num_warps=4,
     )  # fmt: skip

@@ -89,11 +89,11 @@ def _cam_kernel(  # type: ignore[no-untyped-def]
         if uniform * (target_sum / n_targets) < leaving_score:
             share = leaving_value / n_targets
             tl.debug_barrier()  # the new token's value may be read below by other threads than wrote it
-            for start in range(1, n_targets + 1, TARGETS):
-                ahead = start + tl.arange(0, TARGETS)
-                slots = first_recent + (phase + ahead) % recent
-                at = (block + slots)[:, None] * HEAD_DIM + dims[None, :]
-                there = (ahead <= n_targets)[:, None] & mask[None, :]
+            for nearest in range(1, n_targets + 1, TARGETS):
+                distance = nearest + tl.arange(0, TARGETS)
+                targets = first_recent + (phase + distance) % recent
+                at = (block + targets)[:, None] * HEAD_DIM + dims[None, :]
+                there = (distance <= n_targets)[:, None] & mask[None, :]
                 merged = tl.load(values + at, mask=there, other=0.0).to(tl.float32) + share[None, :]
                 tl.store(values + at, merged.to(values.dtype.element_ty), mask=there)
 
