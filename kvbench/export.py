@@ -79,7 +79,7 @@ def groups_of(runs: Sequence[Path], official_rows: dict[str, int]) -> list[Group
             seen.add(record["dataset"])
             if record["dataset"] not in official_rows:
                 continue
-            label = re.sub(r"[^A-Za-z0-9@._=+-]+", "_", f"{model}-{record['arm']}")
+            label = re.sub(r"[^A-Za-z0-9@.,_=+-]+", "_", f"{model}-{record['arm']}")
             samples = grouped.setdefault((label, record["dataset"]), {})
             if record["sample"] in samples:
                 raise RecordError(

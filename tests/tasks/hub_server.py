@@ -18,6 +18,7 @@ class HubServer:
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     etags: dict[str, str] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)  # as the hub sends large files to its content network
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     stall_after_bytes: int | None = None  # send so much, then nothing, with the connection open
     release: threading.Event = field(default_factory=threading.Event)
@@ -48,6 +49,16 @@ def serve() -> Iterator[HubServer]:
             path = self.path.split("?")[0]
             wanted = self.headers.get("Range")
             hub.requests.append((self.command, path, wanted))
+            if path in hub.redirects:
+                target = hub.files[hub.redirects[path]]
+                self.send_response(302)
+                self.send_header("Location", f"{hub.url}{hub.redirects[path]}")
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("X-Linked-Size", str(len(target)))
+                self.send_header("X-Linked-Etag", f'"{hashlib.sha256(target).hexdigest()}"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             content = hub.files.get(path)
             if content is None:
                 self.send_response(404)

@@ -89,6 +89,19 @@ def test_a_whole_task_arrives_and_is_not_fetched_twice(hub: HubServer, tmp_path:
     assert len(hub.requests) == asked
 
 
+def test_a_large_file_is_followed_to_where_the_hub_keeps_it(hub: HubServer, tmp_path: Path) -> None:
+    content = zip_bytes({"qasper/validation.jsonl": b"{}\n", "qasper/test.jsonl": b"{ }\n"})
+    hub.files["/content/abc"] = content
+    hub.etags["/content/abc"] = "another-etag"
+    hub.redirects[QASPER] = "/content/abc"
+    code, out, err = fetch(hub, tmp_path, "zeroscrolls/qasper")
+    assert code == 0, err
+    folder = Path(json.loads(out.splitlines()[-1])["zeroscrolls/qasper"])
+    source = json.loads((folder / MANIFEST).read_text())["source"]
+    assert (source["commit"], source["sha256"]) == (COMMIT, hashlib.sha256(content).hexdigest())
+    assert len(hub.ranges("/content/abc")) == 1
+
+
 def test_a_missing_manifest_or_a_shortened_file_is_fetched_anew(hub: HubServer, tmp_path: Path) -> None:
     hub.files[QASPER] = zip_bytes({"qasper/validation.jsonl": b"{}\n", "qasper/test.jsonl": b"{ }\n"})
     folder = Path(json.loads(fetch(hub, tmp_path, "zeroscrolls/qasper")[1])["zeroscrolls/qasper"])
