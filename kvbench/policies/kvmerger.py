@@ -231,7 +231,7 @@ class KVMerger(Policy):
             links = segments.exact_anchored_links(units, protected, budget_tokens, share)
             return segments.segment_starts(links.expand(n_heads, -1), budget_tokens), None
         if self.linkage == "anchor":
-            links = segments.anchored_links(units, protected, self.threshold, share)
+            links = segments.anchored_links(segments.cosine_table(units, share), protected, self.threshold)
         else:
             links = segments.mergeable_cosines(units, protected, share) > self.threshold
         links = links.expand(n_heads, -1)

@@ -6,10 +6,13 @@ over heads and tokens; with sizes known beforehand nothing is read back to the h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 BISECTIONS = 12
+CACHED_OFFSETS = 256  # bounds the memory of repeated scans; sets rarely reach that far
 
 
 def largest_by_recency(scores: Tensor, n_largest: int | Tensor) -> Tensor:
@@ -82,21 +85,35 @@ def mergeable_cosines(units: Tensor, protected: Tensor, share_heads: bool) -> Te
     return cosines
 
 
-def anchored_links(units: Tensor, protected: Tensor, threshold: float | Tensor, share_heads: bool) -> Tensor:
+def cosine_table(units: Tensor, share_heads: bool) -> Callable[[int], Tensor]:
+    """Return `cosines_at` as a function of the offset that remembers the first `CACHED_OFFSETS` results."""
+    table: list[Tensor] = []
+
+    def cosines(offset: int) -> Tensor:
+        if offset <= len(table):
+            return table[offset - 1]
+        result = cosines_at(units, offset, share_heads)
+        if offset == len(table) + 1 <= CACHED_OFFSETS:
+            table.append(result)
+        return result
+
+    return cosines
+
+
+def anchored_links(cosines: Callable[[int], Tensor], protected: Tensor, threshold: float | Tensor) -> Tensor:
     """Link each token to its set's anchor while it is similar to it.
 
     The scan runs from the last token to the first: a token joins the current set if its cosine with the token the set
     started from exceeds the threshold, otherwise it starts the next set; a protected token is a set of its own.
 
     For every token it is first found how far a set would reach that started there (offset by offset, until no set
-    grows: the one host synchronisation of this function); the sets that do occur are those on the path from the last
-    token, which pointer doubling marks in log2(T) rounds.
+    grows, which takes a host synchronisation each); the sets that do occur are those on the path from the last token,
+    which pointer doubling marks in log2(T) rounds.
 
     Args:
-        units: `(H, T, D)` fp32, from `unit_keys`.
+        cosines: for an offset, the cosines as from `cosines_at`.
         protected: `(H, T)` bool, or `(1, T)` if heads share.
         threshold: cosine, one number or `(H, 1)` (`(1, 1)` if heads share).
-        share_heads: average the cosines over the heads.
 
     Returns:
         links, bool of `protected`'s shape.
@@ -105,9 +122,8 @@ def anchored_links(units: Tensor, protected: Tensor, threshold: float | Tensor, 
     growing = ~protected
     reach = torch.zeros(protected.shape, dtype=torch.int64, device=protected.device)
     for offset in range(1, n_tokens):
-        similar = cosines_at(units, offset, share_heads) > threshold
         growing[:, :offset] = False
-        growing[:, offset:] &= similar & ~protected[:, :-offset]
+        growing[:, offset:] &= (cosines(offset) > threshold) & ~protected[:, :-offset]
         if not growing.any():
             break
         reach += growing
@@ -127,15 +143,24 @@ def exact_anchored_links(units: Tensor, protected: Tensor, n_slots: int, share_h
     """Anchored sets that are exactly `n_slots` per head.
 
     Twelve bisections of [-1, 1] find, per head, the lowest threshold that still gives at least `n_slots` sets; of those
-    too many, neighbours are joined where the adjacent cosine is highest (ties: the later). Arguments as in
-    `anchored_links`.
+    too many, neighbours are joined where the adjacent cosine is highest (ties: the later).
+
+    Args:
+        units: `(H, T, D)` fp32, from `unit_keys`.
+        protected: `(H, T)` bool, or `(1, T)` if heads share.
+        n_slots: sets per head.
+        share_heads: average the cosines over the heads.
+
+    Returns:
+        links, bool of `protected`'s shape.
     """
+    cosines = cosine_table(units, share_heads)
     low = torch.full((protected.shape[0], 1), -1.0, device=protected.device)
     high = torch.ones_like(low)
     links = torch.zeros_like(protected)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        tried = anchored_links(units, protected, middle, share_heads)
+        tried = anchored_links(cosines, protected, middle)
         enough = (~tried).sum(1, keepdim=True) >= n_slots
         links = torch.where(enough, tried, links)
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
