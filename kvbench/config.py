@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from kvbench.models.config import ModelConfig
 from kvbench.policies.registry import load_policies
+from kvbench.tasks.names import register_task_names
 
 
 @dataclass
@@ -84,7 +85,8 @@ def config_folder() -> Path:
 
 
 def register() -> None:
-    """Put the schema and the methods found by entry point into Hydra's `ConfigStore`; may be called repeatedly."""
+    """Make schema, methods found by entry point and short task names known to Hydra; may be called repeatedly."""
+    register_task_names(config_folder() / "task")
     store = ConfigStore.instance()
     store.store(name="kvbench_schema", node=RootConfig, provider="kvbench")
     for name, policy in load_policies().items():

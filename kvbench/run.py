@@ -141,11 +141,13 @@ def _seed(seed: int, sample: Sample) -> int:
 
 def _record(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult) -> Record:
     prediction = str(loaded.tokenizer.decode(arm.token_ids, skip_special_tokens=True))
-    parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
+    parts: dict[str, float] = {}
+    if sample.answers:  # rows without references (ZeroSCROLLS' test split) are answered, not scored
+        parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
     n_slots = sum(arm.slots_per_layer)
     return Record(
         **_identity(sample, arm.arm),
-        score=parts["score"],
+        score=parts.get("score"),
         parts=parts,
         prediction=prediction,
         token_ids=arm.token_ids,
