@@ -18,7 +18,7 @@ seven of the KVMerger paper: the full cache, and H2O, CaM and KVMerger at 50 % a
    after one sample that captures the graphs (its time is under `first_seconds`). kvpress's: one run per arm as its
    pipeline does it, by `peer_kvpress.py`; full: no press; H2O: ObservedAttentionPress; CaM: StreamingLLMPress, its
    cheapest eviction at the prompt's end, since CAMPress acts every 512 new tokens only; KVMerger:
-   MergingPress(KnormPress).
+   MergingPress(KnormPress). Beside it, without a target: seconds a sample takes in batches as large as memory allows.
 5  Bytes allocated for an arm's part of the cache over budget x full bytes; the worst arm counts.
 6  On two CPU cores, 2,048 prompt tokens, 64 new ones: all arms over the full arm alone, through `FusedEngine`; and row
    1's quantity there, for which no target was set.
@@ -48,7 +48,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from speed_rows import Setting, bytes_row, fork_row, parse_arms, prefill_row, step_row
-from speed_samples import EngineTimes, cpu_rows, further_arm_row, sample_row, time_engine, time_peer
+from speed_samples import EngineTimes, batched_row, cpu_rows, further_arm_row, sample_row, time_engine, time_peer
 from speed_timing import Row, say
 
 from kvbench.errors import KvbenchError
@@ -82,6 +82,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", default=ARMS, help="method@budget[+option=value...]; default: %(default)s")
     parser.add_argument("--lengths", default=LENGTHS, help="prompt lengths of row 1; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=10 if on_gpu else 3, help="counted times; default: %(default)s")
+    parser.add_argument("--batched-samples", type=int, default=24, help="samples timed in large batches beside row 4")
     parser.add_argument("--peer", action="store_true", help="time kvpress beside (rows 1, 4 and 6)")
     parser.add_argument("--peer-site", type=Path, help=f"folder of kvpress and its transformers: {HOW_TO_INSTALL}")
     parser.add_argument("--peer-repeats", type=int, default=1, help="counted times of each of kvpress's works")
@@ -147,6 +148,7 @@ def main_rows(options: argparse.Namespace, setting: Setting, peer: dict[str, Any
         (2, lambda: fork_row(setting, 0.25)),
         (3, lambda: step_row(setting, 1.5)),
         (4, lambda: sample_row(setting, engine_times(), peer)),
+        (4, lambda: batched_row(setting, 2 if options.quick else options.batched_samples)),
         (5, lambda: bytes_row(setting, 1.01)),
         (7, lambda: further_arm_row(setting, engine_times())),
     ]

@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,40 @@ def sample_row(setting: Setting, times: EngineTimes, peer: dict[str, Any], targe
         peak_bytes=times.peak_bytes,
         details={"peer_seconds": theirs if samples else None, **times.details},
         note=peer.get("error", "" if samples else "kvpress was not timed: give --peer"),
+    )
+
+
+def batched_row(setting: Setting, n_samples: int) -> Row:
+    """Beside row 4: seconds a sample takes when a batch holds as many samples as rows and memory allow.
+
+    Raises:
+        KvbenchError: if a sample fails.
+    """
+    jobs = [setting.job(setting.arms, setting.sample_tokens, setting.new_tokens, i) for i in range(n_samples)]
+    per_sample: list[float] = []
+    settings: dict[str, Any] = {}
+    left_of_batch = 0
+    start = time.perf_counter()
+    for result in FusedEngine().run(setting.loaded, jobs):
+        if not isinstance(result, JobResult):
+            raise KvbenchError(f"sample {result.index} failed: {result.reason}")
+        if left_of_batch == 0:  # the results of a batch come together, when it is done
+            settings = result.settings
+            left_of_batch = settings["batch_samples"]
+            per_sample.append((time.perf_counter() - start) / left_of_batch)
+            start = time.perf_counter()
+        left_of_batch -= 1
+    counted = per_sample[1:] or per_sample
+    return Row(
+        4,
+        f"seconds a sample, {len(setting.arms)} arms, batches as large as memory allows",
+        _case(setting),
+        {"sample": counted},
+        lambda t: t["sample"],
+        peak_bytes=settings["peak_bytes"] or peak_bytes(setting.loaded.device),
+        details={"first_seconds_per_sample": per_sample[0], "samples": n_samples, "settings": settings},
+        note=f"{settings['batch_samples']} samples in the last batch"
+        + ("" if len(per_sample) > 1 else "; one batch only: captures included"),
     )
 
 

@@ -44,7 +44,7 @@ def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_document_has_a_line_for_every_row_with_its_raw_times(document: dict[str, Any]) -> None:
-    assert [row["row"] for row in document["rows"]] == [2, 4, 5, 6, 6, 7]
+    assert [row["row"] for row in document["rows"]] == [2, 4, 4, 5, 6, 6, 7]
     assert not any(row["failed"] for row in document["rows"])
     for row in document["rows"]:
         for times in row["seconds"].values():
@@ -54,11 +54,13 @@ def test_document_has_a_line_for_every_row_with_its_raw_times(document: dict[str
 
 
 def test_values_follow_from_the_times(document: dict[str, Any]) -> None:
-    fork, peer, cache, arms, column_sums, further = document["rows"]
+    fork, peer, batched, cache, arms, column_sums, further = document["rows"]
     seconds = {name: times["p50"] for name, times in fork["seconds"].items()}
     assert fork["value"] == pytest.approx((seconds["forked"] - seconds["observed"]) / seconds["plain"])
     assert peer["value"] is None
     assert "--peer" in peer["note"]
+    assert batched["value"] == pytest.approx(batched["seconds"]["sample"]["p50"])
+    assert batched["details"]["settings"]["batch_samples"] == 2
     assert cache["value"] == pytest.approx(max(cache["details"]["ratios"].values()))
     assert arms["value"] == pytest.approx(arms["seconds"]["arms"]["p50"] / arms["seconds"]["full"]["p50"])
     assert column_sums["details"]["observe"] == ["torch"]
