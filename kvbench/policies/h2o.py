@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kvbench.attention.backend import BACKENDS, choose_backend
+from kvbench.policies import selection
 from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 from kvbench.policies.options import GROUP_REDUCTIONS, reduce_groups, require_bool, require_choice, require_number
 from kvbench.policies.rows import RowsStepper
@@ -41,6 +44,7 @@ class H2O(Policy):
     recent_share: float = 0.5
     normalise_by_count: bool = False
     group_reduce: str = "mean"
+    backend: str = "auto"
 
     name: ClassVar[str] = "h2o"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
@@ -52,6 +56,7 @@ class H2O(Policy):
         require_number("recent_share", self.recent_share, 0.0, 1.0, include_low=False)
         require_bool("normalise_by_count", self.normalise_by_count)
         require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
+        require_choice("backend", self.backend, BACKENDS)
 
     @property
     def minimum_tokens(self) -> int:
@@ -76,18 +81,23 @@ class H2O(Policy):
         """
         if layer.column_sums is None:
             raise ValueError("h2o needs column_sums, which the prefill did not provide")
-        n_tokens, n_kv_heads, device = layer.n_tokens, layer.n_kv_heads, layer.keys.device
-        heavy, recent = self.split(budget_tokens)
-        scores = reduce_groups(layer.column_sums, n_kv_heads, self.group_reduce)
+        scores = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
         ranks = scores / layer.query_counts if self.normalise_by_count else scores
-        heavy_positions = ranks[:, : n_tokens - recent].topk(heavy, dim=1, sorted=False).indices.sort(dim=1).values
-        recent_positions = torch.arange(n_tokens - recent, n_tokens, device=device).expand(n_kv_heads, -1)
-        positions = torch.cat([heavy_positions, recent_positions], dim=1)
-        gather = positions.unsqueeze(-1).expand(-1, -1, layer.keys.shape[-1])
-        state = {"scores": scores.gather(1, positions)}
+        selection = self.selection(layer.keys.device)
+        positions = selection.heavy_and_recent(ranks, *self.split(budget_tokens))
+        keys, values, kept_scores = selection.keep_slots(layer.keys, layer.values, scores, positions)
+        state = {"scores": kept_scores}
         if self.normalise_by_count:
-            state["counts"] = layer.query_counts[positions]
-        return CompressedLayer(layer.keys.gather(1, gather), layer.values.gather(1, gather), positions, state=state)
+            state["counts"] = (layer.n_tokens - positions).float()
+        return CompressedLayer(keys, values, positions, state=state)
+
+    def selection(self, device: torch.device) -> ModuleType:
+        """The module that selects and copies slots on a device: kernels or their torch twin."""
+        if choose_backend(self.backend, device) == "torch":
+            return selection
+        from kvbench.policies import selection_triton  # imports triton, which a CPU may lack
+
+        return selection_triton
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         """Count the new token's attention, then evict the weakest of the heavy slots and the token leaving the window.

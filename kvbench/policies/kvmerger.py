@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.attention.backend import choose_backend
+from kvbench.attention.backend import BACKENDS, choose_backend
 from kvbench.errors import BudgetError
 from kvbench.policies import merging, segments
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy
@@ -101,7 +101,7 @@ class KVMerger(Policy):
         require_choice("value_scale", self.value_scale, ("count", "mean", "log_bias"))
         require_bool("merge", self.merge)
         require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
-        require_choice("backend", self.backend, ("auto", "torch", "triton"))
+        require_choice("backend", self.backend, BACKENDS)
 
     @property
     def exact_budget(self) -> bool:

@@ -38,14 +38,14 @@ def _adjacent_cosines_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ordered_bits(x):  # type: ignore[no-untyped-def]
+def ordered_bits(x):  # type: ignore[no-untyped-def]
     """Integers that compare like the floats (both zeros alike)."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def _largest(row, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def largest(row, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Bits of the k-th largest of `row[:n]`, and where, among its equals, the later ones that belong begin."""
     kth = tl.full([], -2147483648, tl.int64)
     for step in range(32):
@@ -53,7 +53,7 @@ def _largest(row, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         count = tl.full([], 0, tl.int32)
         for start in range(0, n, BLOCK):
             index = start + tl.arange(0, BLOCK)
-            bits = _ordered_bits(tl.load(row + index, mask=index < n, other=0.0))
+            bits = ordered_bits(tl.load(row + index, mask=index < n, other=0.0))
             count += tl.sum(((bits >= candidate.to(tl.int32)) & (index < n)).to(tl.int32), axis=0)
         kth = tl.where(count >= k, candidate, kth)
     kth = kth.to(tl.int32)
@@ -61,7 +61,7 @@ def _largest(row, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     n_equal = tl.full([], 0, tl.int32)
     for start in range(0, n, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        bits = _ordered_bits(tl.load(row + index, mask=index < n, other=0.0))
+        bits = ordered_bits(tl.load(row + index, mask=index < n, other=0.0))
         n_above += tl.sum(((bits > kth) & (index < n)).to(tl.int32), axis=0)
         n_equal += tl.sum(((bits == kth) & (index < n)).to(tl.int32), axis=0)
     skipped = n_equal - (k - n_above)
@@ -69,7 +69,7 @@ def _largest(row, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     seen = tl.full([], 0, tl.int32)
     for start in range(0, n, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        bits = _ordered_bits(tl.load(row + index, mask=index < n, other=0.0))
+        bits = ordered_bits(tl.load(row + index, mask=index < n, other=0.0))
         equal = ((bits == kth) & (index < n)).to(tl.int32)
         rank = seen + tl.cumsum(equal, axis=0)
         cut = tl.minimum(cut, tl.min(tl.where((equal > 0) & (rank > skipped), index, n), axis=0))
@@ -88,22 +88,22 @@ def _chain_starts_kernel(  # type: ignore[no-untyped-def]
     scores += head * n_tokens
     starts += head * (n_slots + 1)
     older = n_tokens - n_recent
-    top_bits, top_cut = _largest(scores, older, n_top, BLOCK)
+    top_bits, top_cut = largest(scores, older, n_top, BLOCK)
     for start in range(0, n_tokens, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < n_tokens
-        here = _ordered_bits(tl.load(scores + index, mask=inside, other=0.0))
-        before = _ordered_bits(tl.load(scores + index - 1, mask=inside & (index > 0), other=0.0))
+        here = ordered_bits(tl.load(scores + index, mask=inside, other=0.0))
+        before = ordered_bits(tl.load(scores + index - 1, mask=inside & (index > 0), other=0.0))
         protected = (index >= older) | (here > top_bits) | ((here == top_bits) & (index >= top_cut))
         protected |= (before > top_bits) | ((before == top_bits) & (index - 1 >= top_cut))
         tl.store(cosines + index, float("-inf"), mask=inside & (protected | (index == 0)))
     tl.debug_barrier()  # what one thread forbids, another may read below
-    link_bits, link_cut = _largest(cosines, n_tokens, n_tokens - n_slots, BLOCK)
+    link_bits, link_cut = largest(cosines, n_tokens, n_tokens - n_slots, BLOCK)
     seen = tl.full([], 0, tl.int32)
     for start in range(0, n_tokens, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < n_tokens
-        bits = _ordered_bits(tl.load(cosines + index, mask=inside, other=0.0))
+        bits = ordered_bits(tl.load(cosines + index, mask=inside, other=0.0))
         linked = (bits > link_bits) | ((bits == link_bits) & (index >= link_cut))
         begins = (inside & (linked == 0)).to(tl.int32)
         slots = seen + tl.cumsum(begins, axis=0) - 1
