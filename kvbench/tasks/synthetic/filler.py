@@ -7,7 +7,7 @@ so lengths are requested in tokens and built in characters:
     characters = length_tokens * characters per token of the kind of text
 
 The ratios below were counted with the SmolLM2 tokenizer (49,152 entries); larger vocabularies give fewer tokens, Llama
-2's 32,000 entries give more, so a prompt's true count may be off by a fifth on another model while its text stays the same.
+2's 32,000 entries give more, so on another model a prompt's true count may be off by a fifth; its text is the same.
 """
 
 from __future__ import annotations
@@ -75,6 +75,6 @@ def hide(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
         if not 0.0 <= depth <= 1.0:
             raise ConfigError(f"depth {depth} is outside [0, 1]: give the needle's place as a fraction of the text")
     pieces = list(sentences)
-    for depth, needle in sorted(reversed(needles), key=lambda pair: pair[0], reverse=True):
+    for depth, _, needle in sorted(((d, i, n) for i, (d, n) in enumerate(needles)), reverse=True):
         pieces.insert(round(depth * len(sentences)), needle)
     return " ".join(pieces)

@@ -1,8 +1,8 @@
 """Pass key retrieval: one number in a dull, repetitive text, asked for at the end.
 
 After the pass-key test of Mohtashami and Jaggi, "Landmark Attention" (2023, arXiv:2305.16300), with our own filler and
-wording. The assistant's turn is opened with "The pass key is the number", so the first token the model writes (predicted
-from the uncompressed prefill) is at most a space or one digit; the rest comes from the compressed cache.
+wording. The assistant's turn is opened with "The pass key is the number", so the first token the model writes, which
+the uncompressed prefill predicts, is a space or a digit; all others come from the compressed cache.
 
     python -m kvbench task=passkey task.lengths=[1024,4096] task.depths=[0.1,0.5,0.9] task.samples_per_cell=10
 """

@@ -1,0 +1,118 @@
+"""Many-shot classification: words sorted into classes by examples alone, then one word that no example showed.
+
+With `labels=numbers` each class is named by a two-digit number drawn anew for every sample, so the model must read the
+rule from its cache; with `labels=categories` the classes carry their real names and the cache matters less. The first
+token of an answer is the same for all classes (a space, or a space and a quotation mark, where the tokenizer sets it
+apart as SmolLM2's and Llama's do), so the uncompressed prefill alone cannot decide a sample.
+
+    python -m kvbench task=fewshot task.labels=categories task.n_classes=6 'task.lengths=[2048]'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from kvbench.errors import ConfigError
+from kvbench.tasks.base import Sample, Task
+from kvbench.tasks.synthetic.filler import characters_for, generator_for
+from kvbench.tasks.synthetic.words import CATEGORIES
+
+NUMBERS_CHARACTERS_PER_TOKEN = 1.88
+CATEGORIES_CHARACTERS_PER_TOKEN = 2.7
+ANSWER_PREFIX = " ->"
+MAX_NEW_TOKENS = {"numbers": 5, "categories": 10}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot(Task):
+    """Lists of `word -> label` lines that end in a word without a label.
+
+    Attributes:
+        lengths: prompt lengths in tokens, at the fixed ratios of this module.
+        samples_per_length: samples for each length.
+        n_classes: classes in one sample, drawn from the categories of `words.py`; chance is 1 / n_classes.
+        labels: "numbers" (invented, other ones in every sample) or "categories" (the real names).
+        seed: seed of words, classes, labels and their order.
+    """
+
+    name: str = "fewshot"
+    lengths: Sequence[int] = (1024,)
+    samples_per_length: int = 20
+    n_classes: int = 4
+    labels: str = "numbers"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse parameters that make no prompt.
+
+        Raises:
+            ConfigError: if a number or a name is out of range.
+        """
+        if self.labels not in MAX_NEW_TOKENS:
+            raise ConfigError(f"labels={self.labels!r} is unknown; known are {', '.join(MAX_NEW_TOKENS)}")
+        if not 2 <= self.n_classes <= len(CATEGORIES):
+            raise ConfigError(f"n_classes={self.n_classes}: ask for 2 to {len(CATEGORIES)}")
+        if self.samples_per_length < 1:
+            raise ConfigError(f"samples_per_length={self.samples_per_length}: ask for at least 1")
+
+    def all_samples(self) -> list[Sample]:
+        """All samples; the first ones cover every length once, so that a `limit` thins them evenly."""
+        return [
+            self._sample(length_tokens, repeat)
+            for repeat in range(self.samples_per_length)
+            for length_tokens in self.lengths
+        ]
+
+    def _sample(self, length_tokens: int, repeat: int) -> Sample:
+        sample_id = f"{self.name}-{self.labels}-{self.n_classes}-{length_tokens}-{self.seed}-{repeat}"
+        generator = generator_for(sample_id)
+        label_of = self._draw_labels(generator)
+        question_category = list(label_of)[generator.randrange(self.n_classes)]
+        question_word = generator.choice(CATEGORIES[question_category])
+        lines = [
+            f"{word}{ANSWER_PREFIX} {label}\n"
+            for category, label in label_of.items()
+            for word in CATEGORIES[category]
+            if word != question_word
+        ]
+        ratio = NUMBERS_CHARACTERS_PER_TOKEN if self.labels == "numbers" else CATEGORIES_CHARACTERS_PER_TOKEN
+        characters = characters_for(length_tokens, ratio) - len(question_word + ANSWER_PREFIX)
+        context = _repeat_shuffled(lines, characters, generator)
+        return Sample(
+            id=sample_id,
+            dataset=self.name,
+            prompt=context + question_word,
+            answers=(label_of[question_category],),
+            metric="first_word",
+            max_new_tokens=MAX_NEW_TOKENS[self.labels],
+            chat=False,
+            answer_prefix=ANSWER_PREFIX,
+            question_start=len(context),
+            stop_newline=True,
+            meta={"length_tokens": length_tokens, "labels": list(label_of.values())},
+        )
+
+    def _draw_labels(self, generator: Random) -> dict[str, str]:
+        """Categories of one sample and their labels; numbers differ in their first digit, which makes them distinct."""
+        categories = generator.sample(sorted(CATEGORIES), self.n_classes)
+        if self.labels == "categories":
+            return {category: f'"{category}"' for category in categories}
+        first_digits = generator.sample(range(1, 10), self.n_classes)
+        return {
+            category: str(10 * digit + generator.randrange(10))
+            for category, digit in zip(categories, first_digits, strict=True)
+        }
+
+
+def _repeat_shuffled(lines: Sequence[str], characters: int, generator: Random) -> str:
+    """All lines in random order, again and again in another order, until the next line would exceed `characters`."""
+    text: list[str] = []
+    used_characters = 0
+    while True:
+        for line in generator.sample(lines, len(lines)):
+            used_characters += len(line)
+            if used_characters > characters:
+                return "".join(text)
+            text.append(line)
