@@ -57,9 +57,9 @@ class Arena:
         self.storage = old.new_empty((0, *shape))  # drops the arena's own reference before the new block is requested
         if self.used == 0:
             del old
+        with torch.inference_mode(False):  # storage outlives the block it is first needed in, and is written after it
             self.storage = torch.empty((capacity, *shape), dtype=dtype, device=device)
-        else:
-            self.storage = torch.empty((capacity, *shape), dtype=dtype, device=device)
+        if self.used:
             self.storage[: self.used].copy_(old)
         self.moves += 1
 

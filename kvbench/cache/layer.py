@@ -110,7 +110,8 @@ class CacheLayer:
             blocks = arena.storage[extent.states[key] : extent.states[key] + count]
             blocks.zero_()
             _copy(state, blocks, room, None)
-        extent.constants = {name: value.detach().clone() for name, value in layer.constants.items()}
+        with torch.inference_mode(False):
+            extent.constants = {name: value.detach().clone() for name, value in layer.constants.items()}
         return extent
 
     def blocks(self, extent: RowExtent, grown: int) -> list[HeadBlock]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ class SealedLayer:
     Attributes:
         ragged: the rows' blocks.
         backend: "torch" or "triton".
+        kernels: the backend's module, `kvbench.attention.decode` or `kvbench.attention.decode_triton`.
         steps: rows whose policy steps on its own, by index: policy and slots.
         steppers: steppers that serve several rows at once, with the rows they serve.
         key: what a captured step depends on besides addresses of arenas and tables.
@@ -29,26 +31,18 @@ class SealedLayer:
 
     ragged: RaggedLayer
     backend: str
+    kernels: ModuleType
     steps: dict[int, tuple[Policy, DecodeSlots]]
     steppers: list[tuple[RowsStepper, StepLayer]]
     key: Hashable
 
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
         """Store the new token's `(B, H_k, 1, D)` keys and values at slot `length` of every block."""
-        if self.backend == "triton":
-            from kvbench.attention.decode_triton import write_token
-
-            write_token(key_states, value_states, self.ragged)
-        else:
-            decode.write_token(key_states, value_states, self.ragged)
+        self.kernels.write_token(key_states, value_states, self.ragged)
 
     def attend(self, query: Tensor, scaling: float) -> Tensor:
         """Attention of the `(B, H, D)` new queries, then the policies' steps; returns `(B, H, D)`."""
-        if self.backend == "triton":
-            from kvbench.attention.decode_triton import ragged_decode
-        else:
-            ragged_decode = decode.ragged_decode
-        output, attention = ragged_decode(query, self.ragged, scaling, tuple(self.steps))
+        output, attention = self.kernels.ragged_decode(query, self.ragged, scaling, tuple(self.steps))
         for stepper, layer in self.steppers:
             stepper.step(layer)
         for row, (policy, slots) in self.steps.items():
@@ -131,6 +125,7 @@ def seal_layer(
     return SealedLayer(
         ragged=ragged,
         backend=backend,
+        kernels=_kernels(backend),
         steps={row: (policies[row], layer.decode_slots(extents[row], tables.step_index[row])) for row in alone},
         steppers=together,
         key=(
@@ -140,6 +135,14 @@ def seal_layer(
             tuple((row, policies[row], extents[row].offsets[0], extents[row].lengths[0]) for row in alone),
         ),
     )
+
+
+def _kernels(backend: str) -> ModuleType:
+    if backend == "torch":
+        return decode
+    from kvbench.attention import decode_triton  # imports triton, which a CPU may lack
+
+    return decode_triton
 
 
 def _by_class(policies: Sequence[Policy], rows: Sequence[int]) -> dict[type[Policy], list[int]]:

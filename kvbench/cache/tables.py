@@ -35,7 +35,8 @@ class DeviceTables:
 
     def __init__(self, n_layers: int, max_rows: int, n_kv_heads: int, device: torch.device):
         def table(*shape: int, dtype: torch.dtype = torch.int64, value: int = 0) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # tables outlive the block they are first needed in
+                return torch.full(shape, value, dtype=dtype, device=device)
 
         self.device = device
         self.offsets = table(n_layers, max_rows, n_kv_heads)

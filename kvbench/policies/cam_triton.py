@@ -109,7 +109,8 @@ class CaMRowsStepper(RowsStepper):
 
     def __init__(self, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device):
         super().__init__(n_layers, max_rows, n_query_heads, n_kv_heads, device)
-        self.seeds = torch.zeros(n_layers, max_rows, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):
+            self.seeds = torch.zeros(n_layers, max_rows, dtype=torch.int64, device=device)
 
     def prepare(self, layer: StepLayer) -> None:
         """As the base class, and gather the seeds on the device."""

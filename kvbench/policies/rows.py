@@ -90,7 +90,8 @@ class RowsStepper(ABC):
 
     def __init__(self, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device):
         self.n_kv_heads, self.group_size = n_kv_heads, n_query_heads // n_kv_heads
-        self.table = torch.zeros(n_layers, max_rows, 1 + self.n_columns, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # the table outlives the block it is first needed in
+            self.table = torch.zeros(n_layers, max_rows, 1 + self.n_columns, dtype=torch.int64, device=device)
 
     def prepare(self, layer: StepLayer) -> None:
         """Describe the rows of one layer to the device; called when the batch changes, never inside a step."""

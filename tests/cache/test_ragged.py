@@ -408,3 +408,18 @@ def test_replayed_steps_are_counted_by_the_device():
     assert cache.position_ids.tolist() == [[11]]
     assert cache._sealed[0].ragged.lengths.tolist() == [[11, 11]]
     assert cache._sealed[0].ragged.blocks[0][0].length == 11
+
+
+def test_written_in_inference_mode_and_decoded_outside():
+    cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
+    with torch.inference_mode():
+        layer = random_layer(2, 6, state={"scores": torch.zeros(2, 6)}, constants={"seed": torch.tensor(7)})
+        cache.write(0, cache.add_row(OldestOut(), 6, 3), layer)
+        cache.prepare()
+    with torch.no_grad():
+        new = torch.randn(1, 2, 1, HEAD_DIM)
+        cache.update(new, new, 0)
+        cache.attend(0, new, new, new, 1.0)
+        cache.advance()
+    assert torch.equal(cache._layer(0).keys.storage[0], new[0, 0, 0])
+    assert cache.position_ids.tolist() == [[7]]
