@@ -41,10 +41,10 @@ def test_templates_write_their_own_bos(loaded):
 
 
 def test_templates_may_trim_the_message(loaded):
-    trimming = with_template(loaded, "user: {{ messages[0]['content'] | trim }}\nbot: ")
+    trimming = with_template(loaded, "A text. user: {{ messages[0]['content'] | trim }}\nbot: ")
     wrapped = wrap("  text ", trimming, chat=True)
-    assert wrapped.text == "user: text\nbot: "
-    assert wrapped.text[wrapped.prompt_start + 2 :].startswith("text")  # two trimmed characters come before
+    assert wrapped.text == "A text. user: text\nbot: "
+    assert wrapped.text[wrapped.prompt_start + 2 :].startswith("text\nbot")  # two trimmed characters come before
 
 
 def test_a_message_that_the_template_rewrites_has_no_position(loaded):
