@@ -57,7 +57,9 @@ class Work:
 def build_model(work: Work) -> Any:
     """The model of the work; its end-of-sequence token is taken away, so that no run stops early."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     dtype = getattr(torch, work.dtype)
     if work.folder is not None:
         model: Any = AutoModelForCausalLM.from_pretrained(work.folder, dtype=dtype, local_files_only=True)
