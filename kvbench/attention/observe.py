@@ -7,14 +7,13 @@ For a layer with queries q, keys k and logits `s_ij = scaling * q_i . k_j` (j <=
 and on request the column sums `sum_i P_ij` (the accumulated attention of H2O, Zhang et al. 2023, arXiv:2306.14048,
 section 4) and the last W rows of P. P itself, T x T, is never held: memory is linear in T.
 
-Two versions compute the column sums. "torch" goes through blocks of queries, takes the softmax of each block against
-all keys up to its end, and gets output, sums and rows from that one block. "triton" keeps the library's flash forward
+Two versions compute the column sums. "torch" (`observe_torch.py`) takes the softmax of one block of queries after the
+other. "triton" keeps the library's flash forward
 with its L and adds one kernel (`column_sums_triton.py`). Without a request it is plain SDPA.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,14 +22,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvbench.attention.backend import choose_backend
+from kvbench.attention.fused_forward import forward_with_log_sum_exp
+from kvbench.attention.observe_torch import observe_torch, window_rows
 from kvbench.errors import ConfigError, ModelError
 from kvbench.policies.base import LayerStates
-
-# Queries a block of the torch version. A layer of 9 heads x 2,048 tokens x 64 in fp32 takes, on two idle CPU cores with
-# 32, 64, 128 and 256 queries a block, 61, 58, 60 and 63 ms; one KV head at a time 82, 69, 62 and 59 ms; SDPA alone, with
-# no sums, 45 ms; the CPU's flash forward and a second pass for the sums 83 ms. On one thread, in CPU time: 92 ms (64
-# queries) against SDPA's 87, and a whole prefill of the 135M model's layers 0.98 to 1.03 of the plain one.
-BLOCK_QUERIES = 64
 
 
 @dataclass
@@ -86,80 +81,12 @@ def observe(
     if chosen == "torch":
         output, sums, rows = observe_torch(query, keys, values, scaling, window_tokens)
         return Observation(output, sums, rows, chosen)
-    from kvbench.attention.column_sums_triton import column_sums_triton, forward_with_log_sum_exp
+    from kvbench.attention.column_sums_triton import column_sums_triton
 
     output, log_sum_exp = forward_with_log_sum_exp(query, keys, values, scaling)
     sums = column_sums_triton(query, keys, log_sum_exp, scaling)
     rows = window_rows(query, keys, scaling, window_tokens) if window_tokens else None
     return Observation(output, sums, rows, chosen)
-
-
-def observe_torch(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, window_tokens: int = 0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Output, column sums and last rows from one pass over blocks of queries, on any device.
-
-    Args:
-        query: `(H, T, D)`.
-        keys: `(H_k, T, D)`.
-        values: `(H_k, T, D)`.
-        scaling: factor on the logits.
-        window_tokens: how many last rows to keep; 0 for none.
-
-    Returns:
-        output `(H, T, D)` in the queries' dtype, column sums `(H, T)` fp32, rows `(H, min(W, T), T)` fp32 or None.
-    """
-    n_query_heads, n_tokens, head_dim = query.shape
-    n_kv_heads = keys.shape[0]
-    group_size = n_query_heads // n_kv_heads
-    scaled_query = (query.float() * scaling).view(n_kv_heads, group_size, n_tokens, head_dim)
-    keys_transposed = keys.float().contiguous().transpose(1, 2)
-    values = values.float().contiguous()
-    output = query.new_empty(n_tokens, n_query_heads, head_dim)
-    sums = torch.zeros(n_query_heads, n_tokens, device=query.device)
-    first_row = n_tokens - min(window_tokens, n_tokens)
-    rows = torch.zeros(n_query_heads, n_tokens - first_row, n_tokens, device=query.device) if window_tokens else None
-    block = min(BLOCK_QUERIES, n_tokens)
-    future = torch.full((block, block), -math.inf, device=query.device).triu_(1)
-    buffer = torch.empty(n_query_heads * block * n_tokens, device=query.device)
-    for start in range(0, n_tokens, block):
-        end = min(start + block, n_tokens)
-        count = end - start
-        # The queries of a group lie one below the other, so that each block of keys is read once per group.
-        grouped = buffer[: n_query_heads * count * end].view(n_kv_heads, group_size * count, end)
-        attention = grouped.view(n_query_heads, count, end)
-        block_query = scaled_query[:, :, start:end].reshape(n_kv_heads, group_size * count, head_dim)
-        torch.bmm(block_query, keys_transposed[:, :, :end], out=grouped)
-        attention[:, :, start:end] += future[:count, :count]
-        torch.softmax(grouped, -1, out=grouped)
-        sums[:, :end] += attention.sum(1)
-        block_output = torch.bmm(grouped, values[:, :end])
-        output[start:end] = block_output.view(n_query_heads, count, head_dim).transpose(0, 1)
-        if rows is not None and end > first_row:
-            inside = max(first_row - start, 0)
-            rows[:, start + inside - first_row : end - first_row, :end] = attention[:, inside:]
-    return output.transpose(0, 1), sums, rows
-
-
-def window_rows(query: Tensor, keys: Tensor, scaling: float, window_tokens: int) -> Tensor:
-    """Causal softmax rows of the last queries, by one matrix product.
-
-    Args:
-        query: `(H, T, D)`.
-        keys: `(H_k, T, D)`.
-        scaling: factor on the logits.
-        window_tokens: W.
-
-    Returns:
-        `(H, min(W, T), T)` fp32.
-    """
-    n_query_heads, n_tokens, head_dim = query.shape
-    n_kv_heads = keys.shape[0]
-    window = min(window_tokens, n_tokens)
-    last = (query[:, n_tokens - window :].float() * scaling).reshape(n_kv_heads, -1, head_dim)
-    logits = torch.bmm(last, keys.float().transpose(1, 2)).view(n_query_heads, window, n_tokens)
-    logits[:, :, n_tokens - window :] += torch.full((window, window), -math.inf, device=query.device).triu_(1)
-    return logits.softmax(-1)
 
 
 class Observer:

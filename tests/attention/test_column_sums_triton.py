@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvbench.attention.fused_forward import forward_with_log_sum_exp
 from kvbench.attention.observe import observe
 from kvbench.errors import ConfigError
 
@@ -88,8 +89,6 @@ def test_observe_with_triton_agrees_with_observe_in_torch(triton_device: torch.d
 
 
 def test_log_sum_exp_of_the_fused_forward(triton_device: torch.device) -> None:
-    from kvbench.attention.column_sums_triton import forward_with_log_sum_exp
-
     query, keys, values = random_states(torch.float32, 6, 2, 45, 20, triton_device)
     log_sum_exp = forward_with_log_sum_exp(query, keys, values, 0.2)[1]
     assert relative_rms_error(log_sum_exp, reference(query, keys, 0.2)[1]) < 1e-6
