@@ -30,7 +30,9 @@ def forward_with_log_sum_exp(query: Tensor, keys: Tensor, values: Tensor, scalin
     batch: list[Tensor] = [query[None], keys[None], values[None]]
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         grouped = n_query_heads != keys.shape[0]
-        choice = torch._fused_sdp_choice(*batch, None, 0.0, True, scale=scaling, enable_gqa=grouped)
+        choice = torch._fused_sdp_choice(
+            query[None], keys[None], values[None], None, 0.0, True, scale=scaling, enable_gqa=grouped
+        )
         if choice == SDPBackend.CUDNN_ATTENTION.value:
             output, log_sum_exp = torch.ops.aten._scaled_dot_product_cudnn_attention(
                 *batch, None, True, 0.0, True, False, scale=scaling
