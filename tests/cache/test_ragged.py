@@ -423,3 +423,41 @@ def test_written_in_inference_mode_and_decoded_outside():
         cache.advance()
     assert torch.equal(cache._layer(0).keys.storage[0], new[0, 0, 0])
     assert cache.position_ids.tolist() == [[7]]
+
+
+def test_backends_agree_on_growing_stepping_biased_and_ragged_rows(triton_device):
+    """OldestOut has no one-launch step, so the Triton backend hands it views of its attention buffer."""
+    caches = {}
+    for backend in ("torch", "triton"):
+        cache = caches[backend] = RaggedCache(1, 4, 2, HEAD_DIM, torch.float32, backend)
+        torch.manual_seed(0)
+        rows = [
+            (OldestOut(), 5, {"state": {"scores": torch.zeros(2, 5)}, "constants": {"seed": torch.tensor(7)}}),
+            (Whole(), 9, {"bias": torch.randn(2, 9)}),
+            (OldestOut(), 3, {"state": {"scores": torch.zeros(2, 3)}, "constants": {"seed": torch.tensor(7)}}),
+            (Whole(), 6, {"lengths": torch.tensor([6, 2])}),
+        ]
+        for policy, length, parts in rows:
+            layer = random_layer(2, length, **parts)
+            for name in ("keys", "values", "bias", "lengths"):
+                if getattr(layer, name) is not None:
+                    setattr(layer, name, getattr(layer, name).to(triton_device))
+            layer.state = {name: state.to(triton_device) for name, state in layer.state.items()}
+            cache.write(0, cache.add_row(policy, length, 4), layer)
+    for _ in range(4):
+        query, new = (
+            torch.randn(4, 4, 1, HEAD_DIM).to(triton_device),
+            torch.randn(2, 4, 2, 1, HEAD_DIM).to(triton_device),
+        )
+        outputs = []
+        for cache in caches.values():
+            cache.update(new[0], new[1], 0)
+            outputs.append(cache.attend(0, query, new[0], new[1], 0.25))
+            cache.advance()
+        assert relative_rms(outputs[1], outputs[0]) < 1e-6
+    states = [[slots.state["scores"] for _, slots in cache._sealed[0].steps.values()] for cache in caches.values()]
+    assert len(states[0]) == len(states[1]) == 2
+    assert all(relative_rms(b, a) < 1e-6 for a, b in zip(*states, strict=True))
+    assert caches["triton"].backends == {"triton"}
+    assert caches["triton"].capturable
+    assert not caches["torch"].capturable
