@@ -40,7 +40,8 @@ def make_cache(
 ) -> RaggedCache:
     """A cache with rows of given policies and slots, filled at random."""
     cache = RaggedCache(n_layers, *heads, head_dim, like.dtype, backend)
-    cache.reserve(sum(heads[1] * (n_slots + (1 if policy.steps else 128)) for policy, n_slots in rows))
+    slots = sum(heads[1] * (n_slots + (1 if policy.steps else 128)) for policy, n_slots in rows)
+    cache.reserve([slots] * n_layers)
     for policy, n_slots in rows:
         row = cache.add_row(policy, n_slots, 128)
         for index in range(n_layers):

@@ -17,7 +17,7 @@ by data, and with the Triton backend it can be captured in a CUDA graph and repl
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -92,7 +92,7 @@ class RaggedCache(Cache):
         self._rows: list[_Row] = []
         self._layers: list[CacheLayer | None] = [None] * n_layers
         self._tables: dict[torch.device, DeviceTables] = {}
-        self._reserved_slots = 0
+        self._reserved_slots = [0] * n_layers
         self._attention: dict[torch.device, Arena] = {}
         self._steppers: dict[torch.device, dict[type[Policy], RowsStepper | None]] = {}
         self._sealed: list[SealedLayer] = []
@@ -134,17 +134,22 @@ class RaggedCache(Cache):
         self._rows.append(_Row(policy, position, room_tokens, self.n_layers))
         return len(self._rows) - 1
 
-    def reserve(self, slots_per_layer: int) -> None:
-        """Ask for room beforehand, so that writing rows does not grow the arenas step by step.
+    def reserve(self, slots_per_layer: Sequence[int]) -> None:
+        """Ask for room beforehand: arenas that grow row by row leave the allocator with holes.
 
         Args:
-            slots_per_layer: slots, summed over rows and KV heads, that keys and values of any layer will need, room
-                for new tokens included. Takes effect in a layer when its device is known: at its first `write`.
+            slots_per_layer: for each layer the slots, summed over rows and KV heads, that keys and values will need,
+                room for new tokens included. Takes effect when the layer's device is known: at its first `write`.
+
+        Raises:
+            ValueError: if there is not one number per layer.
         """
-        self._reserved_slots = max(self._reserved_slots, slots_per_layer)
-        for layer in self._layers:
+        if len(slots_per_layer) != self.n_layers:
+            raise ValueError(f"{len(slots_per_layer)} reservations for {self.n_layers} layers")
+        self._reserved_slots = list(map(max, self._reserved_slots, slots_per_layer))
+        for index, layer in enumerate(self._layers):
             if layer is not None:
-                self._reserve(layer)
+                self._reserve(index, layer)
 
     def write(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Copy what is left of one layer into the cache.
@@ -165,7 +170,7 @@ class RaggedCache(Cache):
         if self._layers[layer_index] is None:
             self.backends.add(choose_backend(self.backend, device))
             self._layers[layer_index] = CacheLayer(self.head_dim, self.dtype, device)
-            self._reserve(self._layer(layer_index))
+            self._reserve(layer_index, self._layer(layer_index))
         if device not in self._tables:
             self._tables[device] = DeviceTables(self.n_layers, self.max_rows, self.n_kv_heads, device)
             self._attention[device] = Arena((), torch.float32, device)
@@ -360,9 +365,9 @@ class RaggedCache(Cache):
             raise RuntimeError(f"row {row} lacks layers {missing}: write every layer of a row before decoding")
         return [extent for extent in extents if extent is not None]
 
-    def _reserve(self, layer: CacheLayer) -> None:
-        layer.keys.reserve(self._reserved_slots)
-        layer.values.reserve(self._reserved_slots)
+    def _reserve(self, index: int, layer: CacheLayer) -> None:
+        layer.keys.reserve(self._reserved_slots[index])
+        layer.values.reserve(self._reserved_slots[index])
 
     def _check(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Refuse what does not fit the model; these are defects of a policy or the caller, not of a configuration."""

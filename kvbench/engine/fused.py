@@ -91,13 +91,23 @@ class _Session:
     def _rows(self, job: Job) -> int:
         return len(job.arms) + (len(_forced_arms(job)) if job.gold_ids else 0)
 
-    def _bytes(self, job: Job) -> int:
-        per_slot = 2 * self.shape["head_dim"] * self.loaded.dtype.itemsize * self.shape["n_kv_heads"]
+    def _slots_per_layer(self, job: Job) -> list[int]:
+        """Slots that a job's rows take in each layer, summed over KV heads, room for new tokens included."""
         strands = [(arm, job.max_new_tokens) for arm in job.arms]
         if job.gold_ids:
             strands += [(arm, len(job.gold_ids)) for arm in _forced_arms(job)]
-        slots = sum(arm.policy.budget_tokens(job.compress_at) + room for arm, room in strands)
-        return slots * per_slot * self.shape["n_layers"]
+        totals = [0] * self.shape["n_layers"]
+        for arm, new_tokens in strands:
+            room = 1 if arm.policy.steps else len(job.question_ids) + new_tokens
+            budgets = arm.policy.layer_budgets(job.compress_at, self.shape["n_layers"])
+            totals = [
+                total + self.shape["n_kv_heads"] * (budget + room)
+                for total, budget in zip(totals, budgets, strict=True)
+            ]
+        return totals
+
+    def _bytes(self, job: Job) -> int:
+        return sum(self._slots_per_layer(job)) * 2 * self.shape["head_dim"] * self.loaded.dtype.itemsize
 
     def _available_bytes(self) -> int:
         if self.loaded.device.type == "cuda":
@@ -153,6 +163,7 @@ class _Session:
 
     def _attempt(self, jobs: list[Job], notes: tuple[str, ...]) -> list[JobResult | SampleFailure]:
         cache, loop = self._storage(max(self.max_rows, sum(self._rows(job) for job in jobs)))
+        cache.reserve([sum(layer) for layer in zip(*map(self._slots_per_layer, jobs), strict=True)])
         on_gpu = self.loaded.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.loaded.device)

@@ -307,7 +307,7 @@ def test_bytes_stay_within_one_percent_of_the_budget(budget, steps):
 
 def test_reserve_fixes_the_addresses():
     cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
-    cache.reserve(2000)
+    cache.reserve([2000])
     for _ in range(3):
         cache.write(0, cache.add_row(Whole(), 50, 8), random_layer(2, 50))
     arena = cache._layers[0].keys
@@ -320,7 +320,7 @@ def test_reserve_fixes_the_addresses():
 
 def test_generation_and_graph_key_tell_when_a_captured_step_is_stale():
     cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
-    cache.reserve(2000)
+    cache.reserve([2000])
 
     def batch(*lengths, room=8):
         cache.clear()
