@@ -54,6 +54,8 @@ def test_code_alone_makes_no_chinese_average():
 def test_kvmerger_nine():
     # H2O at 50 %, Llama-2-7B-chat, of the paper's table; its cells average 33.486.
     cells = (24.48, 25.37, 17.85, 20.04, 32.17, 63.00, 30.57, 80.89, 7.00)
+    names = "gov_report multi_news narrativeqa qasper multifieldqa_en trec 2wikimqa triviaqa passage_retrieval_en"
+    assert " ".join(KVMERGER_DATASETS) == names
     average = kvmerger_average(dict(zip(KVMERGER_DATASETS, cells, strict=True)))
     assert average.value == pytest.approx(33.4856, abs=1e-4)
     assert average.complete

@@ -32,6 +32,7 @@ DOC_ANSWERS = [["red boat in harbour"], ["the crew", "crew sleeps well tonight"]
         ("zs_concordance", "3 2 1", ["1, 2, 3"], 0.0),
         ("zs_concordance", "The 3 summaries: 1, 2, 3", ["1, 2, 3"], 0.0),
         ("zs_concordance", "1, 2", ["1, 2, 3"], 0.0),
+        ("zs_concordance", "-1, 2, 3", ["1, 2, 3"], 1.0),  # hyphens go, so list marks do no harm
         ("zs_concordance", "1", ["1"], 1.0),
         ("zs_concordance", "", [""], 0.0),
     ],
