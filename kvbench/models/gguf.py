@@ -15,17 +15,19 @@ Three things in which GGUF differs from a Hugging Face checkpoint:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from kvbench.errors import ModelError
+
+if TYPE_CHECKING:  # imported where a file is read: needed once per machine, not at every start
+    from gguf import GGUFReader
 
 CONVERTER_VERSION = 1
 """Part of the converted folder's identity: raise it whenever the files written here change."""
@@ -61,6 +63,8 @@ def convert_llama_gguf(file: Path, folder: Path) -> None:
     Raises:
         ModelError: if the architecture, the vocabulary type or the pre-tokenizer is not one of those known here.
     """
+    from gguf import GGUFReader
+
     reader = GGUFReader(str(file))
     fields = {name: field.contents() for name, field in reader.fields.items()}
     _expect(file, fields, "general.architecture", ("llama",))
@@ -105,6 +109,8 @@ def state_dict(reader: GGUFReader, config: LlamaConfig) -> dict[str, Tensor]:
     Raises:
         ModelError: if a tensor is unknown.
     """
+    from gguf import dequantize
+
     weights = {}
     for tensor in reader.tensors:
         values = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))

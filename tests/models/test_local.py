@@ -43,6 +43,15 @@ def test_dtype_is_applied(folder):
     assert load(folder, dtype="bfloat16").model.lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_folder_goes_straight_to_the_gpu(folder):
+    loaded = load_model(named_config("llama2-7b-chat", path=str(folder)), device="cuda")
+    assert loaded.device.type == "cuda"
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(loaded.model(torch.arange(9, device=loaded.device)[None]).logits).all()
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(ModelError, match="is no folder"):
         load(tmp_path / "absent")

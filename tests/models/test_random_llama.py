@@ -1,8 +1,14 @@
+import time
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvbench.errors import ConfigError
+from kvbench.models.config import named_config
+from kvbench.models.load import load_model
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def test_shapes_are_those_of_the_configuration(tiny_gqa, tiny_mha):
@@ -58,3 +64,16 @@ def test_too_small_a_vocabulary_is_refused(tiny_model):
 def test_every_token_the_model_can_emit_decodes(tiny_gqa):
     assert isinstance(tiny_gqa.tokenizer.decode(list(range(512))), str)
     assert tiny_gqa.model.generation_config.eos_token_id == tiny_gqa.tokenizer.eos_token_id
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_real_shapes_are_made_on_the_device_in_seconds():
+    started = time.monotonic()
+    loaded = load_model(named_config("random-llama2-7b", n_layers=8), device="cuda")
+    torch.cuda.synchronize()
+    assert time.monotonic() - started < 60  # on the CPU it would take minutes
+    assert {parameter.device.type for parameter in loaded.model.parameters()} == {"cuda"}
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.isfinite(loaded.model(torch.arange(64, device=loaded.device)[None]).logits).all()
