@@ -110,7 +110,7 @@ def make_setting(options: argparse.Namespace, config: ModelConfig, device: str, 
     loaded = load_model(config, device=device, report=say)
     loaded.model.set_attn_implementation("sdpa")
     fitting = tuple(length for length in options.lengths if length <= loaded.max_context_tokens)
-    for length in set(options.lengths) - set(fitting):
+    for length in sorted(set(options.lengths) - set(fitting)) if 1 in options.rows else []:
         say(f"row 1 leaves out {length:,} tokens: {config.name} has {loaded.max_context_tokens:,} positions")
     return Setting(loaded, parse_arms(options.arms), options.repeats, fitting, *sample)
 
