@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from kvbench.errors import ConfigError
 
 DULL_CHARACTERS_PER_TOKEN = 4.28
-PROSE_CHARACTERS_PER_TOKEN = 4.7
+PROSE_CHARACTERS_PER_TOKEN = 5.0
 MIN_LENGTH_TOKENS = 128
 
 DULL_SENTENCES = (
