@@ -25,7 +25,7 @@ def fill(cache, policies, lengths, n_layers, n_query_heads, n_kv_heads, device):
         for index in range(n_layers):
             generator = torch.Generator().manual_seed(1000 * n_tokens + index)
             keys, values = torch.randn(2, n_kv_heads, n_tokens, HEAD_DIM, generator=generator).to(device)
-            sums = torch.rand(n_query_heads, n_tokens, generator=generator).pow(8).to(device) * 9
+            sums = torch.rand(n_query_heads, n_tokens, generator=generator).pow(8).to(device)
             states = LayerStates(keys, values, index, n_layers, n_query_heads, seed=n_tokens, column_sums=sums)
             cache.write(index, row, policy.compress(states, policy.budget_tokens(n_tokens)))
 
@@ -51,9 +51,10 @@ H2O_OPTIONS = [
 ]
 CAM_OPTIONS = [
     CaM(budget=0.5),
-    CaM(budget=0.3, merge_tokens=3),
+    CaM(budget=0.6, merge_tokens=2),
     CaM(budget=0.5, merge=False),
     CaM(budget=0.4, start_share=0.0),
+    *(CaM(budget=budget, start_share=0.9) for budget in (0.3, 0.25, 0.2)),  # the new token is the only target
 ]
 MIXED = [Full(), CaM(budget=0.5), H2O(budget=0.5), H2O(budget=0.35), CaM(budget=0.35, merge_tokens=2)]
 
