@@ -8,6 +8,7 @@ when that makes the batch much smaller, and stops when no row is left.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from kvbench.attention.interface import attention_implementation
 from kvbench.cache.ragged import RaggedCache
+from kvbench.engine.compiled import CompiledLayers, can_compile
 from kvbench.engine.strands import Strand, reference_rows
 from kvbench.models.load import LoadedModel
 
@@ -100,9 +102,21 @@ class DecodeLoop:
         cache: the cache that holds the strands' rows.
         check_every: steps between looks at which rows have finished.
         cuda_graphs: capture steps in CUDA graphs (ignored on a CPU or if the model spans several devices).
+        compile_layers: run the decoder layers as compiled code (ignored likewise).
+
+    Attributes:
+        replayed_steps: steps that were replays of a captured one, so far.
+        compiled: whether the decoder layers run as compiled code.
     """
 
-    def __init__(self, loaded: LoadedModel, cache: RaggedCache, check_every: int, cuda_graphs: bool):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: RaggedCache,
+        check_every: int,
+        cuda_graphs: bool,
+        compile_layers: bool = False,
+    ):
         self.loaded, self.cache = loaded, cache
         devices = {parameter.device for parameter in loaded.model.parameters()}
         self.cuda_graphs = cuda_graphs and loaded.device.type == "cuda" and len(devices) == 1
@@ -111,6 +125,8 @@ class DecodeLoop:
         self._captured: dict[tuple[Hashable, int], _Captured] = {}
         self._pool: Any = None
         self.replayed_steps = 0
+        self._layers = CompiledLayers(loaded.model) if compile_layers and can_compile(loaded) else None
+        self.compiled = self._layers is not None
 
     def run(self, strands: list[Strand]) -> list[Decoded]:
         """Decode strands to their ends.
@@ -129,7 +145,8 @@ class DecodeLoop:
         tables = self._prepare(strands, n_steps)
         step = 0
         refill = True
-        with torch.inference_mode(), attention_implementation(self.loaded.model):
+        layers = self._layers.active() if self._layers is not None else nullcontext()
+        with torch.inference_mode(), attention_implementation(self.loaded.model), layers:
             while True:
                 going = [i for i in active if not _finished(strands[i], decoded[i])]
                 if not going:

@@ -28,6 +28,7 @@ class FusedEngine(Engine):
     Attributes:
         kernels: "auto", "torch" or "triton".
         cuda_graphs: capture decode steps in CUDA graphs.
+        compile: run the decoder layers as compiled code in decode steps (GPU only).
         max_rows: rows of a decode batch at most; None: 24 on a CPU, 64 on a GPU.
         memory_ratio: share of the free device memory that the caches of one batch may take.
         check_every: decode steps between looks at which rows have finished (GPU only).
@@ -35,6 +36,7 @@ class FusedEngine(Engine):
 
     kernels: str = "auto"
     cuda_graphs: bool = True
+    compile: bool = False
     max_rows: int | None = None
     memory_ratio: float = 0.8
     check_every: int = 8
@@ -181,6 +183,7 @@ class _Session:
             "batch_samples": len(jobs),
             "batch_rows": len(strands),
             "cuda_graphs": loop.replayed_steps > 0,
+            "compiled": loop.compiled,
             "peak_bytes": torch.cuda.max_memory_allocated(self.loaded.device) if on_gpu else None,
             "notes": list(notes),
         }
@@ -191,7 +194,9 @@ class _Session:
             self.cache = RaggedCache(
                 **self.shape, dtype=self.loaded.dtype, backend=self.engine.kernels, max_rows=max_rows
             )
-            self.loop = DecodeLoop(self.loaded, self.cache, self.engine.check_every, self.engine.cuda_graphs)
+            self.loop = DecodeLoop(
+                self.loaded, self.cache, self.engine.check_every, self.engine.cuda_graphs, self.engine.compile
+            )
         self.cache.clear()
         return self.cache, self.loop
 
