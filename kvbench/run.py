@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvbench.engine.base import Arm, ArmResult, Job, JobResult, SampleFailure
 from kvbench.errors import DataError
 from kvbench.metrics import get_metric
+from kvbench.metrics.environment import check_environment, scorer_versions
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.prompt import EncodedPrompt, encode_sample
 from kvbench.plan import Plan
@@ -59,10 +60,11 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
     samples = plan.task.samples()
     if not samples:
         raise DataError(f"task {plan.task.name} has no samples: check its parameters and its data files")
+    check_environment()  # what cannot be scored ends the run before a weight is loaded
     for sample in samples:
-        get_metric(sample.metric)  # an unknown metric ends the run before a weight is loaded
+        get_metric(sample.metric)
     folder = RunFolder(plan.output_root, f"{plan.task.name}-{plan.model.name}", plan.identity)
-    folder.describe(plan.config, describe_environment())
+    folder.describe(plan.config, {**describe_environment(), "scorers": scorer_versions()})
     todo = _missing(plan, samples, folder)
     n_failed = 0
     if todo:

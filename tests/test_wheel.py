@@ -19,7 +19,7 @@ def test_the_wheel_alone_runs_from_any_folder(tmp_path):
     result = subprocess.run(
         [
             sys.executable, "-m", "kvbench", "model=tiny-random", "task=passkey", "task.limit=1",
-            "task.length_tokens=200", "method=h2o", "budget=0.5", "protocol.max_new_tokens=4",
+            "task.lengths=[200]", "method=h2o", "budget=0.5", "protocol.max_new_tokens=4",
         ],
         cwd=elsewhere, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -182,7 +182,7 @@ class DecodeLoop:
         return tables
 
     def _step(self, tables: _Tables, n_rows: int, n_forced: int) -> None:
-        if not self.cuda_graphs:
+        if not (self.cuda_graphs and self.cache.capturable):
             self._forward(tables, n_rows, n_forced)
             self.cache.count_step()
             return
