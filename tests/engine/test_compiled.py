@@ -50,7 +50,7 @@ def compile_here(monkeypatch, backend) -> None:
     monkeypatch.setattr(decode, "CompiledLayers", partial(CompiledLayers, backend=backend))
 
 
-def test_one_code_serves_all_layers_batches_and_engines_with_the_same_tokens(tiny_gqa, monkeypatch):
+def test_one_code_serves_all_layers_batches_and_engines_with_the_same_tokens(tiny_gqa, tiny_model, monkeypatch):
     graphs = []
 
     def counting(graph, inputs):
@@ -58,13 +58,13 @@ def test_one_code_serves_all_layers_batches_and_engines_with_the_same_tokens(tin
         return graph.forward
 
     compile_here(monkeypatch, counting)
+    answers(tiny_model("tiny-random", n_layers=2), 7, compiled=True)
+    made = len(graphs)
+    assert made > 0
     assert len(decoder_layers(tiny_gqa.model)) == 4
-    made = []
     for n_rows in (7, 14, 3):
         assert answers(tiny_gqa, n_rows, compiled=True) == answers(tiny_gqa, n_rows, compiled=False)
-        made.append(len(graphs))
-    assert 0 < made[0] <= 8  # the parts of one layer; four layers with a code each would make four times as many
-    assert made[1:] == made[:1] * 2
+        assert len(graphs) == made
 
 
 def test_the_compiler_s_own_numbers_choose_the_same_tokens(tiny_gqa, monkeypatch):
