@@ -212,8 +212,12 @@ def default_launch(n_blocks: int, max_slots: int, group_size: int, dtype: torch.
     Returns:
         The launch.
     """
-    tile_slots = 16 if dtype == torch.float32 and group_size > 1 else 64
-    return Launch(split_slots(n_blocks, max_slots), tile_slots, 4, 3)
+    slots = split_slots(n_blocks, max_slots)
+    if dtype == torch.float32:
+        return Launch(slots, 16 if group_size > 1 else 64, 4, 3)
+    # Best or within 3 % of it for seven arms of a 3,500-token prompt on an H100: 2.4 TB/s where tiles of 64 slots and
+    # four warps reached 2.2, for 32 KV heads as for 8.
+    return Launch(slots, 32, 2, 3)
 
 
 def split_slots(n_blocks: int, max_slots: int) -> int:
