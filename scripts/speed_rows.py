@@ -194,7 +194,8 @@ def step_row(setting: Setting, target: float) -> Row:
     n_short = max(4, setting.new_tokens // 4)
     n_long = 3 * n_short
     fork = Fork(setting, n_long + 1)
-    loop = DecodeLoop(loaded, fork.cache, FusedEngine().check_every, cuda_graphs=True)
+    engine = FusedEngine()
+    loop = DecodeLoop(loaded, fork.cache, engine.check_every, cuda_graphs=True, compile_layers=engine.compile)
 
     def decode(n_steps: int) -> float:
         token = fork.prefill()

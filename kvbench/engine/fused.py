@@ -36,7 +36,7 @@ class FusedEngine(Engine):
 
     kernels: str = "auto"
     cuda_graphs: bool = True
-    compile: bool = False
+    compile: bool = True
     max_rows: int | None = None
     memory_ratio: float = 0.8
     check_every: int = 8
