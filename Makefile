@@ -1,12 +1,16 @@
 # Two commands need nothing else on a fresh machine with Python 3.11 and a package index:
 #   make demo   the comparison on the default model
 #   make test   lint, types, tests
+# The paper's tables and figures into results/, running what is missing (all of it needs weights, data and a GPU):
+#   make paper-tables MODEL=smollm2-135m LIMIT=10 DATA=DIR OFFICIAL=DIR2
+#   make paper-tables EXPERIMENT="longbench needle" MODEL=llama2-7b-chat SET="output.root=runs"
+#   make paper-tables REBUILD=1    nothing runs: from the records alone
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint types unit install clean
+.PHONY: demo paper-tables test lint types unit install clean
 
 install: $(STAMP)
 
@@ -20,6 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python -m kvbench
+
+paper-tables: $(STAMP)
+	$(BIN)/python -m kvbench.paper \
+	  $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) $(if $(MODEL),--model $(MODEL)) $(if $(LIMIT),--limit $(LIMIT)) \
+	  $(if $(DATA),--data $(DATA)) $(if $(OFFICIAL),--official $(OFFICIAL)) $(if $(SET),--override $(SET)) \
+	  $(if $(REBUILD),--rebuild)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,138 @@
+"""Run what the paper's tables and figures still lack, then write them from the records: `make paper-tables`.
+
+    python -m kvbench.paper --experiment longbench --model llama2-7b-chat --data DIR --official DIR2
+    python -m kvbench.paper --model smollm2-135m --limit 10
+    python -m kvbench.paper --rebuild --model smollm2-135m      # run nothing: tables and figures from the records alone
+
+Experiments that ask the same model the same questions share one run: the arms of all of them ride on one prefill.
+Tasks whose data or weights cannot be had are named and left out; their cells name the command that fills them. What
+`--limit` cut short goes on later from where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kvbench.errors import KvbenchError
+from kvbench.experiments import ExperimentPart, experiment_names, experiment_parts, table_spec
+from kvbench.plan import Plan
+from kvbench.report.cells import build_table
+from kvbench.report.figures import write_figures
+from kvbench.report.published import read_published
+from kvbench.report.tables import write_table
+from kvbench.run import run_plan
+
+EXIT_MEND, EXIT_INTERRUPTED = 2, 130
+
+
+def merged_plans(parts: Sequence[ExperimentPart]) -> list[Plan]:
+    """One plan for all parts that ask one model the same questions, with the arms of all of them.
+
+    Args:
+        parts: parts of any number of experiments.
+
+    Returns:
+        Plans in the order in which their questions first occur.
+    """
+    merged: dict[Path, Plan] = {}
+    for part in parts:
+        known = merged.get(part.run)
+        if known is None:
+            merged[part.run] = part.plan
+            continue
+        arms = {arm.key: arm for arm in (*known.arms, *part.plan.arms)}
+        merged[part.run] = dataclasses.replace(known, arms=tuple(arms.values()))
+    return list(merged.values())
+
+
+def run_missing(parts: Sequence[ExperimentPart], console: Console) -> int:
+    """Run the parts; returns how many tasks could not be run (each is named on the console)."""
+    n_left_out = 0
+    plans = merged_plans(parts)
+    for number, plan in enumerate(plans, 1):
+        what = f"[{number}/{len(plans)}] {plan.task.name} · {plan.model.name} · {len(plan.arms)} arms"
+        console.print(what, markup=False, highlight=False)
+        try:
+            run_plan(plan, console)
+        except KvbenchError as error:
+            n_left_out += 1
+            console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
+    return n_left_out
+
+
+def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[str]) -> list[Path]:
+    """Write tables and figures of every experiment and model, from records alone.
+
+    Args:
+        parts: parts of any number of experiments.
+        results: folder with `reference/`; gets `tables/` and `figures/`.
+        options: `NAME=value` settings that belong into the commands shown beside empty cells.
+
+    Returns:
+        The files written.
+    """
+    published = read_published(results / "reference")
+    groups: dict[tuple[str, str], list[ExperimentPart]] = {}
+    for part in parts:
+        groups.setdefault((part.experiment, part.model), []).append(part)
+    written = []
+    for (experiment, model), group in groups.items():
+        command = " ".join(["make paper-tables", f"EXPERIMENT={experiment}", f"MODEL={model}", *options])
+        table = build_table(table_spec(group, command), published)
+        written += write_table(table, results / "tables")
+        written += write_figures(table, results / "figures")
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 0 done (tasks left out included: they are named), 2 something to mend."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console = Console(stderr=True)
+    overrides = list(options.override)
+    if options.data:
+        overrides.append(f"data.root={options.data}")
+    if options.official:
+        overrides.append(f"data.official={options.official}")
+    try:
+        parts = [
+            part
+            for name in options.experiment or experiment_names()
+            for part in experiment_parts(name, options.model, options.limit, overrides)
+        ]
+        left_out = 0 if options.rebuild else run_missing(parts, console)
+        for path in write_all(parts, options.results, ["DATA=DIR", "OFFICIAL=DIR"]):
+            print(path)
+    except KvbenchError as error:
+        print(f"kvbench: {error}", file=sys.stderr)
+        return EXIT_MEND
+    except KeyboardInterrupt:
+        print("kvbench: interrupted; what was recorded stays, the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if left_out:
+        console.print(f"{left_out} tasks left out, see above")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvbench.paper", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--experiment", nargs="*", default=[], help="names in configs/experiment; default: all")
+    parser.add_argument("--model", nargs="*", default=[], help="models that replace the experiments' own")
+    parser.add_argument("--limit", type=int, default=None, help="at most so many samples of each task")
+    parser.add_argument("--data", default=None, help="folder with <dataset>.jsonl files (data.root)")
+    parser.add_argument("--official", default=None, help="folder with the official LongBench files (data.official)")
+    parser.add_argument("--override", nargs="*", default=[], help="further settings, e.g. model.max_prompt_tokens=2000")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where reference/ is and tables/ go")
+    parser.add_argument("--rebuild", action="store_true", help="run nothing, write tables and figures from the records")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
