@@ -42,8 +42,10 @@ def jobs(count: int, question: int = 0) -> list[Job]:
         ids = tuple(torch.randint(3, 250, (n_tokens,), generator=generator).tolist())
         gold = tuple(torch.randint(3, 250, (6,), generator=generator).tolist())
         made.append(
-            Job(index=index, input_ids=ids, compress_at=n_tokens - question, gold_ids=gold, arms=ARMS, reference=ARMS[0],
-                stop_ids=(2,), max_new_tokens=12 + index, seed=index)
+            Job(
+                index=index, input_ids=ids, compress_at=n_tokens - question, gold_ids=gold, arms=ARMS,
+                reference=ARMS[0], stop_ids=(2,), max_new_tokens=12 + index, seed=index,
+            )
         )  # fmt: skip
     return made
 
