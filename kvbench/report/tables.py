@@ -44,22 +44,24 @@ def write_table(table: Table, folder: Path) -> list[Path]:
 
 def markdown(table: Table) -> str:
     """The table with everything a reader needs to judge it."""
-    columns = _columns(table)
+    columns = table_columns(table)
     footnotes: dict[str, str] = {}
     lines = [f"# {table.spec.title} · {table.spec.model}", "", READING, ""]
     lines += _pipe(
-        ["arm", *(_heading(table, column) for column in columns)],
+        ["arm", *(heading(table, column) for column in columns)],
         _score_rows(table, columns, footnotes),
     )
     lines += _missing_commands(table) + _details(table) + _sources(table, footnotes) + _provenance(table)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _columns(table: Table) -> list[Column]:
+def table_columns(table: Table) -> list[Column]:
+    """The data sets and, if there is one, their average."""
     return [*table.columns, *([table.average] if table.average else [])]
 
 
-def _heading(table: Table, column: Column) -> str:
+def heading(table: Table, column: Column) -> str:
+    """A column's name with its number of samples where all arms have the same."""
     if column is table.average:
         return f"average of {len(table.averaged) or len(table.columns)} of {len(table.columns)}"
     sizes = {cell.n for cell in column.cells.values() if cell.score is not None}
@@ -118,30 +120,37 @@ def _missing_commands(table: Table) -> list[str]:
     ]
 
 
-def _details(table: Table) -> list[str]:
-    """Budgets, bytes, closeness to the full cache and time, over all samples of the table."""
-    if not table.summaries:
-        return []
-    header = [
-        "arm", "kept", "cache MiB", "KL to full", "gold NLL", "same answer", "equal tokens",
-        "first difference", "ROUGE-L to full", "s a sample",
-    ]  # fmt: skip
+DETAIL_HEADER = (
+    "arm", "kept", "cache MiB", "KL to full", "gold NLL", "same answer", "equal tokens", "first difference",
+    "ROUGE-L to full", "s a sample",
+)  # fmt: skip
+
+
+def detail_rows(table: Table) -> list[list[str]]:
+    """Budgets, bytes, closeness to the full cache and time of every arm, as text, after `DETAIL_HEADER`."""
     rows = []
     for arm in table.spec.arms:
         s, a = table.summaries.get(arm.key), table.agreements.get(arm.key)
         if s is not None and s.n:
             rows.append([
-                f"`{arm.key}`", _number(s.budget_measured, ".2%"), _number(_mib(s.cache_bytes), ".2f"),
-                _number(s.kl, ".4f"), _number(s.gold_nll, ".3f"), _field(a, "identical_share", ".0%"),
-                _field(a, "equal_share", ".1%"), _field(a, "first_divergence_tokens", ".1f"),
-                _field(a, "rouge_l", ".3f"), _number(s.seconds / s.n, ".2f"),
+                arm.key, _number(s.budget_measured, ".2%"), _number(_mib(s.cache_bytes), ".2f"), _number(s.kl, ".4f"),
+                _number(s.gold_nll, ".3f"), _field(a, "identical_share", ".0%"), _field(a, "equal_share", ".1%"),
+                _field(a, "first_divergence_tokens", ".1f"), _field(a, "rouge_l", ".3f"),
+                _number(s.seconds / s.n, ".2f"),
             ])  # fmt: skip
+    return rows
+
+
+def _details(table: Table) -> list[str]:
+    rows = [[f"`{row[0]}`", *row[1:]] for row in detail_rows(table)]
+    if not rows:
+        return []
     note = (
         "Means over all samples. Kept: slots over slots of the full cache. KL and NLL: nats a gold token. The last "
         "columns compare each arm's own answer with the full cache's; first difference: median over the answers that "
         "differ, in tokens. Seconds: the arm's share of the wall time of prefill, compression and decoding."
     )
-    return ["", "## Budgets, closeness to the full cache, time", "", *_pipe(header, rows), "", note]
+    return ["", "## Budgets, closeness to the full cache, time", "", *_pipe(DETAIL_HEADER, rows), "", note]
 
 
 def _sources(table: Table, footnotes: dict[str, str]) -> list[str]:
@@ -205,7 +214,7 @@ def cells_csv(table: Table) -> str:
     for arm in table.spec.arms:
         summary = table.summaries.get(arm.key)
         measured = _field(summary, "budget_measured", ".4f")
-        for column in _columns(table):
+        for column in table_columns(table):
             cell = column.cells.get(arm.key, Cell())
             low, high = (cell.interval.low, cell.interval.high) if cell.interval else (None, None)
             note = f"{MISSING}; fill with: {column.command}" if cell.score is None and column.command else ""
@@ -238,7 +247,7 @@ def pairs_csv(table: Table) -> str:
             c.wins, c.losses, *(f"{p:.5f}" for p in (c.p_bootstrap, c.p_sign, c.p_bootstrap_holm, c.p_sign_holm)),
             int(c.separated),
         )
-        for column in _columns(table) for c in column.comparisons
+        for column in table_columns(table) for c in column.comparisons
     ]  # fmt: skip
     return _csv(header, rows)
 
@@ -253,12 +262,12 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def latex(table: Table) -> str:
     """The scores as a `tabular` for the booktabs package."""
-    columns = _columns(table)
+    columns = table_columns(table)
     lines = [
         f"% {_tex(table.spec.title)}; needs \\usepackage{{booktabs}}",
         "\\begin{tabular}{l" + "r" * len(columns) + "}",
         "\\toprule",
-        " & ".join(["arm", *(_tex(_heading(table, column)) for column in columns)]) + " \\\\",
+        " & ".join(["arm", *(_tex(heading(table, column)) for column in columns)]) + " \\\\",
         "\\midrule",
     ]
     for arm in table.spec.arms:
