@@ -11,11 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-# Queries a block. A layer of 9 heads x 2,048 tokens x 64 in fp32 takes, on two idle CPU cores, with 32, 64, 128 and 256
-# queries a block 61, 58, 60 and 63 ms; with one KV head at a time 82, 69, 62 and 59 ms; SDPA alone, without sums, takes
-# 45 ms, and the CPU's flash forward followed by a second pass for the sums 83 ms. In CPU time on one thread: 92 ms (64
-# queries) against SDPA's 87, and a whole prefill of two layers of the 135M model's shapes 0.98 of the plain one.
-BLOCK_QUERIES = 64
+# Queries a block: as many as keep the block of logits below 32 MiB, within these bounds. A layer of 9 heads x 2,048
+# tokens x 64 in fp32 takes, on two idle CPU cores, with 32, 64, 128 and 256 queries a block 61, 58, 60 and 63 ms; with
+# one KV head at a time 82, 69, 62 and 59 ms; SDPA alone, without sums, 45 ms; the CPU's flash forward and a second pass
+# for the sums 83 ms. Where other processes compete for the cores every operation waits for its slowest thread, and few
+# large blocks win: there 64, 128, 256 and 512 queries took 1,889, 922, 845 and 723 ms in the median, SDPA 228 ms.
+MIN_BLOCK_QUERIES = 64
+MAX_BLOCK_QUERIES = 256
+BLOCK_LOGITS = 2**23
 
 
 def observe_torch(
@@ -43,7 +46,8 @@ def observe_torch(
     sums = torch.zeros(n_query_heads, n_tokens, device=query.device)
     first_row = n_tokens - min(window_tokens, n_tokens)
     rows = torch.zeros(n_query_heads, n_tokens - first_row, n_tokens, device=query.device) if window_tokens else None
-    block = min(BLOCK_QUERIES, n_tokens)
+    block = max(MIN_BLOCK_QUERIES, min(MAX_BLOCK_QUERIES, BLOCK_LOGITS // (n_query_heads * n_tokens)))
+    block = min(block, n_tokens)
     future = torch.full((block, block), -math.inf, device=query.device).triu_(1)
     buffer = torch.empty(n_query_heads * block * n_tokens, device=query.device)
     for start in range(0, n_tokens, block):

@@ -9,12 +9,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbench.attention import observe as observe_module
+from kvbench.attention import observe_torch
 from kvbench.attention.observe import Observer, observe
 from kvbench.errors import ConfigError, ModelError
 from kvbench.policies.base import LayerStates
 
 SHAPES = [(4, 4, 70, 16), (6, 2, 129, 16), (4, 1, 64, 8), (3, 3, 1, 8), (9, 3, 200, 64)]
 SHAPE_IDS = ["H{}-{}-T{}-D{}".format(*shape) for shape in SHAPES]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make short prompts span several blocks, the last one incomplete."""
+    monkeypatch.setattr(observe_torch, "MIN_BLOCK_QUERIES", 32)
+    monkeypatch.setattr(observe_torch, "MAX_BLOCK_QUERIES", 32)
 
 
 def random_states(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -41,8 +49,9 @@ def relative_rms_error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-@pytest.mark.parametrize("window_tokens", [0, 1, 32, 1000])
+@pytest.mark.parametrize("window_tokens", [0, 1, 40, 1000])
 def test_agrees_with_softmax_in_fp32(shape: tuple[int, int, int, int], window_tokens: int) -> None:
     query, keys, values = random_states(shape)
     output, attention = softmax_attention(query, keys, values, 0.3)
@@ -69,6 +78,18 @@ def test_every_query_gives_one_unit_of_mass(shape: tuple[int, int, int, int]) ->
     torch.testing.assert_close(sums.double().sum(1), torch.full((shape[0],), shape[2]).double(), rtol=1e-6, atol=0)
 
 
+def test_blocks_of_the_usual_size_agree_too() -> None:
+    query, keys, values = random_states((2, 1, 2 * observe_torch.MAX_BLOCK_QUERIES + 11, 8))
+    output, attention = softmax_attention(query, keys, values, 0.3)
+    got = observe(query, keys, values, 0.3, column_sums=True, window_tokens=20)
+    assert got.column_sums is not None
+    assert got.window_attention is not None
+    assert relative_rms_error(got.output, output) < 2e-6
+    assert relative_rms_error(got.column_sums, attention.sum(1)) < 1e-6
+    assert relative_rms_error(got.window_attention, attention[:, -20:]) < 2e-6
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_sums_and_rows_of_a_bf16_model_are_accumulated_in_fp32() -> None:
     query, keys, values = random_states((6, 2, 129, 16), torch.bfloat16)
     output, attention = softmax_attention(query, keys, values, 0.25)
@@ -109,13 +130,13 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_grows_linearly() -> None:
     largest = {}
-    for n_tokens in (512, 1024):
+    for n_tokens in (1024, 2048):
         query, keys, values = random_states((2, 1, n_tokens, 16))
         with LargestTensor() as mode:
             observe(query, keys, values, 0.25, column_sums=True, window_tokens=8)
         largest[n_tokens] = mode.elements
         assert mode.elements < n_tokens * n_tokens
-    assert largest[1024] == 2 * largest[512]
+    assert largest[2048] == 2 * largest[1024]
 
 
 def test_the_observer_reports_each_layer_with_views() -> None:
