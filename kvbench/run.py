@@ -72,6 +72,10 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
             loaded = load_model(plan.model, report=status.update)
             samples = [_limited(sample, plan) for sample in samples]
             encoded = {index: encode_sample(samples[index], loaded) for index in todo}
+            folder.keep_prompts(
+                {"dataset": samples[i].dataset, "sample": samples[i].id, "prompt": prompt.prompt_text}
+                for i, prompt in encoded.items()
+            )
             jobs = [_job(plan, loaded, index, samples[index], encoded[index], arms) for index, arms in todo.items()]
         with _progress(console, len(jobs), plan) as advance:
             for result in plan.engine.run(loaded, jobs):

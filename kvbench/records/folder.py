@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
-from kvbench.records.read import read_record_file
+from kvbench.records.read import read_prompts, read_record_file
 from kvbench.records.schema import Record
 
 
@@ -94,6 +94,24 @@ class RunFolder:
         """(dataset, sample) pairs already recorded for an arm; failed ones too unless `retry_failed`."""
         records = read_record_file(self.arm_file(arm_key)).records
         return {(r["dataset"], r["sample"]) for r in records if r["status"] == "ok" or not retry_failed}
+
+    def keep_prompts(self, prompts: Iterable[dict[str, str]]) -> None:
+        """Keep the text of prompts for readers of the report; no table is made from it.
+
+        Args:
+            prompts: dictionaries with "dataset", "sample" and "prompt"; samples already kept are passed over.
+
+        Raises:
+            RecordError: if the file cannot be written.
+        """
+        path = self.path / "prompts.jsonl"
+        known = read_prompts(self.path)
+        new = [p for p in prompts if (p["dataset"], p["sample"]) not in known]
+        try:
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in new)
+        except OSError as error:
+            raise RecordError(f"{path} cannot be written ({error.strerror}): free space and run again") from error
 
     def append(self, records: Iterable[Record]) -> None:
         """Append records, one line each, to their arms' files, and flush them to the disk.

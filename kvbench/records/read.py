@@ -98,3 +98,18 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecordError(f"{path} holds no JSON object: is {run} a run folder?")
     return content
+
+
+def read_prompts(run: Path) -> dict[tuple[str, str], str]:
+    """Prompts by (dataset, sample) from the run's `prompts.jsonl`, if there is one; broken lines are passed over."""
+    path = run / "prompts.jsonl"
+    prompts: dict[tuple[str, str], str] = {}
+    if not path.is_file():
+        return prompts
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+            prompts[row["dataset"], row["sample"]] = str(row["prompt"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return prompts

@@ -7,7 +7,7 @@ import pytest
 
 from kvbench.errors import RecordError
 from kvbench.records.folder import RunFolder, file_name, identity_hash
-from kvbench.records.read import read_record_file, read_records
+from kvbench.records.read import read_prompts, read_record_file, read_records
 from kvbench.records.schema import SCHEMA_VERSION, Record
 
 IDENTITY = {"model": "m", "task": "t"}
@@ -63,6 +63,15 @@ def test_a_number_that_is_no_number_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         folder.append([record(gold_nll=float("nan"))])
     assert read_records(folder.path) == []
+
+
+def test_prompts_are_kept_once_and_survive_a_broken_line(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    folder.keep_prompts([{"dataset": "a", "sample": "1", "prompt": "Zeile\u2028eins"}])
+    with (folder.path / "prompts.jsonl").open("a") as file:
+        file.write('{"dataset": "a", "sam\n')
+    folder.keep_prompts([{"dataset": "a", "sample": s, "prompt": "other"} for s in ("1", "2")])
+    assert read_prompts(folder.path) == {("a", "1"): "Zeile\u2028eins", ("a", "2"): "other"}
 
 
 def test_configuration_is_written_once(tmp_path):
