@@ -1,9 +1,9 @@
 """Many-shot classification: words sorted into classes by examples alone, then one word that no example showed.
 
-With `labels=numbers` each class is named by a two-digit number drawn anew for every sample, so the model must read the
-rule from its cache; with `labels=categories` the classes carry their real names and the cache matters less. The first
-token of an answer is the same for all classes (a space, or a space and a quotation mark, where the tokenizer sets it
-apart as SmolLM2's and Llama's do), so the uncompressed prefill alone cannot decide a sample.
+With `labels=invented` each class is named by a made-up word, dealt anew for every sample, so the model must read the
+rule from its cache; with `labels=categories` the classes carry their real names and the cache matters less. Labels are
+quoted: the first token of every answer is then the same (SmolLM2 writes ` "`), so the uncompressed prefill, which
+predicts that token, cannot decide a sample.
 
     python -m kvbench task=fewshot task.labels=categories task.n_classes=6 'task.lengths=[2048]'
 """
@@ -19,10 +19,10 @@ from kvbench.tasks.base import Sample, Task
 from kvbench.tasks.synthetic.filler import characters_for, generator_for
 from kvbench.tasks.synthetic.words import CATEGORIES
 
-NUMBERS_CHARACTERS_PER_TOKEN = 1.88
-CATEGORIES_CHARACTERS_PER_TOKEN = 2.7
+CHARACTERS_PER_TOKEN = {"invented": 2.02, "categories": 2.7}
 ANSWER_PREFIX = " ->"
-MAX_NEW_TOKENS = {"numbers": 5, "categories": 10}
+INVENTED = ("blorn", "cavik", "dupra", "fesk", "gorp", "hilto", "mavu", "plim", "rozz", "zent")
+MAX_NEW_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class FewShot(Task):
         lengths: prompt lengths in tokens, at the fixed ratios of this module.
         samples_per_length: samples for each length.
         n_classes: classes in one sample, drawn from the categories of `words.py`; chance is 1 / n_classes.
-        labels: "numbers" (invented, other ones in every sample) or "categories" (the real names).
+        labels: "invented" (made-up words, dealt anew for every sample) or "categories" (the real names).
         seed: seed of words, classes, labels and their order.
     """
 
     name: str = "fewshot"
-    lengths: Sequence[int] = (1024,)
+    lengths: Sequence[int] = (1280,)
     samples_per_length: int = 20
     n_classes: int = 4
-    labels: str = "numbers"
+    labels: str = "invented"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class FewShot(Task):
         Raises:
             ConfigError: if a number or a name is out of range.
         """
-        if self.labels not in MAX_NEW_TOKENS:
-            raise ConfigError(f"labels={self.labels!r} is unknown; known are {', '.join(MAX_NEW_TOKENS)}")
+        if self.labels not in CHARACTERS_PER_TOKEN:
+            raise ConfigError(f"labels={self.labels!r} is unknown; known are {', '.join(CHARACTERS_PER_TOKEN)}")
         if not 2 <= self.n_classes <= len(CATEGORIES):
             raise ConfigError(f"n_classes={self.n_classes}: ask for 2 to {len(CATEGORIES)}")
         if self.samples_per_length < 1:
@@ -77,8 +77,8 @@ class FewShot(Task):
             for word in CATEGORIES[category]
             if word != question_word
         ]
-        ratio = NUMBERS_CHARACTERS_PER_TOKEN if self.labels == "numbers" else CATEGORIES_CHARACTERS_PER_TOKEN
-        characters = characters_for(length_tokens, ratio) - len(question_word + ANSWER_PREFIX)
+        target_characters = characters_for(length_tokens, CHARACTERS_PER_TOKEN[self.labels])
+        characters = target_characters - len(question_word + ANSWER_PREFIX)
         context = _repeat_shuffled(lines, characters, generator)
         return Sample(
             id=sample_id,
@@ -86,7 +86,7 @@ class FewShot(Task):
             prompt=context + question_word,
             answers=(label_of[question_category],),
             metric="first_word",
-            max_new_tokens=MAX_NEW_TOKENS[self.labels],
+            max_new_tokens=MAX_NEW_TOKENS,
             chat=False,
             answer_prefix=ANSWER_PREFIX,
             question_start=len(context),
@@ -95,15 +95,10 @@ class FewShot(Task):
         )
 
     def _draw_labels(self, generator: Random) -> dict[str, str]:
-        """Categories of one sample and their labels; numbers differ in their first digit, which makes them distinct."""
+        """Categories of one sample and their labels, in quotation marks."""
         categories = generator.sample(sorted(CATEGORIES), self.n_classes)
-        if self.labels == "categories":
-            return {category: f'"{category}"' for category in categories}
-        first_digits = generator.sample(range(1, 10), self.n_classes)
-        return {
-            category: str(10 * digit + generator.randrange(10))
-            for category, digit in zip(categories, first_digits, strict=True)
-        }
+        names = categories if self.labels == "categories" else generator.sample(INVENTED, self.n_classes)
+        return {category: f'"{name}"' for category, name in zip(categories, names, strict=True)}
 
 
 def _repeat_shuffled(lines: Sequence[str], characters: int, generator: Random) -> str:

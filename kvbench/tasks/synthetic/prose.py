@@ -19,16 +19,15 @@ from kvbench.errors import DataError
 
 MESSAGES = tuple(f"{year}-Roosevelt-1.txt" for year in range(1901, 1909))
 SHA256 = "0303bc7b754a590306e1c9196b7b51e760573ee4c15bfa2a3f4396bcba6e0460"
-MAX_SENTENCE_CHARACTERS = 400
+MAX_SENTENCE_CHARACTERS = 240
 """Longer sentences are left out, so that a needle's depth can be set finely."""
 
 
 def prose_filler(characters: int, generator: Random) -> list[str]:
-    """About `characters` characters of consecutive sentences, beginning at a random one; the text is a ring.
+    """Sentences in their order, beginning at a random one and, after the last message, again with the first.
 
     Args:
-        characters: length of the hay; the sum of sentences and single spaces between them reaches it and exceeds it by
-            less than half a sentence.
+        characters: length of the hay with single spaces between sentences, met to within half a sentence.
         generator: decides where to begin.
 
     Raises:

@@ -1,0 +1,180 @@
+"""What every task that makes its own text promises: stable ids and texts, honest lengths, a marked question."""
+
+import hashlib
+import random
+
+import numpy as np
+import pytest
+
+from kvbench.errors import ConfigError
+from kvbench.metrics import metric_names
+from kvbench.tasks.mini import Mini
+from kvbench.tasks.synthetic.fewshot import CHARACTERS_PER_TOKEN, FewShot
+from kvbench.tasks.synthetic.filler import (
+    DULL_CHARACTERS_PER_TOKEN,
+    PROSE_CHARACTERS_PER_TOKEN,
+    characters_for,
+    dull_filler,
+    generator_for,
+    hide,
+)
+from kvbench.tasks.synthetic.niah import NeedleInHaystack
+from kvbench.tasks.synthetic.passkey import PassKey
+
+TASKS = {
+    "passkey": PassKey(),
+    "niah": NeedleInHaystack(),
+    "fewshot": FewShot(),
+    "fewshot categories": FewShot(labels="categories"),
+    "mini": Mini(),
+}
+GOLDEN = {  # a change here changes what every recorded run was asked
+    "passkey": "ce9dcbdc31ea4271",
+    "niah": "17b05d238c8758af",
+    "fewshot": "ad4f273cd4717b84",
+    "fewshot categories": "c1c8d7053e5a58cb",
+    "mini": "47defdd8c7bf1235",
+}
+
+
+def digest(samples):
+    text = "\0".join(f"{s.id}\0{s.prompt}\0{s.answer_prefix}\0{s.answers[0]}" for s in samples)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("key", TASKS)
+def test_ids_and_texts_are_those_of_every_machine_and_day(key):
+    assert digest(TASKS[key].samples()) == GOLDEN[key]
+
+
+@pytest.mark.parametrize("key", TASKS)
+def test_global_random_state_is_neither_read_nor_moved(key):
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002 (it is the legacy global state that must stay as it is)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    TASKS[key].samples()
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+
+
+@pytest.mark.parametrize("key", TASKS)
+def test_ids_are_unique_metrics_exist_and_limit_takes_the_first(key):
+    samples = TASKS[key].samples()
+    assert len({s.id for s in samples}) == len(samples) >= 20
+    assert {s.metric for s in samples} <= set(metric_names())
+    limited = type(TASKS[key])(limit=3)
+    if key != "fewshot categories":
+        assert limited.samples() == samples[:3]
+
+
+@pytest.mark.parametrize("key", [key for key in TASKS if key != "mini"])
+def test_the_seed_changes_ids_and_texts(key):
+    kind = type(TASKS[key])
+    first, second = kind(seed=0).samples(), kind(seed=1).samples()
+    assert not {s.id for s in first} & {s.id for s in second}
+    assert not {s.prompt for s in first} & {s.prompt for s in second}
+
+
+@pytest.mark.parametrize("key", [key for key in TASKS if key != "mini"])
+def test_more_lengths_or_samples_leave_the_others_as_they_are(key):
+    kind = type(TASKS[key])
+    more = {"samples_per_length": 22} if kind is FewShot else {"samples_per_cell": 5}
+    small, large = kind().samples(), kind(lengths=[512, *kind().lengths], **more).samples()
+    assert {s.id: s for s in small}.items() <= {s.id: s for s in large}.items()
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio"),
+    [
+        (PassKey, DULL_CHARACTERS_PER_TOKEN),
+        (NeedleInHaystack, PROSE_CHARACTERS_PER_TOKEN),
+        (FewShot, CHARACTERS_PER_TOKEN["invented"]),
+    ],
+)
+@pytest.mark.parametrize("length_tokens", [256, 1024, 8000])
+def test_prompts_have_the_requested_length_by_the_ratio(kind, ratio, length_tokens):
+    for sample in kind(lengths=[length_tokens]).samples():
+        assert len(sample.prompt) / ratio == pytest.approx(length_tokens, rel=0.1)
+        assert sample.meta["length_tokens"] == length_tokens
+
+
+def test_the_question_begins_where_it_is_said_to():
+    for sample in PassKey().samples():
+        assert sample.prompt[sample.question_start :] == "What is the pass key?"
+    for sample in NeedleInHaystack().samples():
+        question = sample.prompt[sample.question_start :]
+        assert question.endswith("?")
+        assert "\n" not in question
+    for sample in FewShot().samples():
+        assert sample.prompt[: sample.question_start].endswith('"\n')
+        assert sample.prompt[sample.question_start :].isalpha()
+    for sample in Mini().samples():
+        assert sample.prompt[sample.question_start :].startswith(("Question: ", "Summarise "))
+
+
+@pytest.mark.parametrize("kind", [PassKey, NeedleInHaystack])
+def test_the_needle_occurs_once_before_the_question_at_its_depth(kind):
+    for sample in kind(depths=[0, 0.25, 0.5, 1], lengths=[1024, 4096]).samples():
+        context = sample.prompt[: sample.question_start]
+        statement = f"{sample.answer_prefix} {sample.answers[0]}."
+        assert context.count(statement) == sample.prompt.count(sample.answers[0]) == 1
+        if kind is PassKey or sample.meta["length_tokens"] > 2000:
+            assert context.index(statement) / len(context) == pytest.approx(sample.meta["depth"], abs=0.07)
+
+
+def test_other_facts_are_there_too_and_have_other_numbers():
+    for sample in NeedleInHaystack(n_facts=4).samples():
+        others = sample.meta["other_numbers"]
+        assert len({*others, *sample.answers}) == 4
+        assert all(number in sample.prompt for number in others)
+
+
+@pytest.mark.parametrize("labels", ["invented", "categories"])
+def test_fewshot_examples_imply_the_answer_without_showing_it(labels):
+    from kvbench.tasks.synthetic.words import CATEGORIES
+
+    for sample in FewShot(labels=labels, n_classes=6).samples():
+        word = sample.prompt[sample.question_start :]
+        shown = dict(line.split(" -> ") for line in sample.prompt[: sample.question_start].strip().split("\n"))
+        category = next(name for name, words in CATEGORIES.items() if word in words)
+        assert word not in shown
+        assert {shown[w] for w in CATEGORIES[category] if w in shown} == set(sample.answers)
+        assert set(shown.values()) == set(sample.meta["labels"])
+        assert len(set(sample.meta["labels"])) == 6
+
+
+def test_every_word_is_in_one_category():
+    from kvbench.tasks.synthetic.words import CATEGORIES
+
+    words = [word for listed in CATEGORIES.values() for word in listed]
+    assert len(set(words)) == len(words)
+    assert min(len(listed) for listed in CATEGORIES.values()) >= 30
+
+
+def test_hidden_texts_keep_their_order_and_place():
+    assert hide(["a.", "b."], [(0.0, "X"), (1.0, "Z"), (0.5, "Y"), (0.0, "W")]) == "X W a. Y b. Z"
+    assert dull_filler(1) == ["The river runs past the old mill."]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: hide(["a."], [(1.5, "x")]), r"depth 1\.5"),
+        (lambda: characters_for(127, 4.0), "length 127 tokens is below the 128"),
+        (lambda: PassKey(digits=1), "digits=1"),
+        (lambda: PassKey(samples_per_cell=0), "samples_per_cell=0"),
+        (lambda: NeedleInHaystack(n_facts=0), "n_facts=0: ask for 1 to 12"),
+        (lambda: NeedleInHaystack(digits=1), "digits=1"),
+        (lambda: NeedleInHaystack(samples_per_cell=0), "samples_per_cell=0"),
+        (lambda: FewShot(n_classes=7), "n_classes=7: ask for 2 to 6"),
+        (lambda: FewShot(labels="letters"), "labels='letters' is unknown"),
+        (lambda: FewShot(samples_per_length=0), "samples_per_length=0"),
+        (lambda: Mini(kind="code"), "kind='code' is unknown"),
+    ],
+)
+def test_impossible_parameters_are_refused_with_the_value(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_generator_depends_on_its_parts_alone():
+    assert generator_for("a", 1).random() == generator_for("a", 1).random() != generator_for("a", 2).random()
