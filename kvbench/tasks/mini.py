@@ -2,7 +2,9 @@
 
 Twelve fictional texts of about 230 words, written for this project, each with four questions and a summary: 60 rows in
 the format of LongBench rows (`data/mini.jsonl`), scored like LongBench's with F1 and ROUGE-L. The prompts are our own.
-The texts are far shorter than a benchmark's: this task shows the machinery at work, it ranks nothing.
+A question follows the text and the document's other three questions with their answers, which show a small model how
+short an answer is meant to be. The texts are far shorter than a benchmark's: this task shows the machinery at work, it
+ranks nothing.
 
     python -m kvbench task=mini task.kind=qa task.limit=12
 """
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,9 @@ from kvbench.tasks.base import Sample, Task
 from kvbench.tasks.jsonl import read_jsonl
 
 DATA = Path(__file__).parent / "data" / "mini.jsonl"
-QUESTION = "Question: {input}\nAnswer with a few words taken from the text."
+WORKED = "Question: {question}\nAnswer: {answer}\n\n"
+QUESTION = "Question: {question}\n"
+ANSWER_PREFIX = "Answer:"
 SUMMARY_REQUEST = "Summarise the text in four short sentences."
 KINDS = {"qa": "mini_qa", "summary": "mini_summary"}
 
@@ -50,7 +56,14 @@ class Mini(Task):
         Raises:
             DataError: if the installed data file is missing or damaged.
         """
-        return [_sample(row) for row in rows() if self.kind == "all" or row["dataset"] == KINDS[self.kind]]
+        samples = []
+        for _, document in groupby(rows(), key=itemgetter("context")):
+            *questions, summary = document
+            if self.kind != "summary":
+                samples += [_question(row, [other for other in questions if other is not row]) for row in questions]
+            if self.kind != "qa":
+                samples.append(_summary(summary))
+        return samples
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -63,17 +76,33 @@ def rows() -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    is_question = row["dataset"] == KINDS["qa"]
+def _question(row: dict[str, Any], worked: list[dict[str, Any]]) -> Sample:
+    examples = "".join(WORKED.format(question=other["input"], answer=other["answers"][0]) for other in worked)
+    context = f"{row['context']}\n\n{examples}"
+    return Sample(
+        id=row["_id"],
+        dataset=row["dataset"],
+        prompt=context + QUESTION.format(question=row["input"]),
+        answers=tuple(row["answers"]),
+        metric="qa_f1",
+        max_new_tokens=20,
+        chat=False,
+        answer_prefix=ANSWER_PREFIX,
+        question_start=len(context),
+        stop_newline=True,
+        length=row["length"],
+    )
+
+
+def _summary(row: dict[str, Any]) -> Sample:
     context = f"Read this text.\n\n{row['context']}\n\n"
     return Sample(
         id=row["_id"],
         dataset=row["dataset"],
-        prompt=context + (QUESTION.format(input=row["input"]) if is_question else SUMMARY_REQUEST),
+        prompt=context + SUMMARY_REQUEST,
         answers=tuple(row["answers"]),
-        metric="qa_f1" if is_question else "rouge_l",
-        max_new_tokens=20 if is_question else 96,
-        answer_prefix="Answer:" if is_question else "",
+        metric="rouge_l",
+        max_new_tokens=96,
         question_start=len(context),
         length=row["length"],
     )

@@ -52,3 +52,14 @@ def test_prompts_hold_the_text_before_the_question(kind):
 def test_the_data_lie_inside_the_package():
     assert DATA.parent.parent.name == "tasks"
     assert DATA.is_file()
+
+
+def test_a_question_is_preceded_by_the_documents_other_questions_with_their_answers():
+    by_id = {row["_id"]: row for row in rows()}
+    for sample in Mini(kind="qa").samples():
+        row = by_id[sample.id]
+        shown = sample.prompt[: sample.question_start]
+        others = [r for r in by_id.values() if r["context"] == row["context"] and r["input"] not in ("", row["input"])]
+        assert len(others) == 3
+        assert all(f"Question: {r['input']}\nAnswer: {r['answers'][0]}\n" in shown for r in others)
+        assert row["input"] not in shown

@@ -33,7 +33,7 @@ GOLDEN = {  # a change here changes what every recorded run was asked
     "niah": "17b05d238c8758af",
     "fewshot": "ad4f273cd4717b84",
     "fewshot categories": "c1c8d7053e5a58cb",
-    "mini": "47defdd8c7bf1235",
+    "mini": "2f1b5df71a182ec0",
 }
 
 
