@@ -58,7 +58,7 @@ def experiment_grid(name: str) -> tuple[list[str], list[str]]:
     """
     if name not in experiment_names():
         raise ConfigError(f"experiment {name!r} is unknown; known are {', '.join(experiment_names())}")
-    params = _composed([f"experiment={name}"], hydra_too=True).hydra.sweeper.params
+    params = composed([f"experiment={name}"], hydra_too=True).hydra.sweeper.params
     return _values(params.model), _values(params.task)
 
 
@@ -69,7 +69,7 @@ def experiment_part(
     lines = [f"experiment={name}", f"model={model}", f"task={task}", *overrides]
     if limit is not None:
         lines.append(f"task.limit={limit}")
-    return ExperimentPart(name, model, task, build_plan(_composed(lines)))
+    return ExperimentPart(name, model, task, build_plan(composed(lines)))
 
 
 def experiment_parts(
@@ -106,7 +106,8 @@ def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:
     return TableSpec(first.experiment, first.plan.model.name, title, arms, columns)
 
 
-def _composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
+def composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
+    """The configuration that these overrides compose; with `hydra_too` its `hydra` node as well."""
     register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from kvbench.metrics.fidelity import first_divergence
@@ -18,20 +17,6 @@ from kvbench.report.summary import RecordDict
 
 PROMPT_CHARACTERS = 4000  # of a longer prompt the beginning and the end are shown
 _WORD = re.compile(r"\S+")
-
-
-def read_prompts(run: Path) -> dict[tuple[str, str], str]:
-    """Prompts by (dataset, sample) from the run's optional `prompts.jsonl`; broken lines are passed over."""
-    path = run / "prompts.jsonl"
-    prompts: dict[tuple[str, str], str] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-                prompts[row["dataset"], row["sample"]] = str(row["prompt"])
-            except (ValueError, KeyError, TypeError):
-                continue
-    return prompts
 
 
 def shortened(prompt: str, limit: int = PROMPT_CHARACTERS) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvbench.records.read import read_config, read_records
-from kvbench.report.browser import browser_samples, read_prompts
+from kvbench.records.read import read_config, read_prompts, read_records
+from kvbench.report.browser import browser_samples
 from kvbench.report.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.report.figures import figure_functions, style
 from kvbench.report.summary import summarise

@@ -1,0 +1,1 @@
+"""The KVMerger paper's observations about keys, ratios and attention, measured on any model."""
