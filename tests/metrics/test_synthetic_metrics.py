@@ -11,6 +11,7 @@ from kvbench.metrics.synthetic import first_word_score, needle_score
         ("the number 4711", "4711", 1.0),
         ("47112", "4711", 0.0),
         ("4711x", "4711", 0.0),
+        ("14711", "4711", 0.0),
         ("I forgot.\n4711", "4711", 0.0),
         ("", "4711", 0.0),
         ("In PORT Ellery, of course", "Port Ellery", 1.0),

@@ -9,6 +9,7 @@ import pytest
 from kvbench.errors import ConfigError
 from kvbench.metrics import metric_names
 from kvbench.tasks.mini import Mini
+from kvbench.tasks.synthetic.facts import FACTS
 from kvbench.tasks.synthetic.fewshot import CHARACTERS_PER_TOKEN, FewShot
 from kvbench.tasks.synthetic.filler import (
     DULL_CHARACTERS_PER_TOKEN,
@@ -101,9 +102,8 @@ def test_the_question_begins_where_it_is_said_to():
     for sample in PassKey().samples():
         assert sample.prompt[sample.question_start :] == "What is the pass key?"
     for sample in NeedleInHaystack().samples():
-        question = sample.prompt[sample.question_start :]
-        assert question.endswith("?")
-        assert "\n" not in question
+        asked = next(fact for fact in FACTS if fact.statement == sample.answer_prefix)
+        assert sample.prompt[sample.question_start :] == asked.question
     for sample in FewShot().samples():
         assert sample.prompt[: sample.question_start].endswith('"\n')
         assert sample.prompt[sample.question_start :].isalpha()
