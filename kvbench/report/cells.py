@@ -15,16 +15,9 @@ from kvbench.metrics import get_metric
 from kvbench.metrics.averages import KVMERGER_DATASETS
 from kvbench.records.read import read_records
 from kvbench.report.agreement import Agreement, agreement, reference_records
+from kvbench.report.comparisons import Comparison, best_arm, compare_arms
 from kvbench.report.published import Published, lookup, unplaced
-from kvbench.report.statistics import (
-    Comparison,
-    Interval,
-    Scores,
-    average_interval,
-    best_arm,
-    cell_interval,
-    compare_arms,
-)
+from kvbench.report.statistics import Interval, Scores, average_interval, cell_interval
 from kvbench.report.summary import ArmSummary, RecordDict, summarise
 
 AVERAGE = "average"

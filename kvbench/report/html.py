@@ -23,7 +23,7 @@ from kvbench.report.browser import browser_samples
 from kvbench.report.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.report.figures import figure_functions, style
 from kvbench.report.summary import summarise
-from kvbench.report.tables import DETAIL_HEADER, READING, detail_rows, heading, interval_text, table_columns
+from kvbench.report.text import DETAIL_HEADER, READING, detail_rows, heading, interval_text, table_columns
 
 CAPTIONS = {
     "budget": "Score and KL to the full cache against the measured budget",

@@ -7,9 +7,10 @@ import pytest
 from report_records import ARMS, make_record, make_run, make_spec
 
 from kvbench.report.cells import build_table
+from kvbench.report.csv_latex import cells_csv, latex, pairs_csv
 from kvbench.report.figures import write_figures
 from kvbench.report.published import Published
-from kvbench.report.tables import cells_csv, latex, markdown, pairs_csv, write_table
+from kvbench.report.tables import markdown, write_table
 
 SCORES = {"full": 0.9, "h2o@0.5": 0.3, "kvmerger@0.5": 0.6, "kvmerger@0.35": 0.2}
 
@@ -125,6 +126,6 @@ def test_files_are_rebuilt_byte_for_byte(tmp_path):
 
 
 def test_latex_escapes_names():
-    from kvbench.report.tables import _tex
+    from kvbench.report.csv_latex import _tex
 
     assert _tex("kvmerger_bias@50%&#") == "kvmerger\\_bias@50\\%\\&\\#"
