@@ -2,7 +2,7 @@
 #   make demo   the comparison on the default model
 #   make test   lint, types, tests
 # The paper's tables and figures into results/, running what is missing (all of it needs weights, data and a GPU):
-#   make paper-tables MODEL=smollm2-135m LIMIT=10 DATA=DIR OFFICIAL=DIR2
+#   make paper-tables MODEL=smollm2-135m LIMIT=10 PROMPT=1500 DATA=DIR OFFICIAL=DIR2
 #   make paper-tables EXPERIMENT="longbench needle" MODEL=llama2-7b-chat SET="output.root=runs"
 #   make paper-tables REBUILD=1    nothing runs: from the records alone
 PYTHON ?= python3
@@ -28,8 +28,8 @@ demo: $(STAMP)
 paper-tables: $(STAMP)
 	$(BIN)/python -m kvbench.paper \
 	  $(if $(EXPERIMENT),--experiment $(EXPERIMENT)) $(if $(MODEL),--model $(MODEL)) $(if $(LIMIT),--limit $(LIMIT)) \
-	  $(if $(DATA),--data $(DATA)) $(if $(OFFICIAL),--official $(OFFICIAL)) $(if $(SET),--override $(SET)) \
-	  $(if $(REBUILD),--rebuild)
+	  $(if $(PROMPT),--prompt-tokens $(PROMPT)) $(if $(DATA),--data $(DATA)) $(if $(OFFICIAL),--official $(OFFICIAL)) \
+	  $(if $(SET),--override $(SET)) $(if $(REBUILD),--rebuild)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

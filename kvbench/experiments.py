@@ -20,6 +20,8 @@ from kvbench.plan import Plan, build_plan
 from kvbench.records.folder import identity_hash
 from kvbench.report.cells import ExpectedArm, ExpectedColumn, TableSpec
 
+TRUNCATING = ("longbench/", "zeroscrolls/")  # tasks that define how a prompt is cut; others refuse a longer prompt
+
 
 @dataclass(frozen=True)
 class ExperimentPart:
@@ -63,17 +65,28 @@ def experiment_grid(name: str) -> tuple[list[str], list[str]]:
 
 
 def experiment_part(
-    name: str, model: str, task: str, limit: int | None = None, overrides: Sequence[str] = ()
+    name: str,
+    model: str,
+    task: str,
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    prompt_tokens: int | None = None,
 ) -> ExperimentPart:
     """One task of an experiment; see `experiment_parts`."""
     lines = [f"experiment={name}", f"model={model}", f"task={task}", *overrides]
+    if prompt_tokens is not None and task.startswith(TRUNCATING):
+        lines.append(f"model.max_prompt_tokens={prompt_tokens}")
     if limit is not None:
         lines.append(f"task.limit={limit}")
     return ExperimentPart(name, model, task, build_plan(composed(lines)))
 
 
 def experiment_parts(
-    name: str, models: Sequence[str] = (), limit: int | None = None, overrides: Sequence[str] = ()
+    name: str,
+    models: Sequence[str] = (),
+    limit: int | None = None,
+    overrides: Sequence[str] = (),
+    prompt_tokens: int | None = None,
 ) -> list[ExperimentPart]:
     """The parts of an experiment: its tasks for each model, models first.
 
@@ -82,12 +95,15 @@ def experiment_parts(
         models: models that replace the experiment's own.
         limit: at most so many samples of each task.
         overrides: further Hydra overrides for every part.
+        prompt_tokens: cut the prompts of benchmarks that define how (LongBench, ZeroSCROLLS) to so many tokens.
 
     Raises:
         ConfigError: if there is no such experiment, or it cannot be built.
     """
     own, tasks = experiment_grid(name)
-    return [experiment_part(name, model, task, limit, overrides) for model in models or own for task in tasks]
+    return [
+        experiment_part(name, model, task, limit, overrides, prompt_tokens) for model in models or own for task in tasks
+    ]
 
 
 def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:

@@ -105,10 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = [
             part
             for name in options.experiment or experiment_names()
-            for part in experiment_parts(name, options.model, options.limit, overrides)
+            for part in experiment_parts(name, options.model, options.limit, overrides, options.prompt_tokens)
         ]
         left_out = 0 if options.rebuild else run_missing(parts, console)
-        for path in write_all(parts, options.results, ["DATA=DIR", "OFFICIAL=DIR"]):
+        for path in write_all(parts, options.results, _make_options(options)):
             print(path)
     except KvbenchError as error:
         print(f"kvbench: {error}", file=sys.stderr)
@@ -121,6 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _make_options(options: argparse.Namespace) -> list[str]:
+    """The settings that decide which runs are meant, as `make` takes them."""
+    given = ["DATA=DIR", "OFFICIAL=DIR"]
+    if options.prompt_tokens is not None:
+        given.append(f"PROMPT={options.prompt_tokens}")
+    return given + ([f'SET="{" ".join(options.override)}"'] if options.override else [])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kvbench.paper", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experiment", nargs="*", default=[], help="names in configs/experiment; default: all")
@@ -128,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=None, help="at most so many samples of each task")
     parser.add_argument("--data", default=None, help="folder with <dataset>.jsonl files (data.root)")
     parser.add_argument("--official", default=None, help="folder with the official LongBench files (data.official)")
+    parser.add_argument("--prompt-tokens", type=int, default=None, help="cut LongBench and ZeroSCROLLS prompts to this")
     parser.add_argument("--override", nargs="*", default=[], help="further settings, e.g. model.max_prompt_tokens=2000")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where reference/ is and tables/ go")
     parser.add_argument("--rebuild", action="store_true", help="run nothing, write tables and figures from the records")

@@ -76,6 +76,12 @@ def test_runs_what_is_missing_then_rebuilds_from_records_alone(tmp_path, monkeyp
     assert {path: path.read_bytes() for path in written} == before
 
 
+def test_prompts_are_cut_only_where_the_benchmark_says_how():
+    cut = experiment_part("sigma", "smollm2-135m", "longbench/trec", prompt_tokens=1500)
+    whole = experiment_part("sigma", "smollm2-135m", "passkey", prompt_tokens=1500)
+    assert (cut.plan.model.max_prompt_tokens, whole.plan.model.max_prompt_tokens) == (1500, None)
+
+
 def test_a_task_without_data_is_named_and_left_out(tmp_path, capsys):
     overrides = [f"data.root={tmp_path}", f"data.official={tmp_path}", f"output.root={tmp_path / 'runs'}"]
     part = experiment_part("longbench", "tiny-random", "longbench/trec", 1, overrides)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvbench.report.cells import AVERAGE_OF_NINE, Cell, Column, Table
 from kvbench.report.csv_latex import cells_csv, latex, pairs_csv
@@ -133,14 +134,22 @@ def _provenance(table: Table) -> list[str]:
     if not table.runs:
         return []
     lines = ["", "## Runs", ""]
-    for name, (_, environment) in sorted(table.runs.items()):
+    for name, (config, environment) in sorted(table.runs.items()):
         packages = environment.get("packages", {})
         devices = ", ".join(environment.get("devices") or []) or f"CPU, {environment.get('torch_threads')} threads"
         lines.append(
             f"- `{name}`: kvbench {environment.get('kvbench')} at {environment.get('commit')}, "
-            f"torch {packages.get('torch')}, transformers {packages.get('transformers')}, {devices}"
+            f"torch {packages.get('torch')}, transformers {packages.get('transformers')}, {devices}{_limits(config)}"
         )
     return lines
+
+
+def _limits(config: dict[str, Any]) -> str:
+    """Settings that make a run differ from the published protocol, as the end of a sentence."""
+    model, protocol = config.get("model", {}), config.get("protocol", {})
+    prompt, answer = model.get("max_prompt_tokens"), protocol.get("max_new_tokens")
+    cut = f", prompts of at most {prompt} tokens" if prompt else ""
+    return cut + (f", answers of at most {answer} tokens" if answer else "")
 
 
 def _pipe(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
