@@ -33,6 +33,14 @@ def test_best_is_separated_and_the_full_cache_does_not_compete(table):
     assert "\\textbf{62.75}" in latex(table)
 
 
+def test_the_full_cache_wins_nothing_even_against_an_arm_that_keeps_as_much(tmp_path):
+    levels = {"full": 0.8, "h2o@1": 0.1}
+    records = [make_record(arm, f"s{i}", level + i / 200) for arm, level in levels.items() for i in range(12)]
+    table = build_table(make_spec(("qasper", make_run(tmp_path, "a", records)), arms=("full", "h2o@1")))
+    assert table.columns[0].comparisons[0].separated
+    assert not any(cell.best for cell in table.columns[0].cells.values())
+
+
 def test_no_winner_where_samples_disagree(tmp_path):
     mixed = [make_record(arm, f"s{i}", (i + shift) % 2) for shift, arm in enumerate(ARMS) for i in range(12)]
     table = build_table(make_spec(("qasper", make_run(tmp_path, "a", mixed))))
@@ -123,6 +131,8 @@ def test_files_are_rebuilt_byte_for_byte(tmp_path):
     for path in (run / "records").glob("*.jsonl"):  # the order of lines is an accident of the run
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     assert first == build("two")
+    order = [(r["dataset"], r["sample"], r["arm"]) for r in build_table(make_spec(("qasper", run))).records]
+    assert order == sorted(order)  # sums of floats depend on the order of their terms
 
 
 def test_latex_escapes_names():
