@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,15 +114,14 @@ def _arms(config: DictConfig) -> tuple[Arm, ...]:
     return tuple(arms.values())
 
 
-def _task_identity(task: Task) -> dict[str, Any]:
-    """The task's class and fields, those of tasks within it too, without what does not define the questions."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if k not in UNIDENTIFYING_TASK_KEYS}
-        return [clean(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return {"class": type(task).__name__, **clean(dataclasses.asdict(task))}
+def _task_identity(value: Any) -> Any:
+    """A task's class and fields, those of tasks within it too, without what does not define the questions."""
+    if isinstance(value, Task):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **_task_identity(fields)}
+    if isinstance(value, Mapping):
+        return {k: _task_identity(v) for k, v in value.items() if k not in UNIDENTIFYING_TASK_KEYS}
+    return [_task_identity(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _without(mapping: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """Every configuration file composes, and what it describes can be built: a config nobody runs rots."""
 
+from dataclasses import dataclass
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
 from kvbench.config import config_folder, register
-from kvbench.plan import build_plan
+from kvbench.plan import _task_identity, build_plan
+from kvbench.tasks.base import Task
+from kvbench.tasks.mix import Mix
 
 
 def options(group: str) -> list[str]:
@@ -56,3 +60,17 @@ def test_where_a_model_runs_and_where_data_lies_do_not_define_a_run():
     assert base == same
     for override in ("protocol.seed=1", "task=passkey", "protocol.compress=before_question", "model.dtype=bfloat16"):
         assert build_plan(composed("task=qasper", override)).identity != base, override
+
+
+def test_a_mixture_is_told_apart_by_the_classes_of_its_parts():
+    @dataclass(frozen=True, kw_only=True)
+    class One(Task):
+        def all_samples(self):
+            return []
+
+    class Other(One):
+        pass
+
+    one, other = (_task_identity(Mix(name="mix", tasks={"part": part(name="part")})) for part in (One, Other))
+    assert one != other
+    assert one["tasks"]["part"] == {"class": "One", "name": "part"}

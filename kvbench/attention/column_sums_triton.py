@@ -106,7 +106,7 @@ def _device_guard(device: torch.device) -> Any:
 
 
 @triton.jit
-def _add_blocks(  # type: ignore[no-untyped-def]
+def _add_blocks(
     acc,
     query_ptr,
     log_sum_exp_ptr,
@@ -148,7 +148,7 @@ def _add_blocks(  # type: ignore[no-untyped-def]
 
 # Not specialised on the numbers that change from prompt to prompt: one compilation serves every length.
 @triton.jit(do_not_specialize=["n_tokens", "n_query_heads", "group_size", "stride_log_sum_exp_head"])
-def _column_sums_kernel(  # type: ignore[no-untyped-def]
+def _column_sums_kernel(
     query_ptr,
     keys_ptr,
     log_sum_exp_ptr,

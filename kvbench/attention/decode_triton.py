@@ -27,7 +27,7 @@ TARGET_PROGRAMS = 2048  # enough to fill 132 multiprocessors with several progra
 
 
 @triton.jit(do_not_specialize=["n_splits"])
-def _split_kernel(  # type: ignore[no-untyped-def]
+def _split_kernel(
     query, keys, values, bias, offsets, lengths, bias_offsets, attention, attention_offsets,
     partial_values, partial_max, partial_sum,
     logit_scale, query_row_stride, query_head_stride, n_splits,
@@ -121,7 +121,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["n_splits"])
-def _merge_kernel(  # type: ignore[no-untyped-def]
+def _merge_kernel(
     output, lengths, attention, attention_offsets, partial_values, partial_max, partial_sum, n_splits,
     N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr, SPLIT_SLOTS: tl.constexpr, HAS_ATTENTION: tl.constexpr, CHUNK: tl.constexpr,
@@ -166,7 +166,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _write_kernel(  # type: ignore[no-untyped-def]
+def _write_kernel(
     new_keys, new_values, keys, values, offsets, lengths,
     key_row_stride, key_head_stride, value_row_stride, value_head_stride,
     N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,

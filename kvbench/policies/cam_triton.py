@@ -17,9 +17,7 @@ BLOCK_TARGETS = 32
 
 
 @triton.jit
-def absorb(  # type: ignore[no-untyped-def]
-    state, word, INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr
-):
+def absorb(state, word, INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
     """One round of `counter_rng.counter_hash` on int64 scalars: bit for bit the same."""
     state = ((state ^ (word.to(tl.int64) & MASK)) + INCREMENT) & MASK
     state = state ^ (state >> 16)
@@ -30,7 +28,7 @@ def absorb(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _cam_kernel(  # type: ignore[no-untyped-def]
+def _cam_kernel(
     table, seeds, keys, values, scores, offsets, lengths, attention, attention_offsets, step_index,
     INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     N_COLUMNS: tl.constexpr, N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,

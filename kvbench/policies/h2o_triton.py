@@ -14,7 +14,7 @@ BLOCK_SLOTS = 1024
 
 
 @triton.jit
-def group_attention(attention, stride, slots, mask, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def group_attention(attention, stride, slots, mask, GROUP: tl.constexpr):
     """Sum, maximum and first of the group's attention at some slots (0 where masked)."""
     first = tl.load(attention + slots, mask=mask, other=0.0)
     total = first
@@ -27,7 +27,7 @@ def group_attention(attention, stride, slots, mask, GROUP: tl.constexpr):  # typ
 
 
 @triton.jit
-def _h2o_kernel(  # type: ignore[no-untyped-def]
+def _h2o_kernel(
     table, keys, values, scores, counts, offsets, lengths, attention, attention_offsets, step_index,
     N_COLUMNS: tl.constexpr, N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_COUNTS: tl.constexpr,

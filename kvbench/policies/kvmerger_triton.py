@@ -20,14 +20,14 @@ TINY = 1.1754943508222875e-38  # smallest normal fp32
 
 
 @triton.jit
-def _squared_distances(key, pivot_key):  # type: ignore[no-untyped-def]
+def _squared_distances(key, pivot_key):
     """Squared distance of each row of a `(tokens, D)` tile from the pivot's key."""
     difference = pivot_key[None, :] - key
     return tl.sum(difference * difference, axis=1)
 
 
 @triton.jit
-def _merge_kernel(  # type: ignore[no-untyped-def]
+def _merge_kernel(
     keys, values, scores, starts, merged_keys, merged_values, counts, pivots,
     key_stride_head, key_stride_token, value_stride_head, value_stride_token, score_stride_head, start_stride_head,
     n_slots, sigma,

@@ -18,7 +18,7 @@ MAX_ROW_BLOCK = 8192
 
 
 @triton.jit
-def _adjacent_cosines_kernel(  # type: ignore[no-untyped-def]
+def _adjacent_cosines_kernel(
     keys, cosines, stride_head, stride_token, n_tokens,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -38,14 +38,14 @@ def _adjacent_cosines_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def ordered_bits(x):  # type: ignore[no-untyped-def]
+def ordered_bits(x):
     """Integers that compare like the floats (both zeros alike)."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
-def largest(row, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def largest(row, n, k, BLOCK: tl.constexpr):
     """Bits of the k-th largest of `row[:n]`, and where, among its equals, the later ones that belong begin."""
     kth = tl.full([], -2147483648, tl.int64)
     for step in range(32):
@@ -78,7 +78,7 @@ def largest(row, n, k, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _chain_starts_kernel(  # type: ignore[no-untyped-def]
+def _chain_starts_kernel(
     cosines, scores, starts, n_tokens, n_recent, n_top, n_slots,
     BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -18,7 +18,7 @@ BLOCK_SLOTS = 16
 
 
 @triton.jit
-def _select_kernel(  # type: ignore[no-untyped-def]
+def _select_kernel(
     ranks, positions, n_tokens, heavy, recent,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _select_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _keep_kernel(  # type: ignore[no-untyped-def]
+def _keep_kernel(
     keys, values, scores, positions, kept_keys, kept_values, kept_scores,
     key_stride_head, key_stride_token, value_stride_head, value_stride_token, n_tokens, n_slots,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr,

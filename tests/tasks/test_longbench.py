@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_official_oddities_survive(shared_data: Path) -> None:
     def prompt(dataset: str) -> str:
         return task(dataset, root=root, official=official).samples()[0].prompt
 
-    assert prompt("narrativeqa").count("asconcisely") == 2
+    assert len(re.findall(r"\bas(?=concisely\b)", prompt("narrativeqa"))) == 2  # the missing space is official
     assert prompt("passage_count").endswith("The final answer is: ")
     assert prompt("lcc").endswith("Next line of code:\n")
     assert "NEWLINE_CHAR" in prompt("multi_news")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbench.models.cache_folder import MANIFEST, cache_folder, complete_folder, ensure_folder
+from kvbench.paths import MANIFEST, cache_folder, complete_folder, ensure_folder
 
 IDENTITY = {"sha256": "abc", "version": 1}
 
