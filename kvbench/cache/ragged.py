@@ -13,6 +13,9 @@ decode step is then one forward pass over all rows and one `advance`:
 Nothing in a step depends on data, so the host knows every length beforehand: a step neither synchronises nor allocates
 by data, and with the Triton backend it can be captured in a CUDA graph and replayed for every batch of equal
 `graph_key`.
+
+The file is long because what transformers asks of a cache and what a decode step needs are the methods of one class;
+storage, device tables and what a layer does in a step have files of their own.
 """
 
 from __future__ import annotations

@@ -9,38 +9,28 @@ arXiv:2404.06654) finding any number is not enough. The hay is described in `pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvbench.errors import ConfigError
-from kvbench.tasks.base import Sample, Task
+from kvbench.tasks.base import Sample
 from kvbench.tasks.synthetic.facts import FACTS
 from kvbench.tasks.synthetic.filler import PROSE_CHARACTERS_PER_TOKEN, characters_for, generator_for, hide
+from kvbench.tasks.synthetic.grid import NeedleGrid
 from kvbench.tasks.synthetic.prose import prose_filler
 
 INSTRUCTION = "Some numbers are hidden in this text. Remember them: you will be asked for one of them at the end."
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeedleInHaystack(Task):
-    """A grid of lengths and depths, `samples_per_cell` questions each.
+class NeedleInHaystack(NeedleGrid):
+    """Facts at random depths, one of them at the depth of the cell and asked for.
 
     Attributes:
-        lengths: prompt lengths in tokens, at the fixed ratio of `filler.py`.
-        depths: places of the fact that is asked for, 0 at the beginning of the text, 1 at its end.
-        samples_per_cell: samples for each pair of length and depth.
         n_facts: facts in the text, the asked one included; the others stand at random depths.
-        digits: digits of a number.
-        seed: seed of hay, facts and the places of the others.
     """
 
     name: str = "niah"
-    lengths: Sequence[int] = (1024,)
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    samples_per_cell: int = 4
     n_facts: int = 4
-    digits: int = 5
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse parameters that make no prompt.
@@ -48,23 +38,9 @@ class NeedleInHaystack(Task):
         Raises:
             ConfigError: if a number is out of range.
         """
+        super().__post_init__()
         if not 1 <= self.n_facts <= len(FACTS):
             raise ConfigError(f"n_facts={self.n_facts}: ask for 1 to {len(FACTS)}")
-        if self.digits < 2:
-            raise ConfigError(
-                f"digits={self.digits}: a number needs at least 2, as the first may come from the uncompressed prompt"
-            )
-        if self.samples_per_cell < 1:
-            raise ConfigError(f"samples_per_cell={self.samples_per_cell}: ask for at least 1")
-
-    def all_samples(self) -> list[Sample]:
-        """All samples; the first ones cover the whole grid once, so that a `limit` thins it evenly."""
-        return [
-            self._sample(length_tokens, depth, repeat)
-            for repeat in range(self.samples_per_cell)
-            for length_tokens in self.lengths
-            for depth in self.depths
-        ]
 
     def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
         sample_id = f"{self.name}-{self.n_facts}x{self.digits}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"

@@ -9,11 +9,9 @@ the uncompressed prefill predicts, is a space or a digit; all others come from t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbench.errors import ConfigError
-from kvbench.tasks.base import Sample, Task
+from kvbench.tasks.base import Sample
 from kvbench.tasks.synthetic.filler import (
     DULL_CHARACTERS_PER_TOKEN,
     characters_for,
@@ -21,6 +19,7 @@ from kvbench.tasks.synthetic.filler import (
     generator_for,
     hide,
 )
+from kvbench.tasks.synthetic.grid import NeedleGrid
 
 INSTRUCTION = (
     "There is a pass key hidden in the text below. Find it and remember it, you will be asked for it at the end."
@@ -31,45 +30,11 @@ ANSWER_PREFIX = "The pass key is the number"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PassKey(Task):
-    """A grid of lengths and depths, `samples_per_cell` random keys each.
-
-    Attributes:
-        lengths: prompt lengths in tokens, at the fixed ratio of `filler.py`.
-        depths: places of the key, 0 at the beginning of the text, 1 at its end.
-        samples_per_cell: samples for each pair of length and depth.
-        digits: digits of a key; the first is never 0.
-        seed: seed of the keys.
-    """
+class PassKey(NeedleGrid):
+    """Random keys of `digits` digits, each hidden at its depth in dull filler."""
 
     name: str = "passkey"
-    lengths: Sequence[int] = (1024,)
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    samples_per_cell: int = 4
     digits: int = 6
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse parameters that make no prompt.
-
-        Raises:
-            ConfigError: if a number is out of range.
-        """
-        if self.digits < 2:
-            raise ConfigError(
-                f"digits={self.digits}: a key needs at least 2, as the first may come from the uncompressed prompt"
-            )
-        if self.samples_per_cell < 1:
-            raise ConfigError(f"samples_per_cell={self.samples_per_cell}: ask for at least 1")
-
-    def all_samples(self) -> list[Sample]:
-        """All samples; the first ones cover the whole grid once, so that a `limit` thins it evenly."""
-        return [
-            self._sample(length_tokens, depth, repeat)
-            for repeat in range(self.samples_per_cell)
-            for length_tokens in self.lengths
-            for depth in self.depths
-        ]
 
     def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
         sample_id = f"{self.name}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"
