@@ -1,8 +1,8 @@
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kvbench.models.byte_tokenizer import MIN_VOCAB_SIZE, byte_tokenizer
+from kvbench.models.byte_tokenizer import BOS, EOS, MIN_VOCAB_SIZE, PAD, byte_tokenizer
 
 TOKENIZER = byte_tokenizer(8192)
 
@@ -10,6 +10,11 @@ TOKENIZER = byte_tokenizer(8192)
 @given(st.text())
 def test_decoding_undoes_encoding(text):
     assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@given(st.text())
+def test_skipping_special_tokens_drops_the_bos_alone(text):
+    assume(not any(token in text for token in (PAD, BOS, EOS)))
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"], skip_special_tokens=True) == text
 
 
