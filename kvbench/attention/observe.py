@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvbench.attention.backend import choose_backend
 from kvbench.attention.fused_forward import forward_with_log_sum_exp
 from kvbench.attention.observe_torch import observe_torch, window_rows
+from kvbench.backend import choose_backend
 from kvbench.errors import ConfigError, ModelError
 from kvbench.policies.base import LayerStates
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvbench.attention.backend import choose_backend
+from kvbench.backend import choose_backend
 from kvbench.cache.arena import Arena
 from kvbench.cache.layer import CacheLayer, RowExtent
 from kvbench.cache.sealed import SealedLayer, attention_elements, seal_layer
@@ -63,7 +63,7 @@ class RaggedCache(Cache):
         n_kv_heads: H_k.
         head_dim: D.
         dtype: of keys and values, the model's dtype.
-        backend: "auto", "torch" or "triton" (see `kvbench.attention.backend.choose_backend`).
+        backend: "auto", "torch" or "triton" (see `kvbench.backend.choose_backend`).
         max_rows: most rows at a time; tables of that size are allocated once.
 
     Attributes:

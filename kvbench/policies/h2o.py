@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.attention.backend import BACKENDS, choose_backend
+from kvbench.backend import BACKENDS, choose_backend
 from kvbench.policies import selection
 from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 from kvbench.policies.options import GROUP_REDUCTIONS, reduce_groups, require_bool, require_choice, require_number

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.attention.backend import BACKENDS, choose_backend
+from kvbench.backend import BACKENDS, choose_backend
 from kvbench.errors import BudgetError
 from kvbench.policies import merging, segments
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy

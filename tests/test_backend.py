@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kvbench.attention import backend
-from kvbench.attention.backend import choose_backend, triton_obstacle
+from kvbench import backend
+from kvbench.backend import choose_backend, triton_obstacle
 from kvbench.errors import ConfigError
 
 
