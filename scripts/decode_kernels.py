@@ -31,7 +31,9 @@ def random_compressed(policy: Policy, n_kv_heads: int, n_slots: int, head_dim: i
         values,
         positions,
         state={"scores": scores} if policy.steps else {},
-        constants={"seed": torch.tensor([11], device=like.device)} if isinstance(policy, CaM) else {},
+        constants={"head_hashes": torch.arange(n_kv_heads, device=like.device).unsqueeze(1)}
+        if isinstance(policy, CaM)
+        else {},
     )
 
 

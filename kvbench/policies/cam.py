@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
-from kvbench.policies.counter_rng import counter_hash, counter_uniform
+from kvbench.policies.counter_rng import absorb_word, counter_hash, hash_to_uniform
 from kvbench.policies.options import require_bool, require_count, require_number
 from kvbench.policies.rows import RowsStepper
 
@@ -74,29 +74,30 @@ class CaM(Policy):
 
         Returns:
             `budget_tokens` slots per KV head; state "scores" `(H_k, m)` fp32, attention mass summed over all queries so
-            far (mean over the query heads of a group); constant "seed" `(1,)` int64, a hash of the sample's seed and
-            the layer.
+            far (mean over the query heads of a group); constant "head_hashes" `(H_k, 1)` int64, hashes of the sample's
+            seed, the layer and the KV head, to which a step adds its number.
         """
         if layer.column_sums is None:
             raise ValueError("cam needs column_sums, which the prefill did not provide")
         n_tokens, device = layer.n_tokens, layer.keys.device
         start, recent = self.split(budget_tokens)
-        layer_seed = int(counter_hash(layer.seed, layer.layer_index))
+        heads = torch.arange(layer.n_kv_heads, device=device).unsqueeze(1)
+        head_hashes = torch.as_tensor(counter_hash(counter_hash(layer.seed, layer.layer_index), heads))
         kept = torch.cat([torch.arange(start, device=device), torch.arange(n_tokens - recent, n_tokens, device=device)])
         return CompressedLayer(
             layer.keys.index_select(1, kept),
             layer.values.index_select(1, kept),
             kept.expand(layer.n_kv_heads, -1),
             state={"scores": layer.group_scores(layer.column_sums, "mean").index_select(1, kept)},
-            constants={"seed": torch.full((1,), layer_seed, dtype=torch.int64, device=device)},
+            constants={"head_hashes": head_hashes},
         )
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         """Count the new token's attention, put it in the place of the leaving token, and merge the latter's value.
 
         The targets are the next `merge_tokens` kept tokens in sequence order, the new token included if the window is
-        that short. The gate compares `counter_uniform(seed, KV head, step_index) * mean(A of the targets)` with the
-        leaving token's A, which is the Bernoulli draw without a division by zero. Device operations only.
+        that short. The gate compares `u * mean(A of the targets)` with the leaving token's A, u being uniform by (seed,
+        layer, KV head, step), which is the Bernoulli draw without a division by zero. Device operations only.
         """
         n_kv_heads, n_slots = slots.keys.shape[0], slots.keys.shape[1] - 1
         start, recent = self.split(n_slots)
@@ -113,8 +114,7 @@ class CaM(Policy):
         device = slots.keys.device
         ahead = torch.arange(1, n_targets + 1, device=device)
         targets = start + (slots.step_index + ahead).remainder(recent)  # `recent` ahead is the new token's slot
-        heads = torch.arange(n_kv_heads, device=device).unsqueeze(1)
-        uniform = counter_uniform(slots.constants["seed"], heads, slots.step_index)
+        uniform = hash_to_uniform(torch.as_tensor(absorb_word(slots.constants["head_hashes"], slots.step_index)))
         gate = uniform * scores.index_select(1, targets).mean(1, keepdim=True) < leaving_scores
         share = (leaving_values / n_targets) * gate.unsqueeze(-1)
         merged = slots.values.index_select(1, targets).float() + share

@@ -29,7 +29,7 @@ def absorb(state, word, INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.c
 
 @triton.jit
 def _cam_kernel(
-    table, seeds, keys, values, scores, offsets, lengths, attention, attention_offsets, step_index,
+    table, hashes, keys, values, scores, offsets, lengths, attention, attention_offsets, step_index,
     INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     N_COLUMNS: tl.constexpr, N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
@@ -78,10 +78,7 @@ def _cam_kernel(
     if n_targets > 0:
         if n_targets == recent:  # so short a window that the new token is a target, too
             target_sum += new_score
-        seed = tl.load(seeds + tl.program_id(0) // N_KV_HEADS)
-        bits = absorb(seed * 0, seed, INCREMENT, MASK, FIRST, SECOND)
-        bits = absorb(bits, seed >> 32, INCREMENT, MASK, FIRST, SECOND)
-        bits = absorb(bits, head, INCREMENT, MASK, FIRST, SECOND)
+        bits = tl.load(hashes + (tl.program_id(0) // N_KV_HEADS) * N_KV_HEADS + head)
         bits = absorb(bits, step, INCREMENT, MASK, FIRST, SECOND)
         uniform = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2 ** -24
         if uniform * (target_sum / n_targets) < leaving_score:
@@ -100,7 +97,7 @@ class CaMRowsStepper(RowsStepper):
     """Steps all CaM rows of a layer, options differing from row to row included.
 
     Attributes:
-        seeds: `(n_layers, max_rows)` int64, the rows' seeds in the order of the table.
+        hashes: `(n_layers, max_rows, H_k)` int64, the rows' `head_hashes` in the order of the table.
     """
 
     n_columns: ClassVar[int] = 4
@@ -108,12 +105,13 @@ class CaMRowsStepper(RowsStepper):
     def __init__(self, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device):
         super().__init__(n_layers, max_rows, n_query_heads, n_kv_heads, device)
         with torch.inference_mode(False):
-            self.seeds = torch.zeros(n_layers, max_rows, dtype=torch.int64, device=device)
+            self.hashes = torch.zeros(n_layers, max_rows, n_kv_heads, dtype=torch.int64, device=device)
 
     def prepare(self, layer: StepLayer) -> None:
-        """As the base class, and gather the seeds on the device."""
+        """As the base class, and gather the hashes on the device."""
         super().prepare(layer)
-        self.seeds[layer.index, : len(layer.rows)].copy_(torch.cat([row.constants["seed"] for row in layer.rows]))
+        hashes = torch.stack([row.constants["head_hashes"].view(-1) for row in layer.rows])
+        self.hashes[layer.index, : len(layer.rows)].copy_(hashes)
 
     def columns(self, row: StepRow) -> list[int]:
         """Start and recent slots, number of targets (0 without merging), offset of the scores."""
@@ -125,7 +123,7 @@ class CaMRowsStepper(RowsStepper):
         """One launch: a program per row and KV head."""
         head_dim = layer.keys.shape[1]
         _cam_kernel[(len(layer.rows) * self.n_kv_heads,)](
-            self.table[layer.index], self.seeds[layer.index], layer.keys, layer.values, layer.states["scores"],
+            self.table[layer.index], self.hashes[layer.index], layer.keys, layer.values, layer.states["scores"],
             layer.offsets, layer.lengths, layer.attention, layer.attention_offsets, layer.step_index,
             INCREMENT=INCREMENT, MASK=MASK, FIRST=MULTIPLIERS[0], SECOND=MULTIPLIERS[1],
             N_COLUMNS=self.table.shape[2], N_KV_HEADS=self.n_kv_heads, GROUP=self.group_size, HEAD_DIM=head_dim,

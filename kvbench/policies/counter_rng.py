@@ -29,6 +29,11 @@ def mix_bits(state: Word) -> Word:
     return state ^ (state >> 16)
 
 
+def absorb_word(state: Word, word: Word) -> Word:
+    """Take one more 32-bit word into a hash: the low 32 bits of `word` count."""
+    return mix_bits(((state ^ (word & MASK)) + INCREMENT) & MASK)
+
+
 def counter_hash(seed: Word, *counters: Word) -> Word:
     """Hash a seed and any number of counters to 32 bits.
 
@@ -42,10 +47,15 @@ def counter_hash(seed: Word, *counters: Word) -> Word:
     """
     state: Word = 0
     for word in (seed, seed >> 32, *counters):
-        state = mix_bits(((state ^ (word & MASK)) + INCREMENT) & MASK)
+        state = absorb_word(state, word)
     return state
 
 
 def counter_uniform(seed: Word, *counters: Word) -> Tensor:
     """Uniform fp32 numbers in [0, 1), multiples of 2^-24, from `counter_hash` (arguments as there)."""
-    return (torch.as_tensor(counter_hash(seed, *counters)) >> 8).to(torch.float32) * 2.0**-24
+    return hash_to_uniform(torch.as_tensor(counter_hash(seed, *counters)))
+
+
+def hash_to_uniform(hashes: Tensor) -> Tensor:
+    """Uniform fp32 numbers in [0, 1), multiples of 2^-24, from 32-bit hashes (int64)."""
+    return (hashes >> 8).to(torch.float32) * 2.0**-24

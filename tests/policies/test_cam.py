@@ -6,7 +6,7 @@ from policy_inputs import decode_slots, make_layer, new_tokens, relative_rms
 
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.policies.cam import CaM
-from kvbench.policies.counter_rng import counter_uniform
+from kvbench.policies.counter_rng import counter_hash, counter_uniform
 from kvbench.policies.reference.cam import ReferenceCaM
 
 SHAPES = [(4, 4, 61), (6, 2, 97)]
@@ -30,7 +30,7 @@ def run_both(policy: CaM, layer, merges: list[bool], n_steps: int = 50):
         for h in range(n_kv_heads):
             row = attention[h * group : (h + 1) * group]
             by_position = {p: row[:, s].tolist() for s, p in enumerate([*slot_positions, position])}
-            draw = float(counter_uniform(int(compressed.constants["seed"]), h, step))
+            draw = float(counter_uniform(counter_hash(layer.seed, layer.layer_index), h, step))
             merges.append(reference.step(h, position, key[h], value[h], by_position, lambda u=draw: u))
         policy.step(slots, attention)
         slot_positions[start + step % recent] = position
@@ -62,16 +62,13 @@ def test_prompt_keeps_start_and_recent_without_merging():
 
 
 def test_gate_depends_on_seed_layer_head_and_step_only():
-    constants = {
-        (seed, layer_index): int(
-            CaM().compress(make_layer(2, 2, 20, seed=seed, layer_index=layer_index), 10).constants["seed"]
-        )
-        for seed in (0, 1)
-        for layer_index in (2, 3)
-    }
-    assert len(set(constants.values())) == 4
-    again = CaM().compress(make_layer(2, 2, 20, seed=1, layer_index=3), 10).constants["seed"]
-    assert int(again) == constants[1, 3]
+    def hashes(seed: int, layer_index: int) -> list[int]:
+        compressed = CaM().compress(make_layer(2, 2, 20, seed=seed, layer_index=layer_index), 10)
+        return compressed.constants["head_hashes"].flatten().tolist()
+
+    seen = [word for seed in (0, 1) for layer_index in (2, 3) for word in hashes(seed, layer_index)]
+    assert len(set(seen)) == 8
+    assert hashes(1, 3) == seen[6:]
 
 
 def test_gate_opens_with_the_ratio_of_the_scores():
