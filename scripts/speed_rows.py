@@ -18,13 +18,14 @@ from speed_timing import Row, copy_bandwidth, peak_bytes, reset_peak, take_turns
 from kvbench.cache.ragged import RaggedCache
 from kvbench.engine.base import Arm, Job, model_shape
 from kvbench.engine.decode import DecodeLoop
+from kvbench.engine.fork import LayerFork
 from kvbench.engine.fused import FusedEngine
 from kvbench.engine.prefill import prefill
 from kvbench.engine.strands import generating_strand
 from kvbench.errors import ConfigError
 from kvbench.models.config import model_config_folder
 from kvbench.models.load import LoadedModel
-from kvbench.policies.base import LayerStates
+from kvbench.policies.base import CompressedLayer
 
 LONG_TOKENS = 65_536  # from here on one repeat is enough: a run takes many seconds
 
@@ -108,16 +109,14 @@ class Fork:
             The first new token.
         """
         policies = [arm.policy for arm in self.setting.arms]
-        budgets = [policy.layer_budgets(self.job.compress_at, self.shape["n_layers"]) for policy in policies]
         self.cache.clear()
         for policy in policies if fork else ():
             self.cache.add_row(policy, position=self.job.compress_at, room_tokens=self.new_tokens)
 
-        def on_layer(states: LayerStates) -> None:
-            for row, policy in enumerate(policies if fork else ()):
-                compressed = policy.compress(states, budgets[row][states.layer_index])
-                self.cache.write(states.layer_index, row, compressed)
+        def write(row: int, layer_index: int, compressed: CompressedLayer) -> None:
+            self.cache.write(layer_index, row, compressed)
 
+        on_layer = LayerFork(policies, self.job.compress_at, self.shape["n_layers"], write) if fork else lambda s: None
         logits, self.backends = prefill(self.setting.loaded, self.job, self.setting.arms, on_layer)
         return int(logits.argmax())
 

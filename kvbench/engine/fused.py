@@ -14,11 +14,12 @@ import torch
 from kvbench.cache.ragged import RaggedCache
 from kvbench.engine.base import ArmResult, Engine, Job, JobResult, SampleFailure, model_shape
 from kvbench.engine.decode import Decoded, DecodeLoop
+from kvbench.engine.fork import LayerFork
 from kvbench.engine.prefill import prefill
 from kvbench.engine.strands import Strand, forced_strand, generating_strand
 from kvbench.errors import ConfigError
 from kvbench.models.load import LoadedModel
-from kvbench.policies.base import LayerStates
+from kvbench.policies.base import CompressedLayer
 
 
 @dataclass(frozen=True)
@@ -206,18 +207,17 @@ class _Session:
         if job.gold_ids:
             strands += [forced_strand(job, arm) for arm in _forced_arms(job)]
         arms = list({strand.arm.key: strand.arm for strand in strands}.values())
-        budgets = {arm.key: arm.policy.layer_budgets(job.compress_at, self.shape["n_layers"]) for arm in arms}
         for strand in strands:
             strand.row = cache.add_row(strand.arm.policy, position=job.compress_at, room_tokens=max(1, strand.n_steps))
 
-        def on_layer(states: LayerStates) -> None:
-            for arm in arms:
-                compressed = arm.policy.compress(states, budgets[arm.key][states.layer_index])
-                for strand in strands:
-                    if strand.arm.key == arm.key:
-                        cache.write(states.layer_index, strand.row, compressed)
+        rows = [[strand.row for strand in strands if strand.arm.key == arm.key] for arm in arms]
 
-        logits, backends = prefill(self.loaded, job, arms, on_layer, self.engine.kernels)
+        def write(arm: int, layer_index: int, compressed: CompressedLayer) -> None:
+            for row in rows[arm]:
+                cache.write(layer_index, row, compressed)
+
+        fork = LayerFork([arm.policy for arm in arms], job.compress_at, self.shape["n_layers"], write)
+        logits, backends = prefill(self.loaded, job, arms, fork, self.engine.kernels)
         finite = bool(torch.isfinite(logits).all())
         first_nll = 0.0
         if not job.question_ids:

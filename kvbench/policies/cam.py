@@ -79,17 +79,17 @@ class CaM(Policy):
         """
         if layer.column_sums is None:
             raise ValueError("cam needs column_sums, which the prefill did not provide")
-        n_tokens, device = layer.n_tokens, layer.keys.device
+        device = layer.keys.device
         start, recent = self.split(budget_tokens)
-        heads = torch.arange(layer.n_kv_heads, device=device).unsqueeze(1)
-        head_hashes = torch.as_tensor(counter_hash(counter_hash(layer.seed, layer.layer_index), heads))
-        kept = torch.cat([torch.arange(start, device=device), torch.arange(n_tokens - recent, n_tokens, device=device)])
+        layer_hash = counter_hash(layer.seed, layer.layer_index)
+        head_hashes = [[counter_hash(layer_hash, head)] for head in range(layer.n_kv_heads)]  # on the host: no launches
+        kept = torch.cat([torch.arange(start), torch.arange(layer.n_tokens - recent, layer.n_tokens)])
         return CompressedLayer(
-            layer.keys.index_select(1, kept),
-            layer.values.index_select(1, kept),
-            kept.expand(layer.n_kv_heads, -1),
-            state={"scores": layer.group_scores(layer.column_sums, "mean").index_select(1, kept)},
-            constants={"head_hashes": head_hashes},
+            first_and_recent(layer.keys, start, recent),
+            first_and_recent(layer.values, start, recent),
+            kept.to(device, non_blocking=True).expand(layer.n_kv_heads, -1),
+            state={"scores": first_and_recent(layer.group_scores(layer.column_sums, "mean"), start, recent)},
+            constants={"head_hashes": torch.tensor(head_hashes).to(device, non_blocking=True)},
         )
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
@@ -128,3 +128,8 @@ class CaM(Policy):
         from kvbench.policies.cam_triton import CaMRowsStepper  # imports triton, which a CPU may lack
 
         return CaMRowsStepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)
+
+
+def first_and_recent(tensor: Tensor, start: int, recent: int) -> Tensor:
+    """The first `start` and the last `recent` tokens of `(H, T, ...)`, copied as two stretches instead of by index."""
+    return torch.cat([tensor[:, :start], tensor[:, tensor.shape[1] - recent :]], dim=1)
