@@ -11,7 +11,7 @@ from kvbench.policies.full import Full
 from kvbench.policies.h2o import H2O
 from kvbench.policies.kvmerger import KVMerger
 
-POLICIES = (Full(), H2O(budget=0.5), CaM(budget=0.35), KVMerger(budget=0.5))
+POLICIES = (Full(), H2O(budget=0.5), CaM(budget=0.35), KVMerger(budget=0.5, whole_first_layers=0))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
