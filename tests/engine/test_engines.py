@@ -10,7 +10,10 @@ from kvbench.models.config import named_config
 from kvbench.models.load import load_model
 from kvbench.policies.registry import build_policy
 
-SMALL_MODEL_OPTIONS = {"kvmerger": {"whole_first_layers": 1, "whole_last_layers": 0}}
+SMALL_MODEL_OPTIONS = {
+    "kvmerger": {"whole_first_layers": 1, "whole_last_layers": 0},
+    "snapkv": {"observation_tokens": 4, "kernel_tokens": 3},
+}
 ARMS = [
     ("full", 1.0, {}),
     ("h2o", 0.5, {}),
@@ -21,6 +24,7 @@ ARMS = [
     ("kvmerger", 0.5, {"budget_mode": "threshold", "threshold": 0.2}),
     ("kvmerger", 0.35, {"whole_first_layers": 0, "value_scale": "log_bias"}),
     ("kvmerger_bias", 0.35, {}),
+    ("snapkv", 0.35, {}),
 ]
 
 
@@ -64,8 +68,8 @@ def by_index(results) -> dict[int, JobResult]:
 def test_fused_and_plain_give_the_same_tokens_and_numbers(loaded, question):
     todo = jobs(3, question=question)
     plain = by_index(PlainEngine().run(loaded, todo))
-    fused = by_index(FusedEngine(max_rows=40).run(loaded, todo))
-    assert fused[0].settings["batch_samples"] == 2  # 18 rows a job: the batch really mixes samples
+    fused = by_index(FusedEngine(max_rows=4 * len(ARMS)).run(loaded, todo))
+    assert fused[0].settings["batch_samples"] == 2  # two rows an arm: the batch really mixes samples
     for job in todo:
         for expected, got in zip(plain[job.index].arms, fused[job.index].arms, strict=True):
             assert got.token_ids == expected.token_ids, got.arm.key

@@ -12,12 +12,12 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def causal_column_sums(queries: Tensor, keys: Tensor) -> Tensor:
+def causal_attention(queries: Tensor, keys: Tensor) -> Tensor:
     group = queries.shape[0] // keys.shape[0]
     logits = queries @ keys.repeat_interleave(group, 0).transpose(1, 2) / queries.shape[-1] ** 0.5
     n_tokens = queries.shape[1]
     hidden = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
-    return logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(1)
+    return logits.masked_fill(hidden, float("-inf")).softmax(-1)
 
 
 def make_layer(
@@ -30,9 +30,13 @@ def make_layer(
     correlated: bool = False,
     layer_index: int = 3,
     n_layers: int = 8,
+    window_tokens: int = 40,
     dtype: torch.dtype = torch.float32,
 ) -> LayerStates:
-    """Independent Gaussian keys, or keys like a model's: a shared mean plus a slow walk (adjacent cosine ~0.85)."""
+    """Independent Gaussian keys, or keys like a model's: a shared mean plus a slow walk (adjacent cosine ~0.85).
+
+    The window has more rows than most methods ask for, as when another arm of the prefill asks for more.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -44,9 +48,16 @@ def make_layer(
             keys[:, t] = 0.8 * keys[:, t - 1] + 0.6 * keys[:, t]
         keys = 2.0 * keys + normal(n_kv_heads, 1, head_dim)
     values = normal(n_kv_heads, n_tokens, head_dim)
-    sums = causal_column_sums(normal(n_query_heads, n_tokens, head_dim), keys)
+    attention = causal_attention(normal(n_query_heads, n_tokens, head_dim), keys)
     return LayerStates(
-        keys.to(dtype), values.to(dtype), layer_index, n_layers, n_query_heads, seed=seed, column_sums=sums
+        keys.to(dtype),
+        values.to(dtype),
+        layer_index,
+        n_layers,
+        n_query_heads,
+        seed=seed,
+        column_sums=attention.sum(1),
+        window_attention=attention[:, -window_tokens:],
     )
 
 

@@ -3,6 +3,7 @@
 from importlib.metadata import EntryPoint
 
 import pytest
+from test_method_configs import OWN_METHODS
 
 from kvbench.errors import ConfigError
 from kvbench.policies import registry
@@ -13,7 +14,7 @@ from kvbench.policies.registry import build_policy, load_policies
 
 def test_own_methods_are_installed_under_their_names():
     policies = load_policies()
-    assert {"full", "h2o", "cam", "kvmerger", "kvmerger_bias"} <= set(policies)
+    assert set(OWN_METHODS) <= set(policies)
     assert all(policy.name == name for name, policy in policies.items())
 
 
