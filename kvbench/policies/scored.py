@@ -1,4 +1,4 @@
-"""What methods have in common that keep the best-scored tokens of every head: one score per key decides, nothing merges.
+"""What methods share that keep the best-scored tokens of every head: one score per key decides, nothing merges.
 
 A subclass says how keys are scored and how many first and last tokens are always kept. Whoever allocates slots
 differently (`kvbench.policies.adakv`) takes the scores from here and leaves `compress` aside.

@@ -61,7 +61,7 @@ def test_the_slots_kept_are_the_budget_to_the_last_one(name, n_tokens, budget, h
         for head, length in enumerate(lengths):
             kept = layer.positions[head, :length].tolist()
             assert kept == sorted(set(kept))  # each token once, in order
-            assert 0 <= kept[0]
+            assert kept[0] >= 0
             assert kept[-1] < n_tokens
 
 
