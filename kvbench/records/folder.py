@@ -3,9 +3,13 @@
     runs/passkey-smollm2-135m-1a2b3c4d/
         config.json         what defines the run, and the full configuration of its first call
         environment.json    versions, device, commit
+        calls.jsonl         one line per call: which arms, how many samples, where
+        prompts.jsonl       the text of the prompts
         records/<arm>.jsonl one line per sample
+        shards/2-of-8/      the same files without config.json, from calls with shard=2/8
 
-A second call with the same definition finds the same folder and computes only what is missing.
+A second call with the same definition finds the same folder and computes only what is missing. Every shard appends to
+files of its own: on a network file system two machines that append to one file can overwrite each other's lines.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from kvbench.errors import RecordError
-from kvbench.records.read import read_prompts, read_record_file
+from kvbench.records.read import parts, read_prompts, read_record_file
 from kvbench.records.schema import Record
 
 
@@ -44,18 +49,25 @@ class RunFolder:
         root: folder of all runs; created if missing.
         label: readable start of the folder's name, e.g. "passkey-smollm2-135m".
         identity: what defines the run (model, task, protocol); equal identities share a folder.
+        shard: name of the shard whose files this object writes, e.g. "2-of-8"; None without shards. Reading covers all.
+
+    Attributes:
+        path: the run's folder.
+        home: where this object's own files go: `path`, or the shard's folder in it.
 
     Raises:
         RecordError: if the folder cannot be created or written.
     """
 
-    def __init__(self, root: Path, label: str, identity: dict[str, Any]):
+    def __init__(self, root: Path, label: str, identity: dict[str, Any], shard: str | None = None):
         self.identity = identity
         label = re.sub(r"[^A-Za-z0-9._+-]+", "-", label)[:80]
         self.path = root / f"{label}-{identity_hash(identity)}"
+        self.home = self.path / "shards" / shard if shard else self.path
         try:
             (self.path / "records").mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".write-probe-{os.getpid()}"
+            (self.home / "records").mkdir(parents=True, exist_ok=True)
+            probe = self.home / f".write-probe-{uuid4().hex}"  # two machines may give two processes one number
             probe.write_text("")
             probe.unlink()
         except OSError as error:
@@ -70,14 +82,14 @@ class RunFolder:
             config: full configuration of this call, plain types.
             environment: versions, device, commit (see `kvbench.records.environment`).
         """
-        self._write_once("config.json", {**self.identity, "config": config})
-        self._write_once("environment.json", environment)
+        self._write_once(self.path / "config.json", {**self.identity, "config": config})
+        for folder in {self.path, self.home}:
+            self._write_once(folder / "environment.json", environment)
 
-    def _write_once(self, name: str, content: dict[str, Any]) -> None:
-        target = self.path / name
+    def _write_once(self, target: Path, content: dict[str, Any]) -> None:
         if target.exists():
             return
-        scratch = target.with_suffix(f".tmp{os.getpid()}")
+        scratch = target.with_suffix(f".tmp{uuid4().hex}")
         try:
             scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
             os.replace(scratch, target)
@@ -87,13 +99,29 @@ class RunFolder:
             ) from error
 
     def arm_file(self, arm_key: str) -> Path:
-        """The record file of an arm."""
-        return self.path / "records" / file_name(arm_key)
+        """The record file of an arm that this object appends to."""
+        return self.home / "records" / file_name(arm_key)
 
     def done(self, arm_key: str, retry_failed: bool = False) -> set[tuple[str, str]]:
         """(dataset, sample) pairs already recorded for an arm; failed ones too unless `retry_failed`."""
-        records = read_record_file(self.arm_file(arm_key)).records
+        files = (part / "records" / file_name(arm_key) for part in parts(self.path))
+        records = (record for file in files for record in read_record_file(file).records)
         return {(r["dataset"], r["sample"]) for r in records if r["status"] == "ok" or not retry_failed}
+
+    def note_call(self, call: dict[str, Any]) -> None:
+        """Note in `calls.jsonl` what a call sets out to do, for those who watch the run.
+
+        Args:
+            call: plain types; see `kvbench.records.read.read_calls`.
+
+        Raises:
+            RecordError: if the file cannot be written.
+        """
+        path = self.home / "calls.jsonl"
+        try:
+            _append_line(path, json.dumps(call, ensure_ascii=False))
+        except OSError as error:
+            raise RecordError(f"{path} cannot be written ({error.strerror}): free space and run again") from error
 
     def keep_prompts(self, prompts: Iterable[dict[str, str]]) -> None:
         """Keep the text of prompts for readers of the report; no table is made from it.
@@ -104,12 +132,12 @@ class RunFolder:
         Raises:
             RecordError: if the file cannot be written.
         """
-        path = self.path / "prompts.jsonl"
+        path = self.home / "prompts.jsonl"
         known = read_prompts(self.path)
-        new = [p for p in prompts if (p["dataset"], p["sample"]) not in known]
         try:
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in new)
+            for prompt in prompts:
+                if (prompt["dataset"], prompt["sample"]) not in known:
+                    _append_line(path, json.dumps(prompt, ensure_ascii=False))
         except OSError as error:
             raise RecordError(f"{path} cannot be written ({error.strerror}): free space and run again") from error
 
@@ -124,21 +152,26 @@ class RunFolder:
         """
         for record in records:
             path = self.arm_file(record.arm)
-            line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+            line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False)
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-                try:
-                    if _ends_mid_line(descriptor):
-                        line = b"\n" + line
-                    _write_all(descriptor, line + b"\n")
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                _append_line(path, line, flush=True)
             except OSError as error:
                 raise RecordError(
                     f"record of {record.sample} for {record.arm} cannot be written to {path} ({error.strerror}): "
                     "what was recorded before stays valid; free space and run the same command again"
                 ) from error
+
+
+def _append_line(path: Path, line: str, flush: bool = False) -> None:
+    """Append one line by a single write, closing first what a crash left half-written."""
+    data = line.encode("utf-8", "backslashreplace") + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        _write_all(descriptor, b"\n" + data if _ends_mid_line(descriptor) else data)
+        if flush:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _ends_mid_line(descriptor: int) -> bool:

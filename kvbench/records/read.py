@@ -1,12 +1,14 @@
 """Reading records: whatever was written completely counts, whatever was not is reported and skipped.
 
 Lines can be broken only by a crash in the middle of a write; they are counted in `RecordFile.broken_lines`, and the
-sample is computed again by the next run. If two processes recorded the same sample and arm, the first success counts.
+sample is computed again by the next run. If two processes recorded the same sample and arm, the first success counts;
+between the files of several shards, that of the file first by name.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,15 +62,31 @@ def read_record_file(path: Path) -> RecordFile:
                 f"{path} line {number} has record schema {record['schema']}, this version reads {SCHEMA_VERSION}: "
                 "upgrade kvbench or use another output.root"
             )
-        key = (record["dataset"], record["sample"], record["arm"])
-        if key not in found or (found[key]["status"] != "ok" and record["status"] == "ok"):
-            found[key] = record
+        _keep(found, record)
     result.records = list(found.values())
     return result
 
 
+def _keep(found: dict[tuple[str, str, str], dict[str, Any]], record: dict[str, Any]) -> None:
+    """Add a record unless one of its sample and arm is there; a success replaces a failure."""
+    key = (record["dataset"], record["sample"], record["arm"])
+    if key not in found or (found[key]["status"] != "ok" and record["status"] == "ok"):
+        found[key] = record
+
+
+def parts(run: Path) -> list[Path]:
+    """Where records of a run can be: its own folder and those of its shards, in a fixed order."""
+    return [run, *sorted((run / "shards").glob("*"))]
+
+
+def record_files(run: Path) -> list[Path]:
+    """All record files of a run, those of its shards included: arms in the order of their file names."""
+    files = [file for part in parts(run) for file in (part / "records").glob("*.jsonl")]
+    return sorted(files, key=lambda file: (file.name, file))
+
+
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """All records of a run folder, arms in the order of their file names.
+    """All records of a run folder, those of its shards included, arms in the order of their file names.
 
     Args:
         run: the run's folder (the one with `config.json`).
@@ -78,10 +96,11 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     """
     if not (run / "records").is_dir():
         raise RecordError(f"{run} is not a run folder (it has no records/): give a folder below output.root")
-    records: list[dict[str, Any]] = []
-    for path in sorted((run / "records").glob("*.jsonl")):
-        records.extend(read_record_file(path).records)
-    return records
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for path in record_files(run):
+        for record in read_record_file(path).records:
+            _keep(found, record)
+    return list(found.values())
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -101,15 +120,37 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_prompts(run: Path) -> dict[tuple[str, str], str]:
-    """Prompts by (dataset, sample) from the run's `prompts.jsonl`, if there is one; broken lines are passed over."""
-    path = run / "prompts.jsonl"
+    """Prompts by (dataset, sample) from the run's `prompts.jsonl` files; broken lines are passed over."""
     prompts: dict[tuple[str, str], str] = {}
-    if not path.is_file():
-        return prompts
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for row in _rows(run, "prompts.jsonl"):
         try:
-            row = json.loads(line)
-            prompts[row["dataset"], row["sample"]] = str(row["prompt"])
-        except (ValueError, KeyError, TypeError):
+            prompts.setdefault((row["dataset"], row["sample"]), str(row["prompt"]))
+        except (KeyError, TypeError):
             continue
     return prompts
+
+
+def read_calls(run: Path) -> list[dict[str, Any]]:
+    """What the calls of a run set out to do, oldest first; broken lines are passed over.
+
+    Returns:
+        Dictionaries with "started_at" (seconds since 1970), "host", "process", "shard" ("2/8" or None), "arms" (keys),
+        "task_samples" (samples of the task) and "samples" (those of them that are this shard's).
+    """
+    calls = [row for row in _rows(run, "calls.jsonl") if "started_at" in row and "arms" in row]
+    return sorted(calls, key=lambda call: float(call["started_at"]))
+
+
+def _rows(run: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in the lines of a file and of its namesakes of the run's shards."""
+    for part in parts(run):
+        path = part / name
+        if not path.is_file():
+            continue
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row

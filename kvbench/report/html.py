@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvbench.records.read import read_config, read_prompts, read_records
+from kvbench.records.read import read_config, read_prompts, read_records, record_files
 from kvbench.report.browser import browser_samples
 from kvbench.report.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.report.figures import figure_functions, style
@@ -126,7 +126,7 @@ def _run_view(run: Path) -> dict[str, Any]:
     except ValueError:
         facts = {}
     packages = facts.get("packages", {})
-    files = sorted((run / "records").glob("*.jsonl"))
+    files = record_files(run)
     return {
         "name": run.name,
         "lines": [
@@ -134,7 +134,9 @@ def _run_view(run: Path) -> dict[str, Any]:
             "device: " + (", ".join(facts.get("devices") or []) or f"CPU, {facts.get('torch_threads')} threads"),
             f"torch {packages.get('torch')}, transformers {packages.get('transformers')}",
         ],
-        "checksums": "\n".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in files),
+        "checksums": "\n".join(
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(run)}" for path in files
+        ),
         "config": config,
         "environment": environment,
     }

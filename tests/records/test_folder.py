@@ -7,7 +7,7 @@ import pytest
 
 from kvbench.errors import RecordError
 from kvbench.records.folder import RunFolder, file_name, identity_hash
-from kvbench.records.read import read_prompts, read_record_file, read_records
+from kvbench.records.read import read_calls, read_prompts, read_record_file, read_records
 from kvbench.records.schema import SCHEMA_VERSION, Record
 
 IDENTITY = {"model": "m", "task": "t"}
@@ -111,3 +111,55 @@ def test_two_writers_never_interleave_lines(tmp_path):
     content = read_record_file(folder.arm_file("h2o@0.5"))
     assert len(content.records) == 160
     assert content.broken_lines == []
+
+
+def test_shards_of_a_run_write_files_of_their_own_and_are_read_as_one(tmp_path):
+    whole, first, second = (RunFolder(tmp_path, "t", IDENTITY, shard) for shard in (None, "1-of-2", "2-of-2"))
+    assert whole.path == first.path == second.path
+    first.append([record("s1"), record("s2", status="failed")])
+    second.append([record("s3")])
+    whole.append([record("s2")])
+    assert [folder.done("h2o@0.5") for folder in (whole, first, second)] == [
+        {("passkey", "s1"), ("passkey", "s2"), ("passkey", "s3")}
+    ] * 3
+    assert {r["sample"]: r["status"] for r in read_records(whole.path)} == {"s1": "ok", "s2": "ok", "s3": "ok"}
+    assert len(list(tmp_path.rglob("h2o@0.5.jsonl"))) == 3
+
+
+def test_of_the_same_sample_in_two_shards_one_record_counts(tmp_path):
+    for shard, score in (("2-of-2", 0.75), ("1-of-2", 0.25)):
+        RunFolder(tmp_path, "t", IDENTITY, shard).append([record(score=score)])
+    (kept,) = read_records(RunFolder(tmp_path, "t", IDENTITY).path)
+    assert kept["score"] == 0.25
+
+
+def test_prompts_and_calls_of_all_shards_are_read(tmp_path):
+    first, second = (RunFolder(tmp_path, "t", IDENTITY, shard) for shard in ("1-of-2", "2-of-2"))
+    first.keep_prompts([{"dataset": "a", "sample": "1", "prompt": "one"}])
+    second.keep_prompts([{"dataset": "a", "sample": s, "prompt": "two"} for s in ("1", "2")])
+    assert read_prompts(first.path) == {("a", "1"): "one", ("a", "2"): "two"}
+    for folder, time in ((first, 2.0), (second, 1.0)):
+        folder.note_call({"started_at": time, "arms": []})
+    assert [call["started_at"] for call in read_calls(first.path)] == [1.0, 2.0]
+
+
+def test_each_shard_keeps_the_environment_it_was_measured_in(tmp_path):
+    for shard, torch in (("1-of-2", "1"), ("2-of-2", "2")):
+        RunFolder(tmp_path, "t", IDENTITY, shard).describe({}, {"torch": torch})
+    run = RunFolder(tmp_path, "t", IDENTITY).path
+    found = [json.loads(path.read_text())["torch"] for path in sorted(run.rglob("environment.json"))]
+    assert found == ["1", "1", "2"]  # the run's own is that of its first call
+
+
+def test_two_writers_of_prompts_never_interleave_lines(tmp_path):
+    folder = RunFolder(tmp_path, "t", IDENTITY)
+    children = []
+    for child in range(4):
+        pid = os.fork()
+        if pid == 0:
+            folder.keep_prompts({"dataset": "a", "sample": f"{child}-{i}", "prompt": "x" * 20000} for i in range(20))
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        assert os.waitpid(pid, 0)[1] == 0
+    assert len(read_prompts(folder.path)) == 80
