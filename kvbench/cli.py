@@ -80,8 +80,9 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"kvbench: {_one_line(error)}", file=sys.stderr)
         return EXIT_MEND
-    except KeyboardInterrupt:
-        print("kvbench: interrupted; what was recorded stays, the same command goes on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        progress = f" ({error})" if str(error) else ""
+        print(f"kvbench: interrupted{progress}; what was recorded stays, the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_FAILED_SAMPLES if n_failed else 0
 

@@ -1,15 +1,34 @@
 """Errors a user can cause and mend: one line with the value, the limit and the remedy.
 
 Everything that derives from `KvbenchError` ends a command with that one line and exit code 2, never with a traceback;
-any other exception is a defect of the project and keeps its traceback.
+any other exception is a defect of the project and keeps its traceback. The exception: what a policy, a metric or the
+model raises while one sample is computed fails that sample alone (`kvbench.engine.failures`).
 """
+
+import unicodedata
+
+UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs")
+"""Unicode's control characters (ESC among them), format characters (text direction among them), lone surrogates."""
+
+
+def printable(text: str) -> str:
+    r"""`text` for a terminal: what could move the cursor, recolour, retitle or reorder is shown as an escape.
+
+    Messages quote data sets and models; `\x1b[2J` in a row would otherwise clear the reader's screen.
+    """
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in UNSAFE_CATEGORIES
+        else character
+        for character in text
+    )
 
 
 class KvbenchError(Exception):
-    """A problem the user can mend; the message is one line: the value, the limit, the remedy."""
+    """A problem the user can mend; the message is one printable line: the value, the limit, the remedy."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(" ".join(message.split())))
 
 
 class ConfigError(KvbenchError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvbench.engine.base import Arm, ArmResult, Job, JobResult, SampleFailure
-from kvbench.errors import DataError
+from kvbench.engine.failures import failure_reason
+from kvbench.errors import DataError, KvbenchError, printable
+from kvbench.interrupts import interruptible
 from kvbench.metrics import get_metric
 from kvbench.metrics.environment import check_environment, scorer_versions
 from kvbench.models.load import LoadedModel, load_model
@@ -55,6 +58,7 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
 
     Raises:
         KvbenchError: for anything the user can mend; what was recorded before stays valid.
+        KeyboardInterrupt: if Ctrl-C ended the run before its last sample; what was finished is recorded.
     """
     start = time.perf_counter()
     samples = plan.task.samples()
@@ -66,7 +70,7 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
     folder = RunFolder(plan.output_root, f"{plan.task.name}-{plan.model.name}", plan.identity)
     folder.describe(plan.config, {**describe_environment(), "scorers": scorer_versions()})
     todo = _missing(plan, samples, folder)
-    n_failed = 0
+    failed: set[int] = set()
     if todo:
         with console.status("loading the model") as status:
             loaded = load_model(plan.model, report=status.update)
@@ -77,18 +81,26 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
                 for i, prompt in encoded.items()
             )
             jobs = [_job(plan, loaded, index, samples[index], encoded[index], arms) for index, arms in todo.items()]
-        with _progress(console, len(jobs), plan) as advance:
-            for result in plan.engine.run(loaded, jobs):
+        waiting = {index: len(arms) for index, arms in todo.items()}
+        with _progress(console, len(jobs), plan) as advance, interruptible() as interrupts:
+            for result in plan.engine.run(loaded, jobs, interrupts.asked):
                 sample, prompt = samples[result.index], encoded[result.index]
                 if isinstance(result, SampleFailure):
-                    n_failed += 1
-                    console.print(f"[red]sample {sample.id} failed:[/red] {result.reason}", markup=True)
-                    folder.append(_failed(sample, arm, result.reason) for arm in todo[result.index])
+                    records = [_failed(sample, arm, result.reason) for arm in result.arms]
                 else:
-                    folder.append(_record(loaded, sample, prompt, result, arm) for arm in result.arms)
-                advance()
+                    records = [_scored(loaded, sample, prompt, result, arm) for arm in result.arms]
+                with interrupts.held():
+                    folder.append(records)
+                if broken := [record for record in records if record.status == "failed"]:
+                    failed.add(result.index)
+                    _tell(console, broken)
+                waiting[result.index] -= len(records)
+                if not waiting[result.index]:
+                    advance()
+        if n_left := sum(n > 0 for n in waiting.values()):
+            raise KeyboardInterrupt(f"{len(jobs) - n_left} of {len(jobs)} samples were finished, {n_left} are left")
     keys = tuple((sample.dataset, sample.id) for sample in samples)
-    return RunOutcome(folder.path, keys, n_failed, time.perf_counter() - start)
+    return RunOutcome(folder.path, keys, len(failed), time.perf_counter() - start)
 
 
 def _missing(plan: Plan, samples: list[Sample], folder: RunFolder) -> dict[int, tuple[Arm, ...]]:
@@ -143,6 +155,27 @@ def _seed(seed: int, sample: Sample) -> int:
     """A seed per sample, so that neither order nor process decides what is random."""
     digest = hashlib.sha256(f"{seed}|{sample.dataset}|{sample.id}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _scored(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult) -> Record:
+    """The arm's record; a metric that raises or gives no number is that record's failure, never a score of 0."""
+    try:
+        record = _record(loaded, sample, prompt, result, arm)
+    except KvbenchError:
+        raise
+    except Exception as error:
+        return _failed(sample, arm.arm, f"metric {sample.metric} raised {failure_reason(error)}")
+    numbers = {**record.parts, "gold_nll": record.gold_nll, "kl": record.kl}
+    for name, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            return _failed(sample, arm.arm, f"{name}={value} of metric {sample.metric} is no finite number")
+    return record
+
+
+def _tell(console: Console, broken: list[Record]) -> None:
+    arms = ", ".join(record.arm for record in broken)
+    text = f"sample {broken[0].sample} failed for {arms}: {broken[0].reason}"
+    console.print(printable(text), style="red", markup=False, highlight=False)
 
 
 def _record(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult) -> Record:

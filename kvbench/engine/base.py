@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,35 +119,47 @@ class JobResult:
 
 
 class SampleFailure(Exception):
-    """One sample cannot be completed; the run goes on with the others.
+    """One sample cannot be completed, for some of its arms or for all; the run goes on with everything else.
 
     Args:
         index: the job's index.
         reason: one line.
+        arms: the arms that failed.
     """
 
-    def __init__(self, index: int, reason: str):
+    def __init__(self, index: int, reason: str, arms: tuple[Arm, ...]):
         super().__init__(reason)
         self.index = index
         self.reason = reason
+        self.arms = arms
+
+
+def never() -> bool:
+    """The answer of a caller that does not want to stop an engine."""
+    return False
 
 
 class Engine(ABC):
     """Turns jobs into results."""
 
     @abstractmethod
-    def run(self, loaded: LoadedModel, jobs: Sequence[Job]) -> Iterator[JobResult | SampleFailure]:
+    def run(
+        self, loaded: LoadedModel, jobs: Sequence[Job], stopping: Callable[[], bool] = never
+    ) -> Iterator[JobResult | SampleFailure]:
         """Run jobs; results come as they are finished, in any order.
 
         Args:
             loaded: model and tokenizer.
             jobs: the samples.
+            stopping: asked before each batch; once it says yes, no further job is begun.
 
         Yields:
-            A `JobResult` per completed job, a `SampleFailure` for one that could not be completed.
+            A `JobResult` with the arms that were completed, a `SampleFailure` with those that raised (a policy's own
+            error, missing memory, logits that are not finite): each arm of each job comes exactly once. All results of
+            one job come one after the other.
 
         Raises:
-            BudgetError: if an arm's budget is impossible for a prompt.
+            KvbenchError: for what has to be mended in the settings, e.g. a budget that is impossible for a prompt.
         """
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,8 +13,9 @@ import psutil
 import torch
 
 from kvbench.cache.ragged import RaggedCache
-from kvbench.engine.base import ArmResult, Engine, Job, JobResult, SampleFailure, model_shape
+from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, model_shape, never
 from kvbench.engine.decode import Decoded, DecodeLoop
+from kvbench.engine.failures import ends_the_run, failure_reason, is_out_of_memory
 from kvbench.engine.fork import LayerFork
 from kvbench.engine.prefill import prefill
 from kvbench.engine.strands import Strand, forced_strand, generating_strand
@@ -51,11 +53,13 @@ class FusedEngine(Engine):
         if self.check_every < 1:
             raise ConfigError(f"engine.check_every={self.check_every} is below 1")
 
-    def run(self, loaded: LoadedModel, jobs: Sequence[Job]) -> Iterator[JobResult | SampleFailure]:
+    def run(
+        self, loaded: LoadedModel, jobs: Sequence[Job], stopping: Callable[[], bool] = never
+    ) -> Iterator[JobResult | SampleFailure]:
         """Run jobs, several per batch where rows and memory allow; see `Engine.run`."""
         session = _Session(self, loaded)
         waiting = deque(jobs)
-        while waiting:
+        while waiting and not stopping():
             batch = session.next_batch(waiting)
             yield from session.run_batch(batch)
 
@@ -110,7 +114,13 @@ class _Session:
         return totals
 
     def _bytes(self, job: Job) -> int:
-        return sum(self._slots_per_layer(job)) * 2 * self.shape["head_dim"] * self.loaded.dtype.itemsize
+        try:
+            slots = sum(self._slots_per_layer(job))
+        except Exception as error:
+            if ends_the_run(error):
+                raise
+            return sys.maxsize  # the job runs alone, where the policy's error is raised again and contained
+        return slots * 2 * self.shape["head_dim"] * self.loaded.dtype.itemsize
 
     def _available_bytes(self) -> int:
         if self.loaded.device.type == "cuda":
@@ -123,39 +133,46 @@ class _Session:
     # --- running a batch, and what to do when memory runs out ---
 
     def run_batch(self, jobs: list[Job], notes: tuple[str, ...] = ()) -> Iterator[JobResult | SampleFailure]:
-        """Run jobs as one batch; out of memory halves the batch, then the arms of a single job."""
+        """Run jobs as one batch; an error halves the batch, then the arms of a single job, until it stands alone."""
         try:
             results = self._attempt(jobs, notes)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
             self._release()
-            if len(jobs) == 1 and len(jobs[0].arms) == 1:
-                yield SampleFailure(jobs[0].index, f"out of memory with a single arm: {_first_line(error)}")
-                return
+            if ends_the_run(error):
+                raise
+            reason, memory = failure_reason(error), is_out_of_memory(error)
             results = None
         if results is not None:
             yield from results
-        elif len(jobs) > 1:
+            return
+        cause = "out of memory" if memory else reason
+        if len(jobs) > 1:
             half = len(jobs) // 2
-            note = f"out of memory with {len(jobs)} samples in a batch: halved"
+            note = f"{cause} with {len(jobs)} samples in a batch: halved"
             yield from self.run_batch(jobs[:half], (*notes, note))
             yield from self.run_batch(jobs[half:], (*notes, note))
+        elif len(jobs[0].arms) > 1:
+            note = f"{cause} with {len(jobs[0].arms)} arms of one sample in a batch: halved"
+            yield from self._run_half_the_arms(jobs[0], (*notes, note))
         else:
-            yield self._run_half_the_arms(jobs[0], notes)
+            if memory:
+                reason = f"out of memory with a single arm: {reason}"
+            yield SampleFailure(jobs[0].index, reason, jobs[0].arms)
 
-    def _run_half_the_arms(self, job: Job, notes: tuple[str, ...]) -> JobResult | SampleFailure:
+    def _run_half_the_arms(self, job: Job, notes: tuple[str, ...]) -> Iterator[JobResult | SampleFailure]:
+        """Run a job's arms in two batches; those that were completed are one result again."""
         half = len(job.arms) // 2
-        note = f"out of memory with {len(job.arms)} arms of one sample in a batch: halved"
         merged: JobResult | None = None
         for arms in (job.arms[:half], job.arms[half:]):
-            for part in self.run_batch([replace(job, arms=arms)], (*notes, note)):
+            for part in self.run_batch([replace(job, arms=arms)], notes):
                 if isinstance(part, SampleFailure):
-                    return part
-                if merged is None:
+                    yield part
+                elif merged is None:
                     merged = part
                 else:
                     merged.arms += part.arms
-        assert merged is not None
-        return merged
+        if merged is not None:
+            yield merged
 
     def _release(self) -> None:
         self.cache = self.loop = None
@@ -188,7 +205,7 @@ class _Session:
             "peak_bytes": torch.cuda.max_memory_allocated(self.loaded.device) if on_gpu else None,
             "notes": list(notes),
         }
-        return [self._result(p, decoded, decode_seconds, settings) for p in prefilled]
+        return [result for p in prefilled for result in self._results(p, decoded, decode_seconds, settings)]
 
     def _storage(self, max_rows: int) -> tuple[RaggedCache, DecodeLoop]:
         if self.cache is None or self.loop is None or self.cache.max_rows < max_rows:
@@ -235,15 +252,16 @@ class _Session:
         seconds = (time.perf_counter() - start) / len(arms)
         return _Prefilled(job, strands, first_nll, accounts, seconds, backends, finite)
 
-    def _result(
+    def _results(
         self, prefilled: _Prefilled, decoded: dict[int, Decoded], decode_seconds: float, settings: dict[str, Any]
-    ) -> JobResult | SampleFailure:
+    ) -> Iterator[JobResult | SampleFailure]:
         job = prefilled.job
-        if not prefilled.finite or not all(decoded[id(strand)].finite for strand in prefilled.strands):
-            return SampleFailure(job.index, "the model's logits are not finite (NaN or infinity)")
         by_arm = {(strand.arm.key, strand.forced): strand for strand in prefilled.strands}
+        broken = tuple(arm for arm in job.arms if not _finite(prefilled, decoded, arm))
+        if broken:
+            yield SampleFailure(job.index, "the model's logits are not finite (NaN or infinity)", broken)
         results = []
-        for arm in job.arms:
+        for arm in (arm for arm in job.arms if arm not in broken):
             generated = by_arm[arm.key, False]
             answer = generated.answer(decoded[id(generated)].chosen)
             assert answer is not None
@@ -263,7 +281,8 @@ class _Session:
             results.append(ArmResult(arm, answer[0], answer[1], gold_nll, kl, slots, n_bytes, seconds))
         full_slots = job.compress_at * self.shape["n_layers"] * self.shape["n_kv_heads"]
         full_bytes = full_slots * 2 * self.shape["head_dim"] * self.loaded.dtype.itemsize
-        return JobResult(job.index, results, job.compress_at, full_slots, full_bytes, settings)
+        if results:
+            yield JobResult(job.index, results, job.compress_at, full_slots, full_bytes, settings)
 
 
 @dataclass
@@ -285,5 +304,8 @@ def _forced_arms(job: Job) -> list[Any]:
     return [*job.arms, *([] if job.reference.key in keys else [job.reference])]
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _finite(prefilled: _Prefilled, decoded: dict[int, Decoded], arm: Arm) -> bool:
+    """Whether all logits behind an arm's numbers were finite: its own rows' and, for KL, the reference's."""
+    job = prefilled.job
+    behind = [s for s in prefilled.strands if s.arm.key == arm.key or (s.forced and s.arm.key == job.reference.key)]
+    return prefilled.finite and all(decoded[id(strand)].finite for strand in behind)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvbench.attention.interface import attention_implementation
-from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, model_shape
+from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, model_shape, never
+from kvbench.engine.failures import ends_the_run, failure_reason, is_out_of_memory
 from kvbench.engine.plain_cache import PlainCache
 from kvbench.engine.prefill import prefill
 from kvbench.models.load import LoadedModel
@@ -21,39 +22,59 @@ from kvbench.policies.base import LayerStates
 class PlainEngine(Engine):
     """Prefills anew for every strand of every arm, and decodes it alone (see module docstring)."""
 
-    def run(self, loaded: LoadedModel, jobs: Sequence[Job]) -> Iterator[JobResult | SampleFailure]:
+    def run(
+        self, loaded: LoadedModel, jobs: Sequence[Job], stopping: Callable[[], bool] = never
+    ) -> Iterator[JobResult | SampleFailure]:
         """Run jobs one after the other; see `Engine.run`."""
         for job in jobs:
-            try:
-                yield self._run_job(loaded, job)
-            except FloatingPointError as error:
-                yield SampleFailure(job.index, str(error))
+            if stopping():
+                return
+            yield from self._run_job(loaded, job)
 
-    def _run_job(self, loaded: LoadedModel, job: Job) -> JobResult:
+    def _run_job(self, loaded: LoadedModel, job: Job) -> Iterator[JobResult | SampleFailure]:
         shape = model_shape(loaded)
         full_slots = job.compress_at * shape["n_layers"] * shape["n_kv_heads"]
-        reference = _Row(loaded, job, job.reference).force()[1] if job.gold_ids else None
-        results = []
-        for arm in job.arms:
-            start = time.perf_counter()
-            row = _Row(loaded, job, arm)
-            token_ids, finish = row.generate()
-            gold_nll: list[float] = []
-            kl: list[float] = []
-            if reference is not None:
-                gold_nll, log_probs = _Row(loaded, job, arm).force()
-                kl = (reference.exp() * (reference - log_probs)).sum(-1).tolist()
-            results.append(
-                ArmResult(
-                    arm=arm, token_ids=token_ids, finish=finish, gold_nll=gold_nll, kl=kl,
-                    slots_per_layer=row.cache.slots_per_layer, cache_bytes=row.cache.n_bytes,
-                    seconds=time.perf_counter() - start,
-                )
-            )  # fmt: skip
         full_bytes = full_slots * 2 * shape["head_dim"] * loaded.dtype.itemsize
-        return JobResult(
-            job.index, results, job.compress_at, full_slots, full_bytes, {"engine": "plain", "kernels": "torch"}
-        )
+        results = []
+        try:
+            reference = _Row(loaded, job, job.reference).force()[1] if job.gold_ids else None
+        except Exception as error:
+            yield _failure(job, error, job.arms)
+            return
+        for arm in job.arms:
+            try:
+                results.append(_run_arm(loaded, job, arm, reference))
+            except Exception as error:
+                yield _failure(job, error, (arm,))
+        if results:
+            settings = {"engine": "plain", "kernels": "torch"}
+            yield JobResult(job.index, results, job.compress_at, full_slots, full_bytes, settings)
+
+
+def _run_arm(loaded: LoadedModel, job: Job, arm: Arm, reference: Tensor | None) -> ArmResult:
+    """One arm's answer, and its likelihood and KL against the reference's log-probabilities `(n_gold, V)`."""
+    start = time.perf_counter()
+    row = _Row(loaded, job, arm)
+    token_ids, finish = row.generate()
+    gold_nll: list[float] = []
+    kl: list[float] = []
+    if reference is not None:
+        gold_nll, log_probs = _Row(loaded, job, arm).force()
+        kl = (reference.exp() * (reference - log_probs)).sum(-1).tolist()
+    return ArmResult(
+        arm=arm, token_ids=token_ids, finish=finish, gold_nll=gold_nll, kl=kl,
+        slots_per_layer=row.cache.slots_per_layer, cache_bytes=row.cache.n_bytes, seconds=time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _failure(job: Job, error: Exception, arms: tuple[Arm, ...]) -> SampleFailure:
+    """The failure that `error` means for `arms`; raises it again if no other sample could do better."""
+    if ends_the_run(error):
+        raise error
+    if isinstance(error, FloatingPointError):
+        return SampleFailure(job.index, str(error), arms)
+    memory = "out of memory with a single arm: " if is_out_of_memory(error) else ""
+    return SampleFailure(job.index, memory + failure_reason(error), arms)
 
 
 class _Row:
