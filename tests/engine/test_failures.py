@@ -98,9 +98,8 @@ def test_logits_that_are_not_finite_fail_the_sample_loudly(engine):
 def test_an_engine_that_is_asked_to_stop_ends_after_the_batch_in_flight(tiny_gqa, engine):
     todo = jobs(GOOD[0], count=3)
     assert list(engine.run(tiny_gqa, todo, lambda: True)) == []
-    results = []
-    for result in engine.run(tiny_gqa, todo, lambda: bool(results)):
-        results.append(result)
+    answers = iter([False, True])
+    results = list(engine.run(tiny_gqa, todo, lambda: next(answers)))
     batch = 1 if isinstance(engine, PlainEngine) else 3
     assert [result.index for result in results] == list(range(batch))
 
@@ -123,7 +122,7 @@ def test_a_lost_device_ends_the_run_and_a_full_one_does_not():
 def test_a_reason_is_one_line_with_a_place():
     assert failure_reason(SampleFailure(0, "a\nb", ())) == "SampleFailure: a"
     assert failure_reason(ValueError()) == "ValueError"
-    try:
-        int("x")
-    except ValueError as error:
-        assert failure_reason(error).endswith("(test_failures.py:" + str(error.__traceback__.tb_lineno) + ")")
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        int("x\n")
+    place = f"(test_failures.py:{raised.tb.tb_lineno})"
+    assert failure_reason(raised.value) == f"ValueError: invalid literal for int() with base 10: 'x\\n' {place}"
