@@ -27,6 +27,7 @@ ARMS = [
     ("snapkv", 0.35, {}),
     ("streaming_llm", 0.35, {}),
     ("knorm", 0.35, {"whole_first_layers": 1, "recent_tokens": 2}),
+    ("pyramidkv", 0.35, {"observation_tokens": 3}),
 ]
 
 
