@@ -157,7 +157,8 @@ class Policy(ABC):
 
     Class attributes a subclass sets:
         name: the method's name in configuration, records and tables.
-        needs: which of "column_sums", "window_attention" (or an extra's name) the prefill has to provide.
+        needs: which of "column_sums", "window_attention" (or an extra's name) the prefill has to provide; a property
+            where that depends on the options.
         steps: whether `step` does anything; a row whose policy steps keeps its size while decoding, any other row
             grows by one slot per new token.
 
@@ -169,7 +170,6 @@ class Policy(ABC):
     budget: float = 1.0
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
     steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -178,6 +178,11 @@ class Policy(ABC):
             raise ConfigError(
                 f"budget={self.budget!r} is not in (0, 1]: give the fraction of the cache to keep, e.g. 0.35"
             )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the prefill has to provide: nothing besides keys and values, unless a subclass says otherwise."""
+        return frozenset()
 
     @property
     def window_tokens(self) -> int:

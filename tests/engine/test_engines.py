@@ -8,6 +8,8 @@ from kvbench.engine.fused import FusedEngine
 from kvbench.engine.plain import PlainEngine
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
+from kvbench.policies.knorm import Knorm
+from kvbench.policies.pyramidkv import PyramidKV
 from kvbench.policies.registry import build_policy
 
 SMALL_MODEL_OPTIONS = {
@@ -28,6 +30,8 @@ ARMS = [
     ("streaming_llm", 0.35, {}),
     ("knorm", 0.35, {"whole_first_layers": 1, "recent_tokens": 2}),
     ("pyramidkv", 0.35, {"observation_tokens": 3}),
+    ("adakv", 0.35, {"base": PyramidKV(observation_tokens=3)}),
+    ("adakv", 0.35, {"base": Knorm()}),
 ]
 
 

@@ -11,6 +11,7 @@ from test_method_configs import OWN_METHODS
 
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy
 from kvbench.policies.registry import build_policy
+from kvbench.policies.snapkv import SnapKV
 
 N_LAYERS = 6
 SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on prompts of some fifty tokens
@@ -18,6 +19,7 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
     "snapkv": {"observation_tokens": 4, "kernel_tokens": 3},
     "knorm": {"whole_first_layers": 1},
     "pyramidkv": {"observation_tokens": 4},
+    "adakv": {"base": SnapKV(observation_tokens=4)},
 }
 COMPRESSED = [name for name in OWN_METHODS if name != "full"]
 

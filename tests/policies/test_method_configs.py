@@ -10,7 +10,18 @@ from omegaconf import OmegaConf
 from kvbench.policies.registry import load_policies
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "method"
-OWN_METHODS = ("cam", "full", "h2o", "kvmerger", "kvmerger_bias", "snapkv", "streaming_llm", "knorm", "pyramidkv")
+OWN_METHODS = (
+    "cam",
+    "full",
+    "h2o",
+    "kvmerger",
+    "kvmerger_bias",
+    "snapkv",
+    "streaming_llm",
+    "knorm",
+    "pyramidkv",
+    "adakv",
+)
 
 
 @pytest.mark.parametrize("name", OWN_METHODS)
