@@ -1,0 +1,1 @@
+"""`kvbench.compress`: any policy as the cache of `model.generate`, for people who want the methods, not the tables."""

@@ -1,0 +1,159 @@
+"""What a compressed model's attention layers call: the cache that has just taken their keys and values.
+
+transformers hands a cache the new keys and values (`update`) and calls the registered attention function right after,
+in the same thread, without saying which cache it was. `update` therefore leaves a note in a context variable, which the
+attention function takes away: it works in any thread (streaming generates in one of its own), for several models at a
+time, and a forward pass that went past the cache is noticed instead of computed wrongly.
+
+Masks: layers that are compressed want to know which tokens are padding, so their mask is the 2D one; layers with a
+sliding window are left to transformers, with the mask of its SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from kvbench.errors import ModelError
+
+IMPLEMENTATION = "kvbench_compressed"
+
+# Arguments that change what attention computes and that neither the observed prefill nor the decode step knows.
+_UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+class CompressingCache(Protocol):
+    """What the attention function needs of the cache that left the note."""
+
+    def compresses(self, layer_index: int) -> bool:
+        """Whether a layer is compressed rather than left alone."""
+        ...
+
+    def attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        """Attend in a compressed layer; shapes as in `kvbench.attention.interface.AttentionContext`."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Note:
+    cache: CompressingCache
+    layer_index: int
+    key: Tensor
+
+
+_note: ContextVar[_Note | None] = ContextVar("kvbench_note", default=None)
+
+
+def leave_note(cache: CompressingCache, layer_index: int, key: Tensor) -> None:
+    """Tell the attention function that runs next which cache it attends over.
+
+    Args:
+        cache: the cache.
+        layer_index: the layer, from 0.
+        key: the keys that `update` is about to return; the note holds for the call that gets this very tensor.
+    """
+    _note.set(_Note(cache, layer_index, key))
+
+
+@contextmanager
+def compressed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's attention layers call the cache that takes their keys, until the block ends.
+
+    Args:
+        model: a causal language model whose layers use transformers' attention interface.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ModelError: if the model's class does not let its attention implementation be set, or it is compressed already.
+    """
+    previous = model.config._attn_implementation
+    if previous == IMPLEMENTATION:
+        raise ModelError(
+            f"this {type(model).__name__} is inside a compress() block already, at most 1 is possible: leave it before "
+            "you enter another"
+        )
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise ModelError(
+                f"{type(model).__name__} keeps its attention implementation {previous!r}: use a model whose layers go "
+                "through transformers' AttentionInterface, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"
+            )
+        yield
+    finally:
+        if model.config._attn_implementation != previous:
+            model.set_attn_implementation(previous)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function: find the cache, refuse what it cannot compute, let it attend."""
+    note = _note.get()
+    _note.set(None)
+    if note is None or note.key is not key or note.layer_index != module.layer_idx:
+        raise ModelError(
+            f"layer {module.layer_idx} of {type(module).__name__} ran without the compressed cache: inside the block "
+            "call model.generate(...), or pass past_key_values=cache on every call"
+        )
+    if dropout:
+        raise ModelError(f"attention dropout {dropout} is not supported, only 0 is: call model.eval() first")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ModelError("gradients through a compressed cache are not supported: call the model under torch.no_grad()")
+    if not note.cache.compresses(note.layer_index):
+        output, _ = AttentionInterface()["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    for name in _UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} needs the attention argument {name!r}, which kvbench lacks: use a model with "
+                "plain softmax attention, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma3"
+            )
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    return note.cache.attend(note.layer_index, query, key, value, attention_mask, scaling), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The registered mask function: `(B, T)` bool or None for full layers, SDPA's own mask for sliding windows."""
+    if kwargs.get("local_size") is not None:
+        mask: Tensor | None = AttentionMaskInterface()["sdpa"](*args, **kwargs)
+        return mask
+    if kwargs.get("mask_function") is not causal_mask_function:
+        raise ModelError(
+            "a mask other than causal with left padding is not supported (packed sequences, prefix or image blocks): "
+            "give plain text prompts, one sequence a row"
+        )
+    padding: Tensor | None = kwargs.get("attention_mask")
+    if padding is None or bool(padding.all()):
+        return None
+    hidden = int((~padding[:, -1].bool()).sum())
+    if hidden:
+        raise ModelError(
+            f"{hidden} rows of attention_mask hide their last token, at most 0 may: pad on the left "
+            "(tokenizer.padding_side='left')"
+        )
+    return padding

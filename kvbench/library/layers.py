@@ -1,0 +1,87 @@
+"""What transformers sees of a compressed cache, layer by layer: the storage protocol of `Cache.layers`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from kvbench.errors import ModelError
+
+
+class CompressedCacheLayer(CacheLayerMixin):
+    """What transformers sees of a compressed layer: how many tokens went through it, padding included.
+
+    Keys and values are stored by the cache that the layer belongs to, after attention has seen them.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen_tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: storage comes with the first prompt."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new tokens; returns the arguments, which attention gets as they are.
+
+        Raises:
+            ModelError: if several tokens at once follow a compressed prompt.
+        """
+        n_tokens = key_states.shape[2]
+        if self.seen_tokens and n_tokens != 1:
+            raise ModelError(
+                f"{n_tokens} tokens at once on a compressed cache, at most 1 is supported: call model.generate(...) or "
+                "cache.reset() for a new prompt, and leave out assisted decoding and chunked prefill"
+            )
+        self.seen_tokens += n_tokens
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, which is not the number of slots kept."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all tokens seen."""
+        return self.seen_tokens + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.6
+
+
+def cache_layers(config: PreTrainedConfig) -> list[Any]:
+    """Transformers' own layers for a model, with those of full attention replaced by ours.
+
+    Args:
+        config: the model's text configuration.
+
+    Returns:
+        One layer of storage per layer of the model, all empty.
+
+    Raises:
+        ModelError: if a layer is neither full nor sliding-window attention, or none is full.
+    """
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    for index, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            layers[index] = CompressedCacheLayer()
+        elif not getattr(layer, "is_sliding", False):
+            raise ModelError(
+                f"layer {index} of model type {config.model_type!r} keeps its past in a {type(layer).__name__}: only "
+                "full and sliding-window attention can be used, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"
+            )
+    if not any(isinstance(layer, CompressedCacheLayer) for layer in layers):
+        raise ModelError(
+            f"all {len(layers)} layers of model type {config.model_type!r} have a sliding window and are left alone; 1 "
+            "full layer is needed: set model.config.sliding_window=None if prompt and answer fit into the window of "
+            f"{getattr(config, 'sliding_window', None)} tokens"
+        )
+    return layers
