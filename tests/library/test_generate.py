@@ -1,0 +1,140 @@
+"""Everything `generate` can do beside greedy decoding of one prompt: it must not notice a cache that keeps it all.
+
+With the full cache every answer has to be transformers' own, token for token; with a compressed one, each row of a
+batch has to answer as it does alone.
+"""
+
+import threading
+
+import pytest
+import torch
+from small_decoders import FAMILIES, build, padded, prompt
+from transformers import TextIteratorStreamer
+
+import kvbench
+from kvbench.models.byte_tokenizer import byte_tokenizer
+from kvbench.policies.cam import CaM
+from kvbench.policies.full import Full
+from kvbench.policies.h2o import H2O
+from kvbench.policies.kvmerger import KVMerger, KVMergerBias
+
+LONG = {"max_new_tokens": 12, "min_new_tokens": 12}
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
+    "several samples": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "sampled beams": {"do_sample": True, "num_beams": 3, "temperature": 1.5},
+    "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+WHOLE = {"whole_first_layers": 1, "whole_last_layers": 0}
+POLICIES = [H2O(budget=0.4), CaM(budget=0.4), KVMerger(budget=0.5, **WHOLE), KVMergerBias(budget=0.5, **WHOLE)]
+
+
+def generate(model, inputs, **options):
+    torch.manual_seed(7)
+    return model.generate(**inputs, **{**LONG, **options})
+
+
+def compressed(model, policy, inputs, **options):
+    with kvbench.compress(model, policy):
+        return generate(model, inputs, **options)
+
+
+def batch():
+    return padded([prompt(31, seed=1), prompt(50, seed=2), prompt(44, seed=3)])
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_whole_cache_changes_no_token(family, mode):
+    model = build(family)
+    for inputs in ({"input_ids": prompt(40)}, batch()):
+        expected = generate(model, inputs, **MODES[mode])
+        assert torch.equal(compressed(model, Full(), inputs, **MODES[mode]), expected)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_whole_cache_changes_no_token_of_any_family(family):
+    model, inputs = build(family), batch()
+    assert torch.equal(compressed(model, Full(), inputs, do_sample=False), generate(model, inputs, do_sample=False))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_a_row_of_a_batch_answers_as_alone(policy):
+    model = build("qwen3")
+    prompts = [prompt(31, seed=1), prompt(50, seed=2), prompt(44, seed=3)]
+    together = compressed(model, policy, padded(prompts), do_sample=False)[:, 50:]
+    alone = [compressed(model, policy, {"input_ids": ids}, do_sample=False)[0, ids.shape[1] :] for ids in prompts]
+    assert together.tolist() == [answer.tolist() for answer in alone]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_beams_follow_their_caches(policy):
+    """Each beam's log-probability must be what the model gives when it is forced along that beam's tokens."""
+    model, ids = build("llama"), prompt(40)
+    with kvbench.compress(model, policy) as cache:
+        found = model.generate(
+            ids, do_sample=False, num_beams=4, num_return_sequences=4, length_penalty=0.0,
+            return_dict_in_generate=True, output_scores=True, **LONG,
+        )  # fmt: skip
+        assert found.past_key_values is cache
+        for sequence, score in zip(found.sequences, found.sequences_scores, strict=True):
+            cache.reset()
+            with torch.no_grad():
+                logits = [model(ids, past_key_values=cache).logits[0, -1]]
+                for token in sequence[40:-1]:
+                    logits.append(model(token.view(1, 1), past_key_values=cache).logits[0, -1])
+            log_probs = torch.log_softmax(torch.stack(logits), -1).index_fill(1, torch.tensor([2]), -torch.inf)
+            total = log_probs.gather(1, sequence[40:, None]).sum()
+            assert total.item() == pytest.approx(score.item(), abs=1e-4)
+
+
+def test_an_answer_longer_than_the_room_that_rows_begin_with(monkeypatch):
+    model, inputs = build("llama"), batch()
+    options = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
+    expected = {policy: compressed(model, policy, inputs, **options) for policy in [Full(), *POLICIES]}
+    monkeypatch.setattr("kvbench.library.rows.ROOM_TOKENS", 7)
+    monkeypatch.setattr("kvbench.library.cache.ROOM_TOKENS", 7)
+    for policy, tokens in expected.items():
+        assert torch.equal(compressed(model, policy, inputs, **options), tokens), policy.name
+
+
+def test_streaming_from_a_thread_of_its_own():
+    model, ids = build("llama"), prompt(40)
+    tokenizer = byte_tokenizer(512)
+    policy = H2O(budget=0.4)
+    expected = compressed(model, policy, {"input_ids": ids}, do_sample=False)
+    with kvbench.compress(model, policy) as cache:
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        thread = threading.Thread(
+            target=model.generate, kwargs={"input_ids": ids, "streamer": streamer, "do_sample": False, **LONG}
+        )
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+        assert cache.report().new_tokens == 11
+    assert text == tokenizer.decode(expected[0, 40:])
+
+
+def test_two_models_at_a_time_and_several_prompts_a_block():
+    first, second = build("llama"), build("qwen3")
+    ids, other = prompt(40), prompt(33, seed=5)
+    policy = H2O(budget=0.4)
+    alone = [
+        compressed(model, policy, {"input_ids": p}, do_sample=False) for model in (first, second) for p in (ids, other)
+    ]
+    with kvbench.compress(first, policy), kvbench.compress(second, policy):
+        mixed = [generate(model, {"input_ids": p}, do_sample=False) for model in (first, second) for p in (ids, other)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
+
+
+def test_the_long_form_passes_the_cache():
+    model, ids = build("llama"), prompt(40)
+    policy = H2O(budget=0.4)
+    expected = compressed(model, policy, {"input_ids": ids}, do_sample=False)
+    with kvbench.compress(model, policy) as cache:
+        assert torch.equal(generate(model, {"input_ids": ids, "past_key_values": cache}, do_sample=False), expected)
+        cache.reset()
+        unbound = type(model).generate(model, input_ids=ids, past_key_values=cache, do_sample=False, **LONG)
+        assert torch.equal(unbound, expected)
