@@ -8,83 +8,85 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from kvbench.config import config_folder, register
-from kvbench.errors import KvbenchError
-from kvbench.plan import Plan, build_plan
+from kvbench.errors import KvbenchError, printable
+from kvbench.job import Job, JobOutcome
 from kvbench.records.read import read_records
 from kvbench.report.summary import summarise
 from kvbench.report.terminal import print_tables
-from kvbench.run import RunOutcome, run_plan
+from kvbench.shards import spell_out_shards
 
 EXIT_MEND, EXIT_FAILED_SAMPLES, EXIT_INTERRUPTED = 2, 3, 130
-
-
-def run(config: DictConfig) -> int:
-    """One job: run the composed configuration; returns the number of failed samples."""
-    plan = build_plan(config)
-    outcome = run_plan(plan, Console(stderr=True))
-    report(plan, outcome, table=config.output.table)
-    return outcome.n_failed
-
-
-def report(plan: Plan, outcome: RunOutcome, table: bool) -> None:
-    """Print the table and, as the last line, one JSON document."""
-    wanted = set(outcome.samples)
-    records = [r for r in read_records(outcome.folder) if (r["dataset"], r["sample"]) in wanted]
-    if table:
-        print_tables(
-            records, f"{plan.model.name} · {plan.compress}", Console(width=None if sys.stdout.isatty() else 120)
-        )
-    document: dict[str, Any] = {
-        "run": str(outcome.folder),
-        "model": plan.model.name,
-        "task": plan.task.name,
-        "n_samples": len(outcome.samples),
-        "wall_s": round(outcome.wall_s, 2),
-        "arms": [summary.to_dict() for summary in summarise(records)],
-    }
-    print(json.dumps(document, ensure_ascii=False), flush=True)
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us whole: we print one line
-    n_failed = 0
-    refused: KvbenchError | None = None
-
-    def job(config: DictConfig) -> None:
-        nonlocal n_failed, refused
-        if refused is not None:  # a sweep ends at its first impossible job
-            return
-        try:
-            n_failed += run(config)
-        except KvbenchError as error:  # kept from Hydra, which would add lines of its own
-            refused = error
-
+    job = Job()
     try:
         register()
+        sys.argv[1:] = spell_out_shards(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
-        if refused is not None:
-            raise refused
+        for outcomes in _by_run(job.outcomes):
+            report(outcomes)
+        refusals = dict.fromkeys(outcome.error for outcome in job.outcomes if outcome.error)
     except KvbenchError as error:
-        print(f"kvbench: {error}", file=sys.stderr)
-        return EXIT_MEND
+        refusals = {str(error): None}
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"kvbench: {_one_line(error)}", file=sys.stderr)
-        return EXIT_MEND
+        refusals = {printable(_one_line(error)): None}
     except KeyboardInterrupt as error:
         progress = f" ({error})" if str(error) else ""
         print(f"kvbench: interrupted{progress}; what was recorded stays, the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return EXIT_FAILED_SAMPLES if n_failed else 0
+    for refusal in refusals:
+        print(f"kvbench: {refusal}", file=sys.stderr)
+    if refusals:
+        return EXIT_MEND
+    return EXIT_FAILED_SAMPLES if any(outcome.n_failed for outcome in job.outcomes) else 0
+
+
+def report(outcomes: Sequence[JobOutcome]) -> None:
+    """Print the table of one run and, as the last line, one JSON document.
+
+    Args:
+        outcomes: of one or more jobs, all of one run: its shards, or a sweep over its arms.
+    """
+    first = outcomes[0]
+    samples = {position: key for outcome in outcomes for position, key in outcome.samples.items()}
+    order = {key: rank for rank, (_, key) in enumerate(sorted(samples.items()))}
+    records = [r for r in read_records(first.folder) if (r["dataset"], r["sample"]) in order]
+    records.sort(key=lambda r: order[r["dataset"], r["sample"]])  # sums then do not hang on who finished first
+    if any(outcome.table for outcome in outcomes):
+        print_tables(records, f"{first.model} · {first.compress}", Console(width=None if sys.stdout.isatty() else 120))
+    shards = sorted({outcome.shard for outcome in outcomes if outcome.shard is not None})
+    document: dict[str, Any] = {
+        "run": str(first.folder),
+        "model": first.model,
+        "task": first.task,
+        **({"shards": shards} if shards else {}),
+        "n_samples": len(samples),
+        "wall_s": round(max(o.ended_at for o in outcomes) - min(o.started_at for o in outcomes), 2),
+        "arms": [summary.to_dict() for summary in summarise(records)],
+    }
+    print(json.dumps(document, ensure_ascii=False), flush=True)
+
+
+def _by_run(outcomes: Sequence[JobOutcome]) -> list[list[JobOutcome]]:
+    """The outcomes that were not refused, grouped by run folder, in the order in which the runs first occur."""
+    runs: dict[Path, list[JobOutcome]] = {}
+    for outcome in outcomes:
+        if not outcome.error:
+            runs.setdefault(outcome.folder, []).append(outcome)
+    return list(runs.values())
 
 
 def _one_line(error: BaseException) -> str:

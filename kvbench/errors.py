@@ -53,3 +53,7 @@ class RecordError(KvbenchError):
 
 class MetricError(KvbenchError):
     """A metric cannot be trusted in this environment."""
+
+
+class LaunchError(KvbenchError):
+    """Jobs cannot be sent to other processes, or the processes are lost."""

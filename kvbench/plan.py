@@ -17,6 +17,7 @@ from kvbench.errors import ConfigError, KvbenchError
 from kvbench.models.config import ModelConfig
 from kvbench.policies.base import Policy
 from kvbench.policies.full import Full
+from kvbench.shards import Shard
 from kvbench.tasks.base import Task
 
 COMPRESS_CHOICES = ("after_question", "before_question")
@@ -42,6 +43,7 @@ class Plan:
         retry_failed: whether failed samples run again.
         identity: what defines the run; hashed into its folder's name.
         config: the full composed configuration, plain types.
+        shard: the part of the samples to run, or None for all; no part of the identity.
     """
 
     model: ModelConfig
@@ -57,6 +59,7 @@ class Plan:
     retry_failed: bool
     identity: dict[str, Any]
     config: dict[str, Any]
+    shard: Shard | None = None
 
 
 def build_plan(config: DictConfig) -> Plan:
@@ -96,6 +99,7 @@ def build_plan(config: DictConfig) -> Plan:
         retry_failed=config.retry_failed,
         identity=identity,
         config=plain,
+        shard=None if config.shard is None else Shard.parse(config.shard),
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,13 +37,13 @@ class RunOutcome:
 
     Attributes:
         folder: the run folder.
-        samples: (dataset, sample id) of the plan's samples.
+        samples: (dataset, sample id) of the plan's samples (its shard's only), by position in the task.
         n_failed: samples that failed in this call.
         wall_s: wall time of this call, seconds.
     """
 
     folder: Path
-    samples: tuple[tuple[str, str], ...]
+    samples: dict[int, tuple[str, str]]
     n_failed: int
     wall_s: float
 
@@ -67,11 +69,14 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
     check_environment()  # what cannot be scored ends the run before a weight is loaded
     for sample in samples:
         get_metric(sample.metric)
-    folder = RunFolder(plan.output_root, f"{plan.task.name}-{plan.model.name}", plan.identity)
+    shard = None if plan.shard is None else plan.shard.folder_name
+    folder = RunFolder(plan.output_root, f"{plan.task.name}-{plan.model.name}", plan.identity, shard)
     folder.describe(plan.config, {**describe_environment(), "scorers": scorer_versions()})
-    todo = _missing(plan, samples, folder)
+    positions = range(len(samples)) if plan.shard is None else plan.shard.positions(samples)
+    todo = _missing(plan, samples, positions, folder)
     failed: set[int] = set()
     if todo:
+        folder.note_call(_call(plan, len(samples), len(positions)))
         with console.status("loading the model") as status:
             loaded = load_model(plan.model, report=status.update)
             samples = [_limited(sample, plan) for sample in samples]
@@ -99,17 +104,32 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
                     advance()
         if n_left := sum(n > 0 for n in waiting.values()):
             raise KeyboardInterrupt(f"{len(jobs) - n_left} of {len(jobs)} samples were finished, {n_left} are left")
-    keys = tuple((sample.dataset, sample.id) for sample in samples)
+    keys = {position: (samples[position].dataset, samples[position].id) for position in positions}
     return RunOutcome(folder.path, keys, len(failed), time.perf_counter() - start)
 
 
-def _missing(plan: Plan, samples: list[Sample], folder: RunFolder) -> dict[int, tuple[Arm, ...]]:
+def _missing(
+    plan: Plan, samples: list[Sample], positions: Sequence[int], folder: RunFolder
+) -> dict[int, tuple[Arm, ...]]:
     done = {arm.key: folder.done(arm.key, plan.retry_failed) for arm in plan.arms}
     missing = {
-        index: tuple(arm for arm in plan.arms if (sample.dataset, sample.id) not in done[arm.key])
-        for index, sample in enumerate(samples)
+        index: tuple(arm for arm in plan.arms if (samples[index].dataset, samples[index].id) not in done[arm.key])
+        for index in positions
     }
     return {index: arms for index, arms in missing.items() if arms}
+
+
+def _call(plan: Plan, task_samples: int, shard_samples: int) -> dict[str, Any]:
+    """What this call sets out to do, for `kvbench.progress`; see `kvbench.records.read.read_calls`."""
+    return {
+        "started_at": round(time.time(), 3),
+        "host": platform.node(),
+        "process": os.getpid(),
+        "shard": None if plan.shard is None else str(plan.shard),
+        "arms": [arm.key for arm in plan.arms],
+        "task_samples": task_samples,
+        "samples": shard_samples,
+    }
 
 
 def _limited(sample: Sample, plan: Plan) -> Sample:
@@ -241,5 +261,6 @@ def _progress(console: Console, n_jobs: int, plan: Plan) -> Iterator:
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"{plan.task.name}: samples x {len(plan.arms)} arms", total=n_jobs)
+        part = "" if plan.shard is None else f", shard {plan.shard}"
+        bar = progress.add_task(f"{plan.task.name}{part}: samples x {len(plan.arms)} arms", total=n_jobs)
         yield lambda: progress.advance(bar)

@@ -7,6 +7,7 @@ refuses records from a newer version and says so.
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +51,7 @@ class Record:
         seconds: this arm's share of the wall time of prefill, compression and decoding.
         engine: engine settings and what was really used (kernels, batch rows, notes such as a halved batch).
         meta: the sample's `meta` (length and depth of a needle, category, ...).
+        recorded_at: when the record was made, seconds since 1970.
         schema: version of this format.
     """
 
@@ -85,6 +87,7 @@ class Record:
     seconds: float = 0.0
     engine: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    recorded_at: float = field(default_factory=lambda: round(time.time(), 3))
     schema: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Hydra plug-ins of kvbench; Hydra looks for plug-ins in the namespace `hydra_plugins` only."""

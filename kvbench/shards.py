@@ -1,0 +1,95 @@
+"""Shards: fixed, balanced parts of a task's samples, so that several processes or machines can share one run.
+
+    python -m kvbench task=qasper shard=2/8             the second of eight parts
+    python -m kvbench -m task=qasper shard=range(8)     all eight, one job each
+
+Shards are counted from 1, as in "page 2 of 8". Which samples a shard holds depends on the task's samples and the number
+of shards alone, never on what is recorded already, so that a shard that was cut off goes on wherever it is started
+again. All arms of a sample stay in one shard: they share a prefill.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvbench.errors import ConfigError
+from kvbench.tasks.base import Sample
+
+REMEDY = "give shard=I/N with I from 1 to N, e.g. shard=2/8, or with -m shard=range(8) for all eight"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One part of a run.
+
+    Attributes:
+        number: which part, from 1.
+        count: number of parts.
+    """
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read "2/8".
+
+        Raises:
+            ConfigError: if it is not of that form, or there is no such part.
+        """
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None:
+            raise ConfigError(f"shard={text!r} does not say which part of how many: {REMEDY}")
+        number, count = int(match[1]), int(match[2])
+        if not 1 <= number <= count:
+            raise ConfigError(f"shard={text} is none of the parts 1 to {count}: {REMEDY}")
+        return cls(number, count)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the shard's folder in the run folder."""
+        return f"{self.number}-of-{self.count}"
+
+    def positions(self, samples: Sequence[Sample]) -> list[int]:
+        """Which samples are this shard's.
+
+        Sorted by falling prompt length, samples are dealt out like cards in turns of alternating direction (1 to N, N
+        to 1, ...). So shards differ by one sample at most, and what they have to read is balanced too, also where long
+        prompts are cut: only the order of the lengths counts.
+
+        Args:
+            samples: all samples of the task, in its order.
+
+        Returns:
+            Positions in `samples`, ascending.
+        """
+        longest_first = sorted(range(len(samples)), key=lambda position: (-len(samples[position].prompt), position))
+        return sorted(position for rank, position in enumerate(longest_first) if self._dealt(rank))
+
+    def _dealt(self, rank: int) -> bool:
+        turn, place = divmod(rank, self.count)
+        return (place if turn % 2 == 0 else self.count - 1 - place) == self.number - 1
+
+
+def spell_out_shards(arguments: Sequence[str]) -> list[str]:
+    """Replace `shard=range(8)` on a command line by `shard=1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8`, which Hydra sweeps over.
+
+    Args:
+        arguments: arguments of the command.
+    """
+    return [_spelled_out(argument) for argument in arguments]
+
+
+def _spelled_out(argument: str) -> str:
+    match = re.fullmatch(r"shard=range\((\d{1,6})\)", argument.replace(" ", ""))
+    if match is None:
+        return argument
+    count = int(match[1])
+    if count == 0:
+        raise ConfigError(f"shard=range(0) is no shard at all: {REMEDY}")
+    return "shard=" + ",".join(str(Shard(number, count)) for number in range(1, count + 1))
