@@ -32,6 +32,7 @@ ARMS = [
     ("pyramidkv", 0.35, {"observation_tokens": 3}),
     ("adakv", 0.35, {"base": PyramidKV(observation_tokens=3)}),
     ("adakv", 0.35, {"base": Knorm()}),
+    ("tova", 0.35, {}),
 ]
 
 

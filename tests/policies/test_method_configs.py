@@ -21,6 +21,7 @@ OWN_METHODS = (
     "knorm",
     "pyramidkv",
     "adakv",
+    "tova",
 )
 
 
