@@ -21,6 +21,7 @@ from markupsafe import Markup
 from kvbench.records.read import read_config, read_prompts, read_records, record_files
 from kvbench.report.browser import browser_samples
 from kvbench.report.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
+from kvbench.report.checksums import data_checksums
 from kvbench.report.figures import figure_functions, style
 from kvbench.report.summary import summarise
 from kvbench.report.text import DETAIL_HEADER, READING, detail_rows, heading, interval_text, table_columns
@@ -28,7 +29,7 @@ from kvbench.report.text import DETAIL_HEADER, READING, detail_rows, heading, in
 CAPTIONS = {
     "budget": "Score and KL to the full cache against the measured budget",
     "needle": "Score over prompt length and depth of the needle",
-    "cost": "Cache memory and time for each arm",
+    "cost": "Cache memory and time for each arm (the arms of a fused batch share its time equally)",
 }
 
 
@@ -56,7 +57,8 @@ def render_report(runs: Sequence[Path]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(_asset("report.html.j2")).render(
         title="kvbench: " + ", ".join(by_model),
-        lead=f"{len(runs)} runs, {len(samples)} samples, {sum(len(table.records) for table in tables)} records.",
+        lead=f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(samples)} samples, "
+        f"{sum(len(table.records) for table in tables)} records.",
         reading=READING.replace("**", ""),
         tables=[_table_view(table) for table in tables],
         figures=[figure for table in tables for figure in _figures(table)],
@@ -136,6 +138,10 @@ def _run_view(run: Path) -> dict[str, Any]:
         ],
         "checksums": "\n".join(
             f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(run)}" for path in files
+        ),
+        "data": "\n".join(
+            f"{checksum}  {dataset}"
+            for dataset, checksum in data_checksums(read_records(run), read_prompts(run)).items()
         ),
         "config": config,
         "environment": environment,
