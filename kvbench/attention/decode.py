@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvbench.attention.observe_torch import cap_logits
+
 
 @dataclass(slots=True)
 class HeadBlock:
@@ -69,7 +71,11 @@ class RaggedLayer:
 
 
 def ragged_decode(
-    query: Tensor, layer: RaggedLayer, scaling: float, attention_rows: Sequence[int] = ()
+    query: Tensor,
+    layer: RaggedLayer,
+    scaling: float,
+    attention_rows: Sequence[int] = (),
+    softcap: float | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Attention of one new token per row, in torch.
 
@@ -78,6 +84,7 @@ def ragged_decode(
         layer: the rows' caches with the new token written.
         scaling: factor on the logits, usually `D ** -0.5`.
         attention_rows: rows whose softmax attention is returned; their heads must not be ragged.
+        softcap: bound that logits are soft-capped to (Gemma 2) before a bias is added, or None; torch only.
 
     Returns:
         The output `(B, H, D)` in the query's dtype, and for each row of `attention_rows` its attention
@@ -96,7 +103,7 @@ def ragged_decode(
         head = 0
         for block in blocks:
             heads = slice(head, head + block.keys.shape[0] * group_size)
-            weights = _attend_block(query[row, heads], block, scaling, output[row, heads])
+            weights = _attend_block(query[row, heads], block, scaling, output[row, heads], softcap)
             head = heads.stop
         if row in wanted:
             attention[row] = weights
@@ -116,12 +123,13 @@ def write_token(new_keys: Tensor, new_values: Tensor, layer: RaggedLayer) -> Non
     layer.values.index_copy_(0, slots, new_values.reshape(-1, new_values.shape[-1]))
 
 
-def _attend_block(query: Tensor, block: HeadBlock, scaling: float, output: Tensor) -> Tensor:
+def _attend_block(query: Tensor, block: HeadBlock, scaling: float, output: Tensor, softcap: float | None) -> Tensor:
     """One block: writes `output`, shaped `(query heads, D)` like `query`, and returns the fp32 weights `(.., n)`."""
     n_slots = block.length + 1
     keys, values = block.keys[:, :n_slots], block.values[:, :n_slots]
     grouped = query.reshape(keys.shape[0], -1, keys.shape[2])
     logits = torch.bmm(grouped, keys.transpose(1, 2)).float().mul_(scaling)
+    cap_logits(logits, softcap)
     if block.bias is not None:
         logits += block.bias[:, None, :n_slots]
     weights = torch.softmax(logits, -1)

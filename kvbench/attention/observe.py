@@ -55,6 +55,7 @@ def observe(
     column_sums: bool,
     window_tokens: int,
     backend: str = "auto",
+    softcap: float | None = None,
 ) -> Observation:
     """Exact causal attention of a prompt on itself, with column sums and last rows on request.
 
@@ -66,13 +67,16 @@ def observe(
         column_sums: whether to sum each key's attention over all queries.
         window_tokens: how many last rows of the attention to return; 0 for none.
         backend: "auto", "torch" or "triton" (see `choose_backend`); concerns the column sums only.
+        softcap: bound that logits are soft-capped to (Gemma 2), which only the torch version knows; None for none.
 
     Returns:
         The `Observation`. Accumulation is fp32 for every dtype.
 
     Raises:
-        ConfigError: if `backend` cannot run here.
+        ConfigError: if `backend` cannot run here, or is "triton" with soft-capped logits.
     """
+    if softcap is not None:
+        return _observe_softcapped(query, keys, values, scaling, column_sums, window_tokens, backend, softcap)
     if not column_sums:
         output = _sdpa(query, keys, values, scaling)
         rows = window_rows(query, keys, scaling, window_tokens) if window_tokens else None
@@ -148,6 +152,7 @@ class Observer:
         value: Tensor,
         scaling: float,
         sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Attend over the whole prompt in one layer and report its states.
 
@@ -158,6 +163,7 @@ class Observer:
             value: `(1, H_k, T, D)`.
             scaling: factor on the logits.
             sliding_window: tokens the layer lets each query see, itself included, or None for all.
+            softcap: bound that logits are soft-capped to, or None.
 
         Returns:
             `(1, T, H, D)`.
@@ -186,6 +192,7 @@ class Observer:
             column_sums="column_sums" in self.needs,
             window_tokens=self.window_tokens,
             backend=self.backend,
+            softcap=softcap,
         )
         self.backends.add(observation.backend)
         self.layers_seen.add(layer_index)
@@ -202,6 +209,22 @@ class Observer:
             )
         )
         return observation.output.transpose(0, 1)[None]
+
+
+def _observe_softcapped(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    column_sums: bool,
+    window_tokens: int,
+    backend: str,
+    softcap: float,
+) -> Observation:
+    if backend == "triton":
+        raise ConfigError(f"kernels=triton do not know logits capped at {softcap}: use kernels=auto or torch")
+    output, sums, rows = observe_torch(query, keys, values, scaling, window_tokens, softcap)
+    return Observation(output, sums if column_sums else None, rows, "torch")
 
 
 def _sdpa(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -22,7 +22,7 @@ BLOCK_LOGITS = 2**23
 
 
 def observe_torch(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, window_tokens: int = 0
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, window_tokens: int = 0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, column sums and last rows from one pass over blocks of queries, on any device.
 
@@ -32,6 +32,7 @@ def observe_torch(
         values: `(H_k, T, D)`.
         scaling: factor on the logits.
         window_tokens: how many last rows to keep; 0 for none.
+        softcap: see `cap_logits`.
 
     Returns:
         output `(H, T, D)` in the queries' dtype, column sums `(H, T)` fp32, rows `(H, min(W, T), T)` fp32 or None.
@@ -58,6 +59,7 @@ def observe_torch(
         attention = grouped.view(n_query_heads, count, end)
         block_query = scaled_query[:, :, start:end].reshape(n_kv_heads, group_size * count, head_dim)
         torch.bmm(block_query, keys_transposed[:, :, :end], out=grouped)
+        cap_logits(grouped, softcap)
         attention[:, :, start:end] += future[:count, :count]
         torch.softmax(grouped, -1, out=grouped)
         sums[:, :end] += attention.sum(1)
@@ -69,7 +71,16 @@ def observe_torch(
     return output.transpose(0, 1), sums, rows
 
 
-def window_rows(query: Tensor, keys: Tensor, scaling: float, window_tokens: int) -> Tensor:
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Soft-cap logits in place: `softcap * tanh(logits / softcap)` (Gemma 2, arXiv:2408.00118, section 2); None: no."""
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
+def window_rows(
+    query: Tensor, keys: Tensor, scaling: float, window_tokens: int, softcap: float | None = None
+) -> Tensor:
     """Causal softmax rows of the last queries, by one matrix product.
 
     Args:
@@ -77,6 +88,7 @@ def window_rows(query: Tensor, keys: Tensor, scaling: float, window_tokens: int)
         keys: `(H_k, T, D)`.
         scaling: factor on the logits.
         window_tokens: W.
+        softcap: see `cap_logits`.
 
     Returns:
         `(H, min(W, T), T)` fp32.
@@ -86,5 +98,6 @@ def window_rows(query: Tensor, keys: Tensor, scaling: float, window_tokens: int)
     window = min(window_tokens, n_tokens)
     last = (query[:, n_tokens - window :].float() * scaling).reshape(n_kv_heads, -1, head_dim)
     logits = torch.bmm(last, keys.float().transpose(1, 2)).view(n_query_heads, window, n_tokens)
+    cap_logits(logits, softcap)
     logits[:, :, n_tokens - window :] += torch.full((window, window), -math.inf, device=query.device).triu_(1)
     return logits.softmax(-1)

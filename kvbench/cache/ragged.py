@@ -274,6 +274,7 @@ class RaggedCache(Cache):
         value: Tensor,
         scaling: float,
         sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Attention of the new tokens over their rows, then the step of the rows whose policy has one.
 
@@ -284,6 +285,7 @@ class RaggedCache(Cache):
             value: ignored, likewise.
             scaling: factor on the logits.
             sliding_window: the layer's window in tokens, if it has one.
+            softcap: bound that logits are soft-capped to, or None; only the torch backend knows it.
 
         Returns:
             `(B, 1, H, D)`.
@@ -298,7 +300,7 @@ class RaggedCache(Cache):
         sealed = self._sealed[layer_index]
         if sealed.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the torch backend cannot be captured in a CUDA graph: ask `capturable` first")
-        return sealed.attend(query.squeeze(2), scaling).unsqueeze(1)
+        return sealed.attend(query.squeeze(2), scaling, softcap).unsqueeze(1)
 
     def advance(self) -> None:
         """Go on to the next token after a forward pass: lengths, positions and step counters, on device and host."""

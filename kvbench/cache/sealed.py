@@ -40,9 +40,13 @@ class SealedLayer:
         """Store the new token's `(B, H_k, 1, D)` keys and values at slot `length` of every block."""
         self.kernels.write_token(key_states, value_states, self.ragged)
 
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
-        """Attention of the `(B, H, D)` new queries, then the policies' steps; returns `(B, H, D)`."""
-        output, attention = self.kernels.ragged_decode(query, self.ragged, scaling, tuple(self.steps))
+    def attend(self, query: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
+        """Attention of the `(B, H, D)` new queries, then the policies' steps; returns `(B, H, D)`.
+
+        Only the torch backend knows `softcap`, the bound of soft-capped logits.
+        """
+        capped = {} if softcap is None else {"softcap": softcap}
+        output, attention = self.kernels.ragged_decode(query, self.ragged, scaling, tuple(self.steps), **capped)
         for stepper, layer in self.steppers:
             stepper.step(layer)
         for row, (policy, slots) in self.steps.items():

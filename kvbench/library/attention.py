@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from kvbench.attention.observe_torch import cap_logits
 from kvbench.errors import ModelError
 
 IMPLEMENTATION = "kvbench_compressed"
 
 # Arguments that change what attention computes and that neither the observed prefill nor the decode step knows.
-_UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")
+_UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "head_mask")
 
 
 class CompressingCache(Protocol):
@@ -38,7 +39,14 @@ class CompressingCache(Protocol):
         ...
 
     def attend(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+        self,
+        layer_index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
     ) -> Tensor:
         """Attend in a compressed layer; shapes as in `kvbench.attention.interface.AttentionContext`."""
         ...
@@ -107,6 +115,7 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: find the cache, refuse what it cannot compute, let it attend."""
@@ -121,20 +130,36 @@ def _attention(
         raise ModelError(f"attention dropout {dropout} is not supported, only 0 is: call model.eval() first")
     if torch.is_grad_enabled() and query.requires_grad:
         raise ModelError("gradients through a compressed cache are not supported: call the model under torch.no_grad()")
-    if not note.cache.compresses(note.layer_index):
-        output, _ = AttentionInterface()["sdpa"](
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output, None
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     for name in _UNSUPPORTED_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise ModelError(
                 f"{type(module).__name__} needs the attention argument {name!r}, which kvbench lacks: use a model with "
                 "plain softmax attention, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma3"
             )
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    return note.cache.attend(note.layer_index, query, key, value, attention_mask, scaling), None
+    if note.cache.compresses(note.layer_index):
+        return note.cache.attend(note.layer_index, query, key, value, attention_mask, scaling, softcap), None
+    if softcap is not None:
+        return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
+    output, _ = AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return output, None
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    """A sliding-window layer with soft-capped logits, which SDPA cannot compute; shapes as `_attention`."""
+    batch_size, n_heads, n_queries, head_dim = query.shape
+    grouped = query.float().view(batch_size, key.shape[1], -1, n_queries, head_dim)
+    logits = cap_logits(grouped @ key.float().unsqueeze(2).transpose(3, 4) * scaling, softcap)
+    if mask is None:  # SDPA's mask function leaves out a mask that is plainly causal
+        mask = torch.ones(n_queries, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - n_queries)
+    else:
+        mask = mask.unsqueeze(2)
+    weights = logits.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
+    output = (weights @ value.float().unsqueeze(2)).view(batch_size, n_heads, n_queries, head_dim)
+    return output.transpose(1, 2).to(query.dtype)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

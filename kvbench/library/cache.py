@@ -8,7 +8,6 @@ brings a token per row.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -18,9 +17,10 @@ from kvbench.attention.observe import Observer
 from kvbench.errors import KvbenchError, ModelError
 from kvbench.library.attention import leave_note
 from kvbench.library.layers import CompressedCacheLayer, cache_layers
+from kvbench.library.prompt import observers_of, prompt_lengths, rows_for
 from kvbench.library.report import CacheReport, LayerReport
-from kvbench.library.rows import ROOM_TOKENS, GrowingRows
-from kvbench.policies.base import LayerStates, Policy
+from kvbench.library.rows import GrowingRows
+from kvbench.policies.base import Policy
 
 
 class CompressedCache(Cache):
@@ -39,6 +39,10 @@ class CompressedCache(Cache):
     """
 
     layers: list[Any]  # transformers' own union of layer kinds lacks what all kinds used here have
+    _rows: GrowingRows | None
+    _observers: list[Observer]
+    _prompt_tokens: list[int]
+    _reports: dict[int, LayerReport]
 
     def __init__(self, config: PreTrainedConfig, policy: Policy, seed: int = 0, kernels: str = "auto"):
         super().__init__(layers=cache_layers(config))
@@ -78,9 +82,9 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget the prompt and free its memory, so that the next call starts a new one."""
         self._release()
-        self._prompt_tokens: list[int] = []
+        self._prompt_tokens = []
         self._new_tokens = 0
-        self._reports: dict[int, LayerReport] = {}
+        self._reports = {}
 
     def close(self) -> None:
         """Free all memory for good; only `report` works afterwards."""
@@ -123,7 +127,14 @@ class CompressedCache(Cache):
         return layer_index in self._ranks
 
     def attend(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+        self,
+        layer_index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
     ) -> Tensor:
         """Attend in a compressed layer: over the whole prompt, which is then compressed, or over what is left of it.
 
@@ -134,6 +145,7 @@ class CompressedCache(Cache):
             value: `(B, H_k, Q, D)`.
             mask: `(B, T)` bool, False for padding, or None for no padding; read with the prompt only.
             scaling: factor on the logits.
+            softcap: bound that logits are soft-capped to (Gemma 2), or None.
 
         Returns:
             `(B, Q, H, D)`; zeros for padding.
@@ -144,12 +156,14 @@ class CompressedCache(Cache):
         """
         rank = self._ranks[layer_index]
         if layer_index not in self._reports:
-            return self._read_prompt(layer_index, query, key, value, mask, scaling)
+            if self._rows is None:
+                self._begin(query, key, mask, softcap)
+            return self._read_prompt(layer_index, query, key, value, scaling, softcap)
         assert self._rows is not None
         if rank == 0:
             self._rows.make_room()
         self._rows.update(key, value, rank)
-        output = self._rows.attend(rank, query, key, value, scaling)
+        output = self._rows.attend(rank, query, key, value, scaling, softcap=softcap)
         if rank == len(self._ranks) - 1:
             self._rows.advance()
             self._new_tokens += 1
@@ -204,81 +218,35 @@ class CompressedCache(Cache):
         self.layers = cache_layers(self._config)
         full = [index for index, layer in enumerate(self.layers) if isinstance(layer, CompressedCacheLayer)]
         self._ranks = {index: rank for rank, index in enumerate(full)}
-        self._rows: GrowingRows | None = None
-        self._observers: list[Observer] = []
+        self._rows = None
+        self._observers = []
+
+    def _begin(self, query: Tensor, key: Tensor, mask: Tensor | None, softcap: float | None) -> None:
+        # Only the torch kernels know soft-capped logits; the prefill refuses kernels="triton" by name.
+        kernels = "torch" if softcap is not None and self.kernels == "auto" else self.kernels
+        self._prompt_tokens = prompt_lengths(query, mask)
+        self._rows = rows_for(self.policy, self._prompt_tokens, len(self._ranks), query, key, kernels)
+        self._observers = observers_of(self._rows, self.policy, self._prompt_tokens, self.seed)
 
     def _read_prompt(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+        self,
+        layer_index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
     ) -> Tensor:
-        if self._rows is None:
-            self._rows = self._begin(query, key, mask)
+        """Attend over every row's prompt and compress it, one row after the other."""
+        assert self._rows is not None
         rank, padded_tokens = self._ranks[layer_index], query.shape[2]
         output = query.new_zeros(query.shape[0], padded_tokens, query.shape[1], query.shape[3])
         for row, (observer, n_tokens) in enumerate(zip(self._observers, self._prompt_tokens, strict=True)):
             tokens = slice(padded_tokens - n_tokens, None)
             states = query[row : row + 1, :, tokens], key[row : row + 1, :, tokens], value[row : row + 1, :, tokens]
-            output[row, tokens] = observer.attend(rank, *states, scaling=scaling)[0]
+            output[row, tokens] = observer.attend(rank, *states, scaling=scaling, softcap=softcap)[0]
         slots, n_bytes = self._rows.layer_use(rank)
         full_slots = sum(self._prompt_tokens) * key.shape[1]
-        self._reports[layer_index] = LayerReport(
-            index=layer_index,
-            compressed=True,
-            slots=slots,
-            full_slots=full_slots,
-            n_bytes=n_bytes,
-            full_bytes=full_slots * 2 * key.shape[3] * key.element_size(),
-        )
+        full_bytes = full_slots * 2 * key.shape[3] * key.element_size()
+        self._reports[layer_index] = LayerReport(layer_index, True, slots, full_slots, n_bytes, full_bytes)
         return output
-
-    def _begin(self, query: Tensor, key: Tensor, mask: Tensor | None) -> GrowingRows:
-        """Rows for the prompts of a batch, and an observer for each."""
-        self._prompt_tokens = _prompt_lengths(query, mask)
-        n_layers, n_kv_heads = len(self._ranks), key.shape[1]
-        rows = GrowingRows(
-            n_layers=n_layers,
-            n_query_heads=query.shape[1],
-            n_kv_heads=n_kv_heads,
-            head_dim=key.shape[3],
-            dtype=key.dtype,
-            backend=self.kernels,
-            max_rows=query.shape[0],
-        )
-        budgets = [self.policy.layer_budgets(n_tokens, n_layers) for n_tokens in self._prompt_tokens]
-        rows.add_prompts(self.policy, self._prompt_tokens)
-        room = 1 if self.policy.steps else ROOM_TOKENS
-        rows.reserve([n_kv_heads * sum(budget + room for budget in layer) for layer in zip(*budgets, strict=True)])
-
-        def compress(row: int, states: LayerStates) -> None:
-            rows.write(states.layer_index, row, self.policy.compress(states, budgets[row][states.layer_index]))
-
-        self._observers = [
-            Observer(
-                needs=self.policy.needs,
-                window_tokens=self.policy.window_tokens,
-                n_layers=n_layers,
-                n_query_heads=query.shape[1],
-                seed=self.seed,
-                on_layer=partial(compress, row),
-                backend=self.kernels,
-            )
-            for row in range(query.shape[0])
-        ]
-        return rows
-
-
-def _prompt_lengths(query: Tensor, mask: Tensor | None) -> list[int]:
-    """Tokens of each row's prompt, padding not counted."""
-    batch_size, padded_tokens = query.shape[0], query.shape[2]
-    if mask is None:
-        return [padded_tokens] * batch_size
-    if tuple(mask.shape) != (batch_size, padded_tokens):
-        raise ModelError(
-            f"attention_mask of shape {tuple(mask.shape)} does not fit {batch_size} prompts of {padded_tokens} tokens: "
-            "give one 0 or 1 per token"
-        )
-    if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ModelError(
-            "attention_mask hides tokens after a prompt has begun, only padding before it is supported: pad on the left"
-        )
-    lengths: list[int] = mask.sum(1).tolist()
-    return lengths

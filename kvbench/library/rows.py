@@ -34,6 +34,20 @@ class GrowingRows(RaggedCache):
         for n_tokens in prompt_tokens:
             self.add_row(policy, position=n_tokens, room_tokens=ROOM_TOKENS)
 
+    def reserve_prompts(self, budgets: Sequence[Sequence[int]]) -> None:
+        """Reserve storage for what will be written.
+
+        Args:
+            budgets: for each row the slots per KV head of each layer.
+        """
+        rooms = [row.room for row in self._rows]
+        self.reserve(
+            [
+                self.n_kv_heads * sum(budget + room for budget, room in zip(layer, rooms, strict=True))
+                for layer in zip(*budgets, strict=True)
+            ]
+        )
+
     def make_room(self) -> None:
         """Before a step: see to it that every row has room for the new token."""
         if any(not row.policy.steps and row.new_tokens >= row.room - 1 for row in self._rows):

@@ -60,7 +60,7 @@ def make_layer(lengths, n_heads, n_kv_heads, head_dim, dtype=torch.float32, devi
     )  # fmt: skip
 
 
-def textbook(query, layer, scaling):
+def textbook(query, layer, scaling, softcap=None):
     """Output `(B, H, D)` fp64 and one `(H_k, G, n)` attention list per row, head by head from the device tables."""
     n_rows, n_heads, head_dim = query.shape
     n_kv_heads = layer.offsets.shape[1]
@@ -71,6 +71,8 @@ def textbook(query, layer, scaling):
         for head in range(n_kv_heads):
             first, n = int(layer.offsets[row, head]), int(layer.lengths[row, head]) + 1
             logits = grouped[row, head] @ layer.keys[first : first + n].double().T * scaling
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
             if layer.bias_offsets[row, head] >= 0:
                 logits += layer.bias[int(layer.bias_offsets[row, head]) :][:n].double()
             attention[row].append(logits.softmax(-1))
@@ -129,6 +131,17 @@ def test_triton_version(case, dtype, triton_device):
     if triton_device.type == "cpu" and dtype == torch.bfloat16 and case[1] != case[2]:
         pytest.skip("Triton's interpreter multiplies the bit patterns of bf16 in tl.dot: needs a GPU")
     check(decode_triton.ragged_decode, case, dtype, triton_device)
+
+
+def test_soft_capped_logits():
+    torch.manual_seed(0)
+    layer = make_layer([30, [3, 9]], 4, 2, 16, biased=(0,), wanted=(0,))
+    query = torch.randn(2, 4, 16) * 4
+    expected, expected_attention = textbook(query, layer, 0.5, softcap=2.0)
+    output, attention = ragged_decode(query, layer, 0.5, (0,), softcap=2.0)
+    assert relative_rms(output, expected) < 2e-6
+    assert relative_rms(attention[0], torch.cat(expected_attention[0])) < 2e-6
+    assert relative_rms(ragged_decode(query, layer, 0.5)[0], expected) > 0.1
 
 
 def test_attention_of_ragged_heads_is_refused():

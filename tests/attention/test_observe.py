@@ -35,11 +35,15 @@ def random_states(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.f
     )
 
 
-def softmax_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def softmax_attention(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Output and probabilities `(H, T, T)`, fp64."""
     group_size = query.shape[0] // keys.shape[0]
     keys, values = (x.double().repeat_interleave(group_size, 0) for x in (keys, values))
     logits = query.double() @ keys.transpose(1, 2) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     future = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
     attention = logits.masked_fill(future, -math.inf).softmax(-1)
     return attention @ values, attention
@@ -184,3 +188,25 @@ def test_what_cannot_be_observed_is_refused() -> None:
         Observer(frozenset({"hidden_states"}), 0, 1, 6, 0, lambda states: None)
     with pytest.raises(ConfigError, match="window_tokens=0 is below 1"):
         Observer(frozenset({"window_attention"}), 0, 1, 6, 0, lambda states: None)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("column_sums", [True, False])
+def test_soft_capped_logits(column_sums: bool) -> None:
+    query, keys, values = random_states(SHAPES[1])
+    output, attention = softmax_attention(query, keys, values, 0.3, softcap=2.0)
+    options: dict[str, Any] = {"column_sums": column_sums, "window_tokens": 20}
+    got = observe(query, keys, values, 0.3, softcap=2.0, **options)
+    assert relative_rms_error(got.output, output) < 1e-6
+    assert got.window_attention is not None
+    assert relative_rms_error(got.window_attention, attention[:, -20:]) < 1e-6
+    if column_sums:
+        assert got.column_sums is not None
+        assert relative_rms_error(got.column_sums, attention.sum(1)) < 1e-6
+    else:
+        assert got.column_sums is None
+    rows = observe_torch.window_rows(query, keys, 0.3, 20, softcap=2.0)
+    assert relative_rms_error(rows, attention[:, -20:]) < 1e-6
+    assert relative_rms_error(observe(query, keys, values, 0.3, **options).output, output) > 0.1
+    with pytest.raises(ConfigError, match=r"capped at 2\.0: use kernels=auto or torch"):
+        observe(query, keys, values, 0.3, softcap=2.0, backend="triton", **options)
