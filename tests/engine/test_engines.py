@@ -33,6 +33,7 @@ ARMS = [
     ("adakv", 0.35, {"base": PyramidKV(observation_tokens=3)}),
     ("adakv", 0.35, {"base": Knorm()}),
     ("tova", 0.35, {}),
+    ("keepkv", 0.35, {"threshold": 0.2, "start_tokens": 2}),
 ]
 
 

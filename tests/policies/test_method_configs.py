@@ -22,6 +22,7 @@ OWN_METHODS = (
     "pyramidkv",
     "adakv",
     "tova",
+    "keepkv",
 )
 
 
