@@ -97,7 +97,7 @@ def others(positions: Tensor, n_tokens: int) -> Tensor:
     """
     tokens = torch.arange(n_tokens, device=positions.device).expand(positions.shape[0], -1)
     marked = tokens.scatter(1, positions, n_tokens)
-    return marked.sort(dim=1).values[:, : n_tokens - positions.shape[1]]
+    return marked.sort(dim=1).values[:, : n_tokens - positions.shape[1]].contiguous()
 
 
 def tokens_at(states: Tensor, positions: Tensor) -> Tensor:

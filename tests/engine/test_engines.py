@@ -34,6 +34,8 @@ ARMS = [
     ("adakv", 0.35, {"base": Knorm()}),
     ("tova", 0.35, {}),
     ("keepkv", 0.35, {"threshold": 0.2, "start_tokens": 2}),
+    ("weightedkv", 0.35, {"start_tokens": 2}),
+    ("d2o", 0.5, {"whole_first_layers": 1, "whole_last_layers": 0}),
 ]
 
 

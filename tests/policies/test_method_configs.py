@@ -23,6 +23,8 @@ OWN_METHODS = (
     "adakv",
     "tova",
     "keepkv",
+    "weightedkv",
+    "d2o",
 )
 
 
