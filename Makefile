@@ -1,6 +1,6 @@
 # Two commands need nothing else on a fresh machine with Python 3.11 and a package index:
 #   make demo   the comparison on the default model
-#   make test   lint, types, tests
+#   make test   lint, types, tests, documentation
 # The paper's tables and figures into results/, running what is missing (all of it needs weights, data and a GPU):
 #   make paper-tables MODEL=smollm2-135m LIMIT=10 PROMPT=1500 DATA=DIR OFFICIAL=DIR2
 #   make paper-tables EXPERIMENT="longbench needle" MODEL=llama2-7b-chat SET="output.root=runs"
@@ -10,7 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo paper-tables test lint types unit install clean
+.PHONY: demo paper-tables test lint types unit docs install clean
 
 install: $(STAMP)
 
@@ -42,7 +42,11 @@ types: $(STAMP)
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test: lint types unit
+# DISABLE_...: a plug-in's notice about a future mkdocs, which constraints.txt keeps out.
+docs: $(STAMP)
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
+
+test: lint types unit docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
