@@ -81,7 +81,7 @@ def build_plan(config: DictConfig) -> Plan:
     if task.limit is not None and task.limit < 1:
         raise ConfigError(f"task.limit={task.limit} is below 1: give a number of samples, or null for all")
     identity = {
-        "model": _without(dataclasses.asdict(model), UNIDENTIFYING_MODEL_KEYS),
+        "model": _model_identity(model),
         "task": _task_identity(task),
         "protocol": plain["protocol"],
     }
@@ -116,6 +116,16 @@ def _arms(config: DictConfig) -> tuple[Arm, ...]:
     if not arms:
         raise ConfigError("no arm to run: name a method (method=h2o) or a set of arms (arms=paper)")
     return tuple(arms.values())
+
+
+def _model_identity(model: ModelConfig) -> dict[str, Any]:
+    """The model's fields that define the questions; keeping special tokens text, the default, goes without saying.
+
+    So a run begun before there was that option goes on in its folder: rows that spell no special token, and no official
+    row we have seen spells one, were always asked like this.
+    """
+    fields = _without(dataclasses.asdict(model), UNIDENTIFYING_MODEL_KEYS)
+    return fields if model.parse_special_tokens else _without(fields, ("parse_special_tokens",))
 
 
 def _task_identity(value: Any) -> Any:

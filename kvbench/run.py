@@ -23,7 +23,7 @@ from kvbench.interrupts import interruptible
 from kvbench.metrics import get_metric
 from kvbench.metrics.environment import check_environment, scorer_versions
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.models.prompt import EncodedPrompt, encode_sample
+from kvbench.models.prompt import EncodedPrompt, encode_sample, encode_text
 from kvbench.plan import Plan
 from kvbench.records.environment import describe_environment
 from kvbench.records.folder import RunFolder
@@ -168,7 +168,7 @@ def _gold_ids(loaded: LoadedModel, sample: Sample, limit: int) -> tuple[int, ...
         return ()
     continues_text = sample.answer_prefix and not sample.answer_prefix[-1].isspace()
     text = (" " if continues_text else "") + sample.answers[0]
-    return tuple(loaded.tokenizer.encode(text, add_special_tokens=False)[:limit])
+    return tuple(encode_text(text, loaded)[:limit])
 
 
 def _seed(seed: int, sample: Sample) -> int:

@@ -41,8 +41,10 @@ class ModelConfig:
             the context leaves.
         chat_format: "template" (the tokenizer's own chat template), "llama2" (LongBench's bare `[INST]` frame) or
             "none".
-        protect_special_tokens: whether text of a prompt that spells a special token is kept from becoming one.  The
-            official runners do not protect (False).
+        parse_special_tokens: whether text of a data row that spells a special token becomes that token, as with the
+            official runners. False keeps it text; rows that spell none are asked alike either way.
+        protect_special_tokens: whether such text is rewritten before, with a full-width first character; covers the
+            `[INST]` of `chat_format=llama2` too, which is no special token but ordinary text to that tokenizer.
         seed: seed of the random weights, for source "random"; the fields below are its shape.
         n_layers: number of layers.
         hidden_size: width of the residual stream.
@@ -64,6 +66,7 @@ class ModelConfig:
     device_map: str | None = None
     max_prompt_tokens: int | None = None
     chat_format: str = "template"
+    parse_special_tokens: bool = False
     protect_special_tokens: bool = False
     seed: int = 0
     n_layers: int = 4

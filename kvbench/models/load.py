@@ -34,7 +34,8 @@ class LoadedModel:
             leaves beside the new tokens.
         chat_format: "template", "llama2" or "none".
         source: where the weights came from: a path, "hub id@commit", a package with its checksum, or a seed.
-        protect_special_tokens: whether prompt text that spells a special token is kept from becoming one.
+        parse_special_tokens: whether data that spells a special token becomes that token.
+        protect_special_tokens: whether such data is rewritten before.
     """
 
     name: str
@@ -46,6 +47,7 @@ class LoadedModel:
     max_prompt_tokens: int | None
     chat_format: str
     source: str
+    parse_special_tokens: bool = False
     protect_special_tokens: bool = False
 
 
@@ -102,6 +104,7 @@ def load_model(
         max_prompt_tokens=config.max_prompt_tokens,
         chat_format=config.chat_format,
         source=origin,
+        parse_special_tokens=config.parse_special_tokens,
         protect_special_tokens=config.protect_special_tokens,
     )
 

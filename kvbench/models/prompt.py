@@ -4,8 +4,9 @@ LongBench (`pred.py` at commit 2e00731f): tokenize the prompt with special token
 the last half of the limit and decode both; put the chat wrapper around the result; tokenize again.  ZeroSCROLLS
 (`experiments/hf/run_hf_model.py` at commit c9946762): cut the end of the document and keep the query after it.
 
-Like the official runners, the text of a prompt is tokenized as it is: a row that spells `</s>` gets the special token.
-`model.protect_special_tokens=true` prevents that (see `chat.protect`).
+One thing differs: the official runners make a special token of a row's text that spells one (`</s>`), here it stays
+text (see `contain`). Rows that spell none, and all official ones we have seen are such, get the same ids to the last.
+`model.parse_special_tokens=true` does as the official runners do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvbench.errors import ModelError
 from kvbench.models.chat import frame, protect, stop_token_ids, wrap
+from kvbench.models.contain import encode_contained, spellings_in
 from kvbench.models.load import LoadedModel
 from kvbench.tasks.base import Sample
 
@@ -70,7 +72,7 @@ def encode_sample(sample: Sample, loaded: LoadedModel) -> EncodedPrompt:
     if loaded.protect_special_tokens:
         sample = replace(sample, prompt=protect(sample.prompt, loaded))
     limit = _prompt_limit(sample, loaded)
-    prompt_ids = _encode(loaded.tokenizer, sample.prompt, add_special_tokens=True)[0]
+    prompt_ids = _encode(loaded, sample.prompt, (0, len(sample.prompt)), add_special_tokens=True)[0]
     if limit is None or len(prompt_ids) <= limit:
         encoded = _encode_wrapped(sample, loaded, _Cut(sample.prompt, sample.question_start, 0))
     elif sample.truncation == "middle":
@@ -103,7 +105,7 @@ def _prompt_limit(sample: Sample, loaded: LoadedModel) -> int | None:
     if sample.truncation == "refuse":
         return None
     around = "".join(frame(loaded, chat=sample.chat)) + sample.answer_prefix
-    around_tokens = len(_encode(loaded.tokenizer, around, add_special_tokens=False)[0])
+    around_tokens = len(_encode(loaded, around, None, add_special_tokens=False)[0])
     limit = loaded.max_context_tokens - sample.max_new_tokens - around_tokens - RETOKENIZE_MARGIN_TOKENS
     if limit < 2:
         raise ModelError(
@@ -130,7 +132,16 @@ def _encode_wrapped(sample: Sample, loaded: LoadedModel, cut: _Cut) -> EncodedPr
     """Wrap the text of a prompt, open the answer, and tokenize the whole."""
     wrapped = wrap(cut.text, loaded, chat=sample.chat)
     text = wrapped.text + sample.answer_prefix
-    input_ids, ends = _encode(loaded.tokenizer, text, add_special_tokens=wrapped.add_special_tokens)
+    data = None
+    if wrapped.prompt_start is not None:  # blanks at the ends of the data may be gone
+        n_leading = len(cut.text) - len(cut.text.lstrip())
+        data = wrapped.prompt_start + n_leading, wrapped.prompt_start + len(cut.text.rstrip())
+    elif not loaded.parse_special_tokens and spellings_in(cut.text, loaded.tokenizer):
+        raise ModelError(
+            f"sample {sample.id} spells a special token, and the chat template of model {loaded.name} rewrites the "
+            "message, so that it cannot be kept apart: use model.chat_format=none or model.protect_special_tokens=true"
+        )
+    input_ids, ends = _encode(loaded, text, data, add_special_tokens=wrapped.add_special_tokens)
     question_start_token = None
     if cut.question_start is not None and wrapped.prompt_start is not None:
         question_start_token = _first_token_after(wrapped.prompt_start + cut.question_start, ends)
@@ -149,28 +160,29 @@ def _encode_document_cut(sample: Sample, loaded: LoadedModel, limit: int) -> Enc
         query_start, separator = int(sample.meta["query_start"]), str(sample.meta["truncation_separator"])
     except KeyError as error:
         raise ModelError(f"sample {sample.id} has no {error} in its meta: truncation=document_end needs it") from error
-    tokenizer = loaded.tokenizer
     head, tail = frame(loaded, chat=sample.chat)
     special = not (sample.chat and loaded.chat_format == "template")
     prefix, query = sample.prompt[:query_start], sample.prompt[query_start:]
-    suffix_tokens = len(_encode(tokenizer, separator + query, add_special_tokens=False)[0])
-    prefix_tokens = len(_encode(tokenizer, prefix, add_special_tokens=True)[0])
+    ending = separator + query
+    suffix_tokens = len(_encode(loaded, ending, (0, len(ending)), add_special_tokens=False)[0])
+    prefix_tokens = len(_encode(loaded, prefix, (0, len(prefix)), add_special_tokens=True)[0])
     if suffix_tokens >= limit:
         raise ModelError(
             f"sample {sample.id}: its query of {suffix_tokens} tokens alone fills the limit of {limit} tokens of model "
             f"{loaded.name}: raise model.max_prompt_tokens"
         )
     cut_tokens = max(0, prefix_tokens + suffix_tokens - limit)
-    prefix_ids, prefix_ends = _encode(tokenizer, head + prefix, add_special_tokens=special)
+    beginning, data = head + prefix, (len(head), len(head + prefix))
+    prefix_ids, prefix_ends = _encode(loaded, beginning, data, add_special_tokens=special)
     kept_tokens = len(prefix_ids) - cut_tokens
     prefix_ids, prefix_ends = prefix_ids[:kept_tokens], prefix_ends[:kept_tokens]
-    suffix = separator + query + tail + sample.answer_prefix
-    suffix_ids, suffix_ends = _encode(tokenizer, suffix, add_special_tokens=False)
+    suffix = ending + tail + sample.answer_prefix
+    suffix_ids, suffix_ends = _encode(loaded, suffix, (0, len(ending)), add_special_tokens=False)
     question_start_token = None
     if sample.question_start is not None and sample.question_start >= query_start:
         at = _first_token_after(len(separator) + sample.question_start - query_start, suffix_ends)
         question_start_token = None if at is None else len(prefix_ids) + at
-    text = (head + prefix)[: max(prefix_ends, default=0)] + suffix
+    text = beginning[: max(prefix_ends, default=0)] + suffix
     return _encoded(sample, loaded, prefix_ids + suffix_ids, question_start_token, cut_tokens, text)
 
 
@@ -187,19 +199,17 @@ def _encoded(
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
-    """Token ids, and for each token the character index at which it ends (0 for added special tokens).
+def encode_text(text: str, loaded: LoadedModel) -> list[int]:
+    """Token ids of a text of the data set by itself (a reference answer), without BOS."""
+    return _encode(loaded, text, (0, len(text)), add_special_tokens=False)[0]
 
-    Raises:
-        ModelError: if the tokenizer cannot tell positions (it has no fast version).
-    """
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"tokenizer {type(tokenizer).__name__} cannot tell character positions: use a folder with tokenizer.json"
-        )
-    # `verbose=False`: no warning about texts above the context; they are cut or refused here.
-    encoding = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
-    return list(encoding["input_ids"]), [end for _, end in encoding["offset_mapping"]]
+
+def _encode(
+    loaded: LoadedModel, text: str, data: tuple[int, int] | None, *, add_special_tokens: bool
+) -> tuple[list[int], list[int]]:
+    """See `contain.encode_contained`; nothing is contained where the model's configuration says so."""
+    data = None if loaded.parse_special_tokens else data
+    return encode_contained(loaded.tokenizer, text, data, add_special_tokens=add_special_tokens)
 
 
 def _first_token_after(character: int, ends: list[int]) -> int | None:

@@ -42,7 +42,8 @@ def longbench_order(tokenizer, prompt, max_length, chat):
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT + "语" * 200, "short", " leading </s> space"])
 def test_longbench_order(llama2, prompt, chat):
     expected_ids, expected_text = longbench_order(llama2.tokenizer, prompt, 501, chat)
-    encoded = encode_sample(sample(prompt, chat=chat, truncation="middle"), llama2)
+    loaded = replace(llama2, parse_special_tokens="</s>" in prompt)
+    encoded = encode_sample(sample(prompt, chat=chat, truncation="middle"), loaded)
     assert list(encoded.input_ids) == expected_ids
     assert encoded.prompt_text == expected_text
     assert encoded.input_ids.count(llama2.tokenizer.bos_token_id) == 1
@@ -185,10 +186,15 @@ def test_a_limit_derived_from_the_context_leaves_room_for_everything(tiny_model,
     assert encoded.prompt_text.endswith("It is")
 
 
-def test_special_tokens_in_the_data_are_parsed_unless_protected(tiny_gqa):
+def test_special_tokens_in_the_data_stay_text_unless_asked_for(tiny_gqa):
     prompt = "one <|eos|> two? "
     eos = tiny_gqa.tokenizer.eos_token_id
-    assert eos in encode_sample(sample(prompt), tiny_gqa).input_ids
+    encoded = encode_sample(sample(prompt, question_start=12), tiny_gqa)
+    assert eos not in encoded.input_ids
+    assert tiny_gqa.tokenizer.decode(list(encoded.input_ids)) == encoded.prompt_text
+    assert prompt in encoded.prompt_text
+    assert text_from(tiny_gqa, encoded).startswith("two?")
+    assert eos in encode_sample(sample(prompt), replace(tiny_gqa, parse_special_tokens=True)).input_ids
     protected = encode_sample(sample(prompt, question_start=12), replace(tiny_gqa, protect_special_tokens=True))
     assert eos not in protected.input_ids
     assert protected.input_ids[0] == tiny_gqa.tokenizer.bos_token_id  # the wrapper's own tokens still count

@@ -1,0 +1,110 @@
+"""Keep text of a data set that spells a special token from becoming one, without changing the text.
+
+A tokenizer turns `<|im_end|>` into the token that ends a turn, wherever it stands: a data row could close the user's
+message and open another. Here such a spelling is encoded as the ordinary characters it is made of, while the chat
+template's own tokens stay what they are. Text that spells no special token is encoded exactly as without this module.
+
+How: the first character of each spelling is replaced by a character of the private use area, which no spelling has;
+the text is encoded; the tokens of that character are replaced by those of the character it stands for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+from kvbench.errors import ModelError
+
+PRIVATE_USE = range(0xE000, 0xF900)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The spellings of a tokenizer's special tokens and their ids."""
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(map(str, tokenizer.all_special_tokens), tokenizer.all_special_ids, strict=True))
+    return {spelling: index for spelling, index in {**named, **added}.items() if spelling}
+
+
+def spellings_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[re.Match[str]]:
+    """Where `text` spells special tokens; of two that begin alike the longer counts, as in the tokenizer."""
+    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    return list(re.finditer("|".join(map(re.escape, tokens)), text)) if tokens else []
+
+
+def encode_contained(
+    tokenizer: PreTrainedTokenizerBase, text: str, data: tuple[int, int] | None, *, add_special_tokens: bool
+) -> tuple[list[int], list[int]]:
+    """Token ids of a text, part of which is data that may spell special tokens.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: the whole text.
+        data: first and last + 1 character index of the data; None if all of the text is ours.
+        add_special_tokens: whether the tokenizer adds its own, such as BOS.
+
+    Returns:
+        The ids, and for each the character index at which it ends (0 for added special tokens).
+
+    Raises:
+        ModelError: if the tokenizer cannot tell positions (it has no fast version), or makes a special token of the
+            data all the same.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"tokenizer {type(tokenizer).__name__} cannot tell character positions: use a folder with tokenizer.json"
+        )
+    marked, places = text, list[int]()
+    if data is not None:
+        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
+        while found := [
+            m.start() for m in spellings_in(marked, tokenizer) if m.end() > data[0] and m.start() < data[1]
+        ]:
+            stand_in = next(unused)  # a second round only where one spelling lies within another
+            characters = list(marked)
+            for place in found:
+                characters[place] = stand_in
+            marked = "".join(characters)
+            places += found
+    # `verbose=False`: no warning about texts above the context; they are cut or refused by the caller.
+    encoding = tokenizer(marked, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+    ids, spans = list(encoding["input_ids"]), [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+    for place in sorted(places, reverse=True):
+        _put_back(tokenizer, text, place, ids, spans)
+    if places:
+        _check(tokenizer, ids, spans, data or (0, 0))
+    return ids, [end for _, end in spans]
+
+
+def _put_back(
+    tokenizer: PreTrainedTokenizerBase, text: str, place: int, ids: list[int], spans: list[tuple[int, int]]
+) -> None:
+    """Replace the tokens that hold the stand-in at `place` by those of the original characters."""
+    held = [i for i, (start, end) in enumerate(spans) if start <= place < end]
+    if not held:
+        raise ModelError(
+            f"tokenizer {type(tokenizer).__name__} drops characters of the private use area, by which special tokens "
+            "in data are kept text: set model.protect_special_tokens=true to rewrite such text"
+        )
+    start, end = min(spans[i][0] for i in held), max(spans[i][1] for i in held)
+    alone = tokenizer.convert_tokens_to_ids(text[place])
+    if (start, end) != (place, place + 1) or not isinstance(alone, int) or alone == tokenizer.unk_token_id:
+        new = list(tokenizer.encode(text[start:end], add_special_tokens=False))
+    else:
+        new = [alone]
+    ids[held[0] : held[-1] + 1] = new
+    spans[held[0] : held[-1] + 1] = [(start, end)] * len(new)
+
+
+def _check(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], spans: Iterable[tuple[int, int]], data: tuple[int, int]
+) -> None:
+    special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
+    for index, (start, end) in zip(ids, spans, strict=True):
+        if index in special and start < end and end > data[0] and start < data[1]:
+            token = tokenizer.convert_ids_to_tokens(index)
+            raise ModelError(
+                f"tokenizer {type(tokenizer).__name__} makes the special token {token} of a data row's text at "
+                f"character {start}: set model.protect_special_tokens=true to rewrite such text"
+            )
