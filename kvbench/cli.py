@@ -25,6 +25,9 @@ from kvbench.report.summary import summarise
 from kvbench.report.terminal import print_tables
 from kvbench.shards import spell_out_shards
 
+LAUNCHER_EXTRAS = {"submitit": "slurm", "joblib": "joblib"}
+"""Extras that install Hydra's launcher plug-ins, by the beginning of the plug-in's name."""
+
 EXIT_MEND, EXIT_FAILED_SAMPLES, EXIT_INTERRUPTED = 2, 3, 130
 
 
@@ -97,4 +100,8 @@ def _one_line(error: BaseException) -> str:
         parts.append(" ".join(str(current).split()))
         current = current.__cause__
     unique = [part for i, part in enumerate(parts) if part and part not in parts[:i]]
-    return " <- ".join(unique)
+    line = " <- ".join(unique)
+    for plug_in, extra in LAUNCHER_EXTRAS.items():
+        if f"Could not load 'hydra/launcher/{plug_in}" in line:
+            return f"the launcher {plug_in} is not installed: pip install 'kvbench[{extra}]'"
+    return line

@@ -11,7 +11,9 @@ has the evidence. This one needs `ray` alone. It offers the same two settings, `
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -66,6 +68,7 @@ class RayLauncher(Launcher):
             raise LaunchError(
                 f"hydra/launcher=ray needs the package ray ({error}): pip install 'kvbench[ray]'"
             ) from error
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unless the user wants it
         started = not ray.is_initialized()
         try:
             if started:
@@ -73,7 +76,9 @@ class RayLauncher(Launcher):
             task = ray.remote(**self.remote)(_run) if self.remote else ray.remote(_run)
             state = Singleton.get_state()
             jobs = [
-                task.remote(self.hydra_context, self._job_config(overrides, number), self.task_function, state)
+                task.remote(
+                    self.hydra_context, self._job_config(overrides, number), self.task_function, state, Path.cwd()
+                )
                 for number, overrides in enumerate(job_overrides, initial_job_idx)
             ]
             returned: list[JobReturn] = ray.get(jobs)
@@ -95,8 +100,11 @@ class RayLauncher(Launcher):
         return config
 
 
-def _run(context: HydraContext, config: DictConfig, task_function: TaskFunction, state: dict[Any, Any]) -> JobReturn:
-    """One job, in the worker."""
+def _run(
+    context: HydraContext, config: DictConfig, task_function: TaskFunction, state: dict[Any, Any], folder: Path
+) -> JobReturn:
+    """One job, in the worker; `folder` is where the call was made, for relative paths such as `output.root`."""
+    os.chdir(folder)
     setup_globals()
     Singleton.set_state(state)
     HydraConfig.instance().set_config(config)
