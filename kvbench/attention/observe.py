@@ -20,12 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedConfig
 
 from kvbench.attention.fused_forward import forward_with_log_sum_exp
 from kvbench.attention.observe_torch import observe_torch, window_rows
+from kvbench.attention.rotary import rotary_frequencies
 from kvbench.backend import choose_backend
 from kvbench.errors import ConfigError, ModelError
 from kvbench.policies.base import LayerStates
+
+OBSERVABLE = frozenset({"column_sums", "window_attention", "queries", "rotary_frequencies"})
 
 
 @dataclass
@@ -110,11 +114,12 @@ class Observer:
         seed: int,
         on_layer: Callable[[LayerStates], None],
         backend: str = "auto",
+        config: PreTrainedConfig | None = None,
     ) -> None:
         """Take the union of what the policies need.
 
         Args:
-            needs: of "column_sums" and "window_attention".
+            needs: of "column_sums", "window_attention", "queries" and "rotary_frequencies" (see `LayerStates`).
             window_tokens: the largest window any policy needs; required with "window_attention".
             n_layers: number of layers of the model.
             n_query_heads: H.
@@ -122,19 +127,24 @@ class Observer:
             on_layer: called once per layer with its states, whose keys and values are views that live as long as they
                 are referenced.
             backend: "auto", "torch" or "triton".
+            config: the model's text configuration; required with "rotary_frequencies".
 
         Raises:
-            ConfigError: if a need is unknown, or "window_attention" comes without a window.
+            ConfigError: if a need is unknown, "window_attention" comes without a window, or "rotary_frequencies"
+                without a configuration.
         """
-        unknown = needs - {"column_sums", "window_attention"}
+        unknown = needs - OBSERVABLE
         if unknown:
             raise ConfigError(
-                f"needs={sorted(unknown)} cannot be observed: use 'column_sums' or 'window_attention', or compute the "
+                f"needs={sorted(unknown)} cannot be observed: use {', '.join(sorted(OBSERVABLE))}, or compute the "
                 "scores from keys and values in compress()"
             )
+        if "rotary_frequencies" in needs and config is None:
+            raise ConfigError("config=None with need 'rotary_frequencies': give the model's configuration to Observer")
         if "window_attention" in needs and window_tokens < 1:
             raise ConfigError(f"window_tokens={window_tokens} is below 1: policies that need 'window_attention' set it")
         self.needs = needs
+        self.config = config
         self.window_tokens = window_tokens if "window_attention" in needs else 0
         self.n_layers = n_layers
         self.n_query_heads = n_query_heads
@@ -206,9 +216,19 @@ class Observer:
                 seed=self.seed,
                 column_sums=observation.column_sums,
                 window_attention=observation.window_attention,
+                extras=self._extras(query[0], scaling),
             )
         )
         return observation.output.transpose(0, 1)[None]
+
+    def _extras(self, query: Tensor, scaling: float) -> dict[str, Tensor]:
+        """What `LayerStates.extras` names, as far as it is needed."""
+        extras = {}
+        if "queries" in self.needs:
+            extras = {"queries": query, "scaling": torch.tensor(scaling)}
+        if "rotary_frequencies" in self.needs and self.config is not None:
+            extras["rotary_frequencies"] = rotary_frequencies(self.config, query.shape[1]).to(query.device)
+        return extras
 
 
 def _observe_softcapped(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from kvbench.attention.observe import Observer
 from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
@@ -105,6 +106,7 @@ def layer_states(case: Case, policy: Policy) -> LayerStates:
         seed=SEED,
         on_layer=caught.append,
         backend="torch",
+        config=LlamaConfig(hidden_size=n_query_heads * HEAD_DIM, num_attention_heads=n_query_heads, head_dim=HEAD_DIM),
     )
     query, keys, values = (tensor.to(case.dtype)[None] for tensor in (query, keys, values))
     observer.attend(case.layer_index, query, keys, values, HEAD_DIM**-0.5)

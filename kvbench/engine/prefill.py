@@ -40,6 +40,7 @@ def prefill(
         seed=job.seed,
         on_layer=on_layer,
         backend=kernels,
+        config=loaded.model.config.get_text_config(),
     )
     input_ids = torch.tensor([job.input_ids[: job.compress_at]], device=loaded.device)
     with torch.inference_mode(), attention_implementation(loaded.model):

@@ -226,7 +226,7 @@ class CompressedCache(Cache):
         kernels = "torch" if softcap is not None and self.kernels == "auto" else self.kernels
         self._prompt_tokens = prompt_lengths(query, mask)
         self._rows = rows_for(self.policy, self._prompt_tokens, len(self._ranks), query, key, kernels)
-        self._observers = observers_of(self._rows, self.policy, self._prompt_tokens, self.seed)
+        self._observers = observers_of(self._rows, self.policy, self._prompt_tokens, self.seed, self._config)
 
     def _read_prompt(
         self,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from kvbench.attention.observe import Observer
 from kvbench.errors import ModelError
@@ -80,7 +81,9 @@ def rows_for(
     return rows
 
 
-def observers_of(rows: GrowingRows, policy: Policy, prompt_tokens: Sequence[int], seed: int) -> list[Observer]:
+def observers_of(
+    rows: GrowingRows, policy: Policy, prompt_tokens: Sequence[int], seed: int, config: PreTrainedConfig
+) -> list[Observer]:
     """One observer per row, which compresses each layer it sees and writes what is left into the row.
 
     Args:
@@ -88,6 +91,7 @@ def observers_of(rows: GrowingRows, policy: Policy, prompt_tokens: Sequence[int]
         policy: the method.
         prompt_tokens: length of each prompt in tokens.
         seed: handed to the policy.
+        config: the model's text configuration.
 
     Returns:
         B observers.
@@ -106,6 +110,7 @@ def observers_of(rows: GrowingRows, policy: Policy, prompt_tokens: Sequence[int]
             seed=seed,
             on_layer=partial(compress, row),
             backend=rows.backend,
+            config=config,
         )
         for row in range(len(prompt_tokens))
     ]

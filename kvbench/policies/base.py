@@ -37,7 +37,9 @@ class LayerStates:
             causal). Present if the policy needs "column_sums".
         window_attention: `(H, W, T)` fp32, softmax rows of the last W prompt queries, W at least the policy's
             `window_tokens` (or T if the prompt is shorter). Present if the policy needs "window_attention".
-        extras: further per-layer tensors by name, for needs beyond these.
+        extras: further tensors by name. With need "queries": "queries" `(H, T, D)` after RoPE, model dtype, and
+            "scaling", a scalar, the factor on their products with keys. With need "rotary_frequencies": that name,
+            `(R / 2,)` fp32 radians per token by which RoPE turns channels i and i + R / 2 of the first R.
     """
 
     keys: Tensor
@@ -157,8 +159,8 @@ class Policy(ABC):
 
     Class attributes a subclass sets:
         name: the method's name in configuration, records and tables.
-        needs: which of "column_sums", "window_attention" (or an extra's name) the prefill has to provide; a property
-            where that depends on the options.
+        needs: which of "column_sums", "window_attention", "queries" and "rotary_frequencies" the prefill has to
+            provide; a property where that depends on the options.
         steps: whether `step` does anything; a row whose policy steps keeps its size while decoding, any other row
             grows by one slot per new token.
 

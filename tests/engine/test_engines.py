@@ -36,6 +36,7 @@ ARMS = [
     ("keepkv", 0.35, {"threshold": 0.2, "start_tokens": 2}),
     ("weightedkv", 0.35, {"start_tokens": 2}),
     ("d2o", 0.5, {"whole_first_layers": 1, "whole_last_layers": 0}),
+    ("expected_attention", 0.35, {"future_tokens": 16, "start_tokens": 2}),
 ]
 
 

@@ -48,7 +48,8 @@ def make_layer(
             keys[:, t] = 0.8 * keys[:, t - 1] + 0.6 * keys[:, t]
         keys = 2.0 * keys + normal(n_kv_heads, 1, head_dim)
     values = normal(n_kv_heads, n_tokens, head_dim)
-    attention = causal_attention(normal(n_query_heads, n_tokens, head_dim), keys)
+    queries = normal(n_query_heads, n_tokens, head_dim)
+    attention = causal_attention(queries, keys)
     return LayerStates(
         keys.to(dtype),
         values.to(dtype),
@@ -58,6 +59,11 @@ def make_layer(
         seed=seed,
         column_sums=attention.sum(1),
         window_attention=attention[:, -window_tokens:],
+        extras={
+            "queries": queries.to(dtype),
+            "scaling": torch.tensor(head_dim**-0.5),
+            "rotary_frequencies": 100.0 ** -torch.linspace(0, 1, head_dim // 2),
+        },
     )
 
 

@@ -21,6 +21,7 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
     "pyramidkv": {"observation_tokens": 4},
     "adakv": {"base": SnapKV(observation_tokens=4)},
     "d2o": {"start_tokens": 1, "whole_first_layers": 1, "whole_last_layers": 0},
+    "expected_attention": {"future_tokens": 16},
 }
 COMPRESSED = [name for name in OWN_METHODS if name != "full"]
 

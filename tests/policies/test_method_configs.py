@@ -25,6 +25,7 @@ OWN_METHODS = (
     "keepkv",
     "weightedkv",
     "d2o",
+    "expected_attention",
 )
 
 
