@@ -124,7 +124,8 @@ def _attention(
     if note is None or note.key is not key or note.layer_index != module.layer_idx:
         raise ModelError(
             f"layer {module.layer_idx} of {type(module).__name__} ran without the compressed cache: inside the block "
-            "call model.generate(...), or pass past_key_values=cache on every call"
+            "call model.generate(...), or pass past_key_values=cache on every call (Phi-3 itself drops it where prompt "
+            "and answer cross original_max_position_embeddings: keep both on one side)"
         )
     if dropout:
         raise ModelError(f"attention dropout {dropout} is not supported, only 0 is: call model.eval() first")

@@ -14,14 +14,15 @@ from kvbench.library.attention import compressed_attention
 from kvbench.library.cache import CompressedCache
 from kvbench.policies.base import Policy
 
-# Options of `generate` that read a prompt in pieces, take tokens back or bring a cache of their own, with the value
-# that switches each off.
+# Options of `generate` that read a prompt in pieces, take tokens back, bring a cache of their own or ask for attention
+# weights that no kernel here keeps, with the value that switches each off.
 _UNSUPPORTED_OPTIONS: dict[str, Any] = {
     "assistant_model": None,
     "prompt_lookup_num_tokens": None,
     "prefill_chunk_size": None,
     "cache_implementation": None,
     "use_cache": True,
+    "output_attentions": False,
 }
 
 
@@ -123,7 +124,4 @@ def _check_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[s
         value = next((value for value in values if value is not None), off)
         if value != off and value != "hybrid":  # what older Gemma checkpoints ask for and transformers ignores
             shown = value if isinstance(value, str | int | bool) else type(value).__name__
-            raise ConfigError(
-                f"generate({name}={shown}) is not supported with a compressed cache, which reads a prompt once and "
-                f"whole: use {name}={off}"
-            )
+            raise ConfigError(f"generate({name}={shown}) is not supported with a compressed cache: use {name}={off}")

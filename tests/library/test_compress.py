@@ -213,6 +213,7 @@ def test_the_report_outlives_the_block():
         ),
         ({"prefill_chunk_size": 16}, r"generate\(prefill_chunk_size=16\) .* use prefill_chunk_size=None"),
         ({"cache_implementation": "static"}, r"generate\(cache_implementation=static\)"),
+        ({"output_attentions": True}, r"generate\(output_attentions=True\) .* use output_attentions=False"),
         ({"use_cache": False}, r"generate\(use_cache=False\) .* use use_cache=True"),
         ({"generation_config": GenerationConfig(prefill_chunk_size=16)}, r"prefill_chunk_size=16"),
         ({"past_key_values": DynamicCache()}, r"past_key_values is a DynamicCache, only the block's own"),

@@ -12,6 +12,7 @@ from small_decoders import FAMILIES, build, padded, prompt
 from transformers import TextIteratorStreamer
 
 import kvbench
+from kvbench.errors import ModelError
 from kvbench.models.byte_tokenizer import byte_tokenizer
 from kvbench.policies.cam import CaM
 from kvbench.policies.full import Full
@@ -26,6 +27,10 @@ MODES = {
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"do_sample": True, "num_beams": 3, "temperature": 1.5},
     "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+TWO_FREQUENCIES = {
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    "original_max_position_embeddings": 32,
 }
 WHOLE = {"whole_first_layers": 1, "whole_last_layers": 0}
 POLICIES = [H2O(budget=0.4), CaM(budget=0.4), KVMerger(budget=0.5, **WHOLE), KVMergerBias(budget=0.5, **WHOLE)]
@@ -136,3 +141,29 @@ def test_the_long_form_passes_the_cache():
         cache.reset()
         unbound = type(model).generate(model, input_ids=ids, past_key_values=cache, do_sample=False, **LONG)
         assert torch.equal(unbound, expected)
+
+
+@pytest.mark.parametrize("n_tokens", [20, 40], ids=["short factors", "long factors"])
+def test_phi3_with_two_sets_of_frequencies(n_tokens):
+    model = build("phi3", **TWO_FREQUENCIES)
+    inputs = {"input_ids": prompt(n_tokens)}
+    assert torch.equal(compressed(model, Full(), inputs, do_sample=False), generate(model, inputs, do_sample=False))
+
+
+def test_phi3_refuses_an_answer_that_crosses_from_one_to_the_other():
+    model = build("phi3", **TWO_FREQUENCIES)  # transformers would compute the prompt anew, with a cache of its own
+    with pytest.raises(ModelError, match="Phi-3 itself drops it where prompt and answer cross"):
+        compressed(model, Full(), {"input_ids": prompt(28)}, do_sample=False)
+
+
+def test_prompts_given_as_embeddings():
+    model, ids = build("llama"), prompt(40)
+    inputs = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
+    expected = compressed(model, H2O(budget=0.4), {"input_ids": ids}, do_sample=False)
+    assert torch.equal(compressed(model, H2O(budget=0.4), inputs, do_sample=False), expected[:, 40:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_whole_cache_changes_no_token_in_half_precision(dtype):
+    model, inputs = build("llama").to(dtype), {"input_ids": prompt(40)}
+    assert torch.equal(compressed(model, Full(), inputs, do_sample=False), generate(model, inputs, do_sample=False))
