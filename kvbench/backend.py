@@ -9,6 +9,8 @@ import functools
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -67,6 +69,19 @@ def triton_obstacle(device: torch.device | str) -> str | None:
     if torch.device(device).type != "cuda" and not triton_interpreted():
         return "Triton kernels need a CUDA device"
     return None
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one until the block ends: Triton launches kernels there, wherever their tensors lie.
+
+    A model that is spread over several GPUs calls its layers without doing so.
+
+    Args:
+        device: where the tensors live; nothing happens for the CPU or the GPU that is current already.
+    """
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def triton_interpreted() -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from kvbench.backend import current_device
 from kvbench.errors import KvbenchError, ModelError
 
 IMPLEMENTATION = "kvbench"
@@ -114,7 +115,8 @@ def _attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer_index = cast(int, module.layer_idx)
-    output = attention_context.attend(layer_index, query, key, value, scaling, **optional)
+    with current_device(query.device):
+        output = attention_context.attend(layer_index, query, key, value, scaling, **optional)
     return output, None
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvbench.backend import choose_backend
+from kvbench.backend import choose_backend, current_device
 from kvbench.cache.arena import Arena
 from kvbench.cache.layer import CacheLayer, RowExtent
 from kvbench.cache.sealed import SealedLayer, attention_elements, seal_layer
@@ -263,7 +263,8 @@ class RaggedCache(Cache):
         expected = (len(self._rows), self.n_kv_heads, 1, self.head_dim)
         if tuple(key_states.shape) != expected:
             raise ValueError(f"new keys have shape {tuple(key_states.shape)}, the batch needs {expected}")
-        self._sealed[layer_idx].write(key_states, value_states)
+        with current_device(key_states.device):
+            self._sealed[layer_idx].write(key_states, value_states)
         return key_states, value_states
 
     def attend(

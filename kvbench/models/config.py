@@ -36,7 +36,8 @@ class ModelConfig:
         revision: branch, tag or commit on the hub; the commit it stands for is recorded.
         dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16".
         device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
-        device_map: "auto" spreads the layers over all devices; None puts the whole model on `device`.
+        device_map: "auto" spreads the layers over all GPUs (see `device_map.py`); None puts the whole model on
+            `device`.
         max_prompt_tokens: prompts longer than this many tokens are truncated, before the chat wrapper; None for what
             the context leaves.
         chat_format: "template" (the tokenizer's own chat template), "llama2" (LongBench's bare `[INST]` frame) or

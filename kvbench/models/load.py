@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvbench.errors import ConfigError, ModelError
 from kvbench.models import hub, local, smollm2
 from kvbench.models.config import ModelConfig
+from kvbench.models.device_map import check_device_map, describe_placement, input_device, spread
 from kvbench.models.random_llama import build_random_llama
 
 
@@ -86,11 +87,16 @@ def load_model(
     source = config.effective_source
     if source in BUILDERS:
         model, tokenizer, origin = BUILDERS[source](config, dtype, place)
+        if config.device_map is not None:
+            model = spread(model)
     else:
         checkpoint = LOCATORS[source](config, report)
         origin = checkpoint.source
         report(f"loading {config.name} on {place}")
         model, tokenizer = local.load_checkpoint(checkpoint.folder, dtype, place, config.device_map)
+        check_device_map(config.name, getattr(model, "hf_device_map", {}))
+    if placement := describe_placement(model):
+        report(f"{config.name} is spread over {placement} (parts)")
     if config.chat_format == "template" and not tokenizer.chat_template:
         raise ModelError(f"model {config.name} ({origin}) has no chat template: use model.chat_format=none (or llama2)")
     model.eval().requires_grad_(False)
@@ -98,7 +104,7 @@ def load_model(
         name=config.name,
         model=model,
         tokenizer=tokenizer,
-        device=next(model.get_input_embeddings().parameters()).device,
+        device=input_device(model),
         dtype=dtype,
         max_context_tokens=int(model.config.get_text_config().max_position_embeddings),
         max_prompt_tokens=config.max_prompt_tokens,
