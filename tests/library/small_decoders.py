@@ -29,6 +29,22 @@ from kvbench.models.load import LoadedModel
 VOCABULARY = 61
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
@@ -45,22 +61,7 @@ def build(family: str, **options: object) -> PreTrainedModel:
     """A model of three layers with four query and two KV heads; sliding layers only where `options` ask for them."""
     config_class, model_class, defaults = FAMILIES[family]
     torch.manual_seed(0)
-    config = config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-        **{**defaults, **options},
-    )
+    config = config_class(**{**SIZES, **defaults, **options})
     return model_class(config).eval()
 
 
