@@ -1,12 +1,13 @@
-"""Write a run's predictions in the formats that the benchmarks' own tools read.
+"""Write a run's predictions in the formats that the benchmarks' own tools read, or its scores for a model card.
 
     python -m kvbench.export longbench RUN --out DIR     DIR/pred/<model>-<arm>/<dataset>.jsonl for the official eval.py
                                                          (LongBench-E: DIR/pred_e/...)
     python -m kvbench.export zeroscrolls RUN --out DIR   DIR/<model>-<arm>.csv for the leaderboard
+    python -m kvbench.export model-index RUN --out DIR   DIR/<model>.md, a model card with the scores as metadata
 
 RUN is a run folder; several of them (a sweep over data sets) are exported together. Files are written anew each time,
 never appended to: upstream's appending scored doubled rows. What is missing from a file is said on standard error. The
-last line printed is one JSON document: the rows of each file.
+last line printed is one JSON document: the rows (or metrics) of each file.
 
 Formats: LongBench/pred.py and eval.py at commit 2e00731f; tau-nlp/zero_scrolls (columns Task, ID, Prediction).
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import KvbenchError, RecordError
+from kvbench.exports.model_index import export_model_index
 from kvbench.metrics.longbench import DATASETS
 from kvbench.records.read import read_config, read_records
 from kvbench.tasks.fetched import LONGBENCH_E_DATASETS, ZEROSCROLLS_TEST_QUESTIONS
@@ -194,6 +196,7 @@ def _write(path: Path, text: str) -> None:
 EXPORTERS: dict[str, Callable[[Sequence[Path], Path], dict[Path, int]]] = {
     "longbench": export_longbench,
     "zeroscrolls": export_zeroscrolls,
+    "model-index": export_model_index,
 }
 
 
@@ -206,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that the user can mend.
     """
-    parser = argparse.ArgumentParser(prog="python -m kvbench.export", description="Export predictions.")
+    parser = argparse.ArgumentParser(prog="python -m kvbench.export", description="Export predictions or scores.")
     parser.add_argument("format", choices=tuple(EXPORTERS))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, default=Path("export"), metavar="DIR", help="default: export")
