@@ -102,9 +102,10 @@ GOOD = json.dumps(row("a", "b"))
 @pytest.mark.parametrize(
     ("name", "text", "arguments", "message"),
     [
-        ("qasper.jsonl", f"{GOOD}\nnot json\n", [], "qasper.jsonl, line 2 is not JSON (Expecting value)"),
-        ("qasper.jsonl", f"{GOOD}\n\n", [], "qasper.jsonl, line 2 is not JSON"),
-        ("qasper.jsonl", "[1]\n", [], "line 1 is not a JSON object"),
+        ("qasper.jsonl", f"{GOOD}\nnot json\n", [], "qasper.jsonl:2: malformed JSON (Expecting value"),
+        ("qasper.jsonl", f"{GOOD}\n\n", [], "qasper.jsonl:2: the line is empty"),
+        ("qasper.jsonl", '{"pred": ' + "[" * 100_000 + "\n", [], "qasper.jsonl:1: JSON is nested too deeply"),
+        ("qasper.jsonl", "[1]\n", [], "qasper.jsonl:1: a row must be a JSON object"),
         ("qasper.jsonl", '{"answers": ["a"], "all_classes": null}\n', [], "line 1 has no 'pred'"),
         ("qasper.jsonl", '{"pred": "a", "answers": ["a"]}\n', [], "line 1 has no 'all_classes'"),
         ("qasper.jsonl", '{"pred": null, "answers": ["a"], "all_classes": null}\n', [], "'pred' of type NoneType"),
@@ -119,7 +120,7 @@ GOOD = json.dumps(row("a", "b"))
             ["--e"],
             "a 'length' of '9'",
         ),
-        ("qasper.jsonl", "", [], "qasper.jsonl has 0 rows"),
+        ("qasper.jsonl", "", [], "qasper.jsonl is empty"),
         ("boats.jsonl", f"{GOOD}\n", [], "'boats' is no LongBench data set; known are narrativeqa"),
         ("notes.txt", "", [], "holds 0 .jsonl files"),
     ],
@@ -137,7 +138,7 @@ def test_bad_data_is_one_line_and_exit_code_2(tmp_path, capsys, name, text, argu
 def test_not_utf8(tmp_path, capsys):
     (tmp_path / "qasper.jsonl").write_bytes(GOOD.encode() + b"\n\xff\n")
     assert main([str(tmp_path)]) == 2
-    assert "is not UTF-8" in capsys.readouterr().err
+    assert "not UTF-8" in capsys.readouterr().err
 
 
 def test_missing_folder(tmp_path, capsys):

@@ -12,6 +12,7 @@ Scores of one prediction lie in [0, 1] and never raise, whatever the strings; a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -100,9 +101,11 @@ class BestAnswerMetric:
     def score(
         self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str
     ) -> dict[str, float]:
-        """Best score over the answers; 0 without answers (see `Metric.score`)."""
+        """Best score over the answers; 0 without answers, NaN if any comparison gives NaN (see `Metric.score`)."""
         prepared = self.prepare(prediction, dataset)
-        return {"score": max([0.0, *(self.compare(prepared, answer, all_classes) for answer in answers)])}
+        scores = [self.compare(prepared, answer, all_classes) for answer in answers]
+        # `max` may pass over a NaN, and a defect would look like a score of 0.
+        return {"score": math.nan if any(map(math.isnan, scores)) else max([0.0, *scores])}
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> float:
         """Mean on the 0..100 scale (see `Metric.aggregate`)."""

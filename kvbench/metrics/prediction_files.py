@@ -6,13 +6,13 @@ error names the file and the line.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbench.errors import DataError
 from kvbench.metrics.longbench import DATASETS, base_dataset
+from kvbench.tasks.jsonl import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,8 @@ def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _row_problem(row: Any, needs_length: bool, needs_classes: bool) -> str | None:
+def _row_problem(row: dict[str, Any], needs_length: bool, needs_classes: bool) -> str | None:
     """What is wrong with a row, or None."""
-    if not isinstance(row, dict):
-        return "is not a JSON object"
     for key in ("pred", "answers", "all_classes", *(["length"] if needs_length else [])):
         if key not in row:
             return f"has no {key!r}"
@@ -76,21 +74,11 @@ def read_predictions(path: Path, needs_length: bool = False) -> PredictionFile:
         raise DataError(f"{path}: {dataset!r} is no LongBench data set; known are {', '.join(DATASETS)}")
     needs_classes = DATASETS[base_dataset(dataset)][0] == "classification"
     rows = []
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from error
-                problem = _row_problem(row, needs_length, needs_classes)
-                if problem:
-                    raise DataError(f"{path}, line {number} {problem}; mend or remove it")
-                rows.append(row)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 after line {len(rows)} ({error.reason})") from error
-    if not rows:
-        raise DataError(f"{path} has 0 rows; a score needs at least 1")
+    for number, row in read_jsonl(path):
+        problem = _row_problem(row, needs_length, needs_classes)
+        if problem:
+            raise DataError(f"{path}, line {number} {problem}; mend or remove it")
+        rows.append(row)
     return PredictionFile(
         dataset,
         tuple(row["pred"] for row in rows),

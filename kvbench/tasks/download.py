@@ -14,6 +14,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -25,6 +26,7 @@ from kvbench.paths import cache_folder
 
 logger = logging.getLogger(__name__)
 
+MAX_WEB_FILE_BYTES = 16 * 2**20
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # The transport errors of the HTTP library that the hub is built on, whichever it is in the installed version.
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -104,6 +106,15 @@ def _download(url: str, partial: Path, size_bytes: int | None) -> None:
             ) from None
 
 
+class _SmallFile(io.BytesIO):
+    """A file in memory that takes no more than `MAX_WEB_FILE_BYTES`."""
+
+    def write(self, data: Any, /) -> int:
+        if self.tell() + len(data) > MAX_WEB_FILE_BYTES:
+            raise DataError(f"more than {MAX_WEB_FILE_BYTES} bytes arrived: this is not the pinned file")
+        return super().write(data)
+
+
 def web_file(url: str, sha256: str) -> bytes:
     """Get a small file whose content is known.
 
@@ -114,7 +125,7 @@ def web_file(url: str, sha256: str) -> bytes:
     Raises:
         DataError: if it cannot be had or is another content.
     """
-    content = io.BytesIO()
+    content = _SmallFile()
     try:
         http_get(url, content, headers={"Accept-Encoding": "identity"})
     except NETWORK_ERRORS as error:

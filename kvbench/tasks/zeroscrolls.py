@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from kvbench.errors import ConfigError, DataError
+from kvbench.errors import ConfigError, DataError, printable
 from kvbench.tasks.archive import open_member
 from kvbench.tasks.base import Sample, Task
 from kvbench.tasks.fetched import ZEROSCROLLS_TASKS, zeroscrolls_folder
@@ -82,7 +82,10 @@ class ZeroScrolls(Task):
                     continue
                 if first.prompt != sample.prompt:
                     logger.warning(
-                        "%s:%d: id %s again with another input; the first counts", name, line_number, sample.id
+                        "%s:%d: id %s again with another input; the first counts",
+                        name,
+                        line_number,
+                        printable(sample.id),
                     )
                 samples[sample.id] = replace(first, answers=(*first.answers, *sample.answers))
         n_unscored = sum(not sample.answers for sample in samples.values())

