@@ -14,6 +14,7 @@ from kvbench.policies.registry import build_policy
 
 SMALL_MODEL_OPTIONS = {
     "kvmerger": {"whole_first_layers": 1, "whole_last_layers": 0},
+    "kvmerger_plus": {"recent_tokens": 4, "question_queries": 4, "kernel_tokens": 3},
     "snapkv": {"observation_tokens": 4, "kernel_tokens": 3},
 }
 ARMS = [
@@ -26,6 +27,8 @@ ARMS = [
     ("kvmerger", 0.5, {"budget_mode": "threshold", "threshold": 0.2}),
     ("kvmerger", 0.35, {"whole_first_layers": 0, "value_scale": "log_bias"}),
     ("kvmerger_bias", 0.35, {}),
+    ("kvmerger_plus", 0.35, {}),
+    ("kvmerger_plus", 0.5, {"refit": "values"}),
     ("snapkv", 0.35, {}),
     ("streaming_llm", 0.35, {}),
     ("knorm", 0.35, {"whole_first_layers": 1, "recent_tokens": 2}),

@@ -16,6 +16,7 @@ OWN_METHODS = (
     "h2o",
     "kvmerger",
     "kvmerger_bias",
+    "kvmerger_plus",
     "snapkv",
     "streaming_llm",
     "knorm",
