@@ -76,7 +76,7 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
     todo = _missing(plan, samples, positions, folder)
     failed: set[int] = set()
     if todo:
-        folder.note_call(_call(plan, len(samples), len(positions)))
+        folder.note_call(_call(plan, len(samples), todo))
         with console.status("loading the model") as status:
             loaded = load_model(plan.model, report=status.update)
             samples = [_limited(sample, plan) for sample in samples]
@@ -119,7 +119,7 @@ def _missing(
     return {index: arms for index, arms in missing.items() if arms}
 
 
-def _call(plan: Plan, task_samples: int, shard_samples: int) -> dict[str, Any]:
+def _call(plan: Plan, task_samples: int, todo: dict[int, tuple[Arm, ...]]) -> dict[str, Any]:
     """What this call sets out to do, for `kvbench.progress`; see `kvbench.records.read.read_calls`."""
     return {
         "started_at": round(time.time(), 3),
@@ -128,7 +128,7 @@ def _call(plan: Plan, task_samples: int, shard_samples: int) -> dict[str, Any]:
         "shard": None if plan.shard is None else str(plan.shard),
         "arms": [arm.key for arm in plan.arms],
         "task_samples": task_samples,
-        "samples": shard_samples,
+        "missing_answers": sum(map(len, todo.values())),
     }
 
 
