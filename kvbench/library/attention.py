@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from kvbench.attention.observe_torch import cap_logits
+from kvbench.backend import current_device
 from kvbench.errors import ModelError
 
 IMPLEMENTATION = "kvbench_compressed"
@@ -140,7 +141,8 @@ def _attention(
                 "plain softmax attention, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma3"
             )
     if note.cache.compresses(note.layer_index):
-        return note.cache.attend(note.layer_index, query, key, value, attention_mask, scaling, softcap), None
+        with current_device(query.device):
+            return note.cache.attend(note.layer_index, query, key, value, attention_mask, scaling, softcap), None
     if softcap is not None:
         return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
     output, _ = AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -16,7 +16,7 @@ from kvbench.cache.layer import CacheLayer, RowExtent
 from kvbench.cache.ragged import RaggedCache, _Row
 from kvbench.policies.base import CompressedLayer, Policy
 
-ROOM_TOKENS = 128
+ROOM_TOKENS = 32
 """New tokens a row has room for at a time: at most that many slots per head lie unused, and a copy of the cache is
 spread over that many steps."""
 

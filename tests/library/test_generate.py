@@ -51,9 +51,8 @@ def batch():
 
 
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_whole_cache_changes_no_token(family, mode):
-    model = build(family)
+def test_a_whole_cache_changes_no_token(mode):
+    model = build("llama")
     for inputs in ({"input_ids": prompt(40)}, batch()):
         expected = generate(model, inputs, **MODES[mode])
         assert torch.equal(compressed(model, Full(), inputs, **MODES[mode]), expected)
@@ -96,7 +95,7 @@ def test_beams_follow_their_caches(policy):
 
 def test_an_answer_longer_than_the_room_that_rows_begin_with(monkeypatch):
     model, inputs = build("llama"), batch()
-    options = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
+    options = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24}
     expected = {policy: compressed(model, policy, inputs, **options) for policy in [Full(), *POLICIES]}
     monkeypatch.setattr("kvbench.library.rows.ROOM_TOKENS", 7)
     for policy, tokens in expected.items():
