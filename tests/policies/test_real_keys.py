@@ -10,12 +10,26 @@ from kvbench.attention.interface import attention_implementation
 from kvbench.attention.observe import Observer
 from kvbench.policies.base import LayerStates
 from kvbench.policies.cam import CaM
+from kvbench.policies.d2o import D2O
+from kvbench.policies.expected_attention import ExpectedAttention
 from kvbench.policies.h2o import H2O
+from kvbench.policies.keepkv import KeepKV
+from kvbench.policies.knorm import Knorm
 from kvbench.policies.kvmerger import KVMerger, KVMergerBias
 from kvbench.policies.reference.cam import ReferenceCaM
+from kvbench.policies.reference.d2o import reference_d2o
+from kvbench.policies.reference.expected_attention import reference_scores
 from kvbench.policies.reference.h2o import ReferenceH2O
+from kvbench.policies.reference.keepkv import reference_keepkv, stacked
+from kvbench.policies.reference.knorm import reference_knorm
 from kvbench.policies.reference.kvmerger import reference_kvmerger
+from kvbench.policies.reference.snapkv import reference_snapkv
+from kvbench.policies.reference.tova import ReferenceTOVA
+from kvbench.policies.reference.weightedkv import reference_weightedkv
 from kvbench.policies.segments import cosines_at, unit_keys
+from kvbench.policies.snapkv import SnapKV
+from kvbench.policies.tova import TOVA
+from kvbench.policies.weightedkv import WeightedKV
 
 pytestmark = pytest.mark.model
 
@@ -31,13 +45,14 @@ def layers(smollm2) -> dict[int, LayerStates]:
     input_ids = smollm2.tokenizer(TEXT, return_tensors="pt").input_ids[:, :201]  # odd length
     states: list[LayerStates] = []
     observer = Observer(
-        needs=frozenset({"column_sums"}),
-        window_tokens=0,
+        needs=frozenset({"column_sums", "window_attention", "queries", "rotary_frequencies"}),
+        window_tokens=32,
         n_layers=30,
         n_query_heads=9,
         seed=1,
         on_layer=states.append,
         backend="torch",
+        config=smollm2.model.config,
     )
     with torch.no_grad(), attention_implementation(smollm2.model):
         smollm2.model(input_ids=input_ids, use_cache=False, logits_to_keep=1, attention_context=observer)
@@ -100,3 +115,45 @@ def test_h2o_and_cam(layers, index):
         assert torch.equal(compressed.positions, positions)
         assert relative_rms(compressed.keys, keys) == 0.0
         assert relative_rms(compressed.values, values) == 0.0
+
+
+@pytest.mark.parametrize("index", LAYERS)
+def test_selections(layers, index):
+    states = layers[index]
+    m = 70
+    assert SnapKV().compress(states, m).positions.tolist() == reference_snapkv(states.window_attention, 3, m)
+    assert Knorm().compress(states, m).positions.tolist() == reference_knorm(states.keys, m)
+    tova = ReferenceTOVA(states.keys, states.values, states.window_attention[:, -1], m)
+    assert TOVA().compress(states, m).positions.tolist() == [tova.stacked()[2]] * 3
+
+
+@pytest.mark.parametrize("index", LAYERS)
+def test_expected_attention(layers, index):
+    states, policy = layers[index], ExpectedAttention(future_tokens=16)
+    extras = states.extras
+    scaling = float(extras["scaling"])
+    expected = reference_scores(
+        extras["queries"], states.keys, states.values, extras["rotary_frequencies"], scaling, n_future=16
+    )
+    assert relative_rms(policy.scores(states)[:, 4:], expected) < 1e-5
+
+
+@pytest.mark.parametrize("index", LAYERS)
+def test_merges_into_kept_tokens(layers, index):
+    states, m = layers[index], 70
+    sums = states.column_sums.unflatten(0, (3, 3)).mean(1)
+    positions, keys, values = reference_d2o(states.keys, states.values, sums, m)
+    d2o = D2O().compress(states, m)
+    assert d2o.positions.tolist() == positions
+    assert relative_rms(d2o.keys, keys) < 1e-5
+    assert relative_rms(d2o.values, values) < 1e-5
+    positions, values = reference_weightedkv(states.values, sums, m)
+    weightedkv = WeightedKV().compress(states, m)
+    assert weightedkv.positions.tolist() == positions
+    assert relative_rms(weightedkv.values, values) < 1e-5
+    keepkv = KeepKV().compress(states, m)
+    keys, values, kept, bias = stacked(reference_keepkv(states.keys, states.values, KeepKV().window(states), m))
+    assert torch.equal(keepkv.positions, kept)
+    assert relative_rms(keepkv.keys, keys) < 1e-5
+    assert relative_rms(keepkv.values, values) < 1e-5
+    assert relative_rms(keepkv.bias, bias) < 1e-6
