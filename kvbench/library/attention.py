@@ -25,6 +25,7 @@ from transformers.masking_utils import causal_mask_function
 from kvbench.attention.observe_torch import cap_logits
 from kvbench.backend import current_device
 from kvbench.errors import ModelError
+from kvbench.library.layers import slides
 
 IMPLEMENTATION = "kvbench_compressed"
 
@@ -167,10 +168,16 @@ def _capped_attention(
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The registered mask function: `(B, T)` bool or None for full layers, SDPA's own mask for sliding windows."""
-    if kwargs.get("local_size") is not None:
+    window: int | None = kwargs.get("local_size")
+    if slides(window, kwargs["config"]):
         mask: Tensor | None = AttentionMaskInterface()["sdpa"](*args, **kwargs)
         return mask
-    if kwargs.get("mask_function") is not causal_mask_function:
+    n_tokens: int = kwargs["kv_length"]
+    if window is not None and n_tokens > window:
+        raise ModelError(
+            f"{n_tokens} tokens exceed the model's context and sliding window of {window}: shorten prompt or answer"
+        )
+    if kwargs.get("use_vmap") or (window is None and kwargs.get("mask_function") is not causal_mask_function):
         raise ModelError(
             "a mask other than causal with left padding is not supported (packed sequences, prefix or image blocks): "
             "give plain text prompts, one sequence a row"

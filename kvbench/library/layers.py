@@ -11,6 +11,17 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from kvbench.errors import ModelError
 
 
+def slides(window: int | None, config: PreTrainedConfig) -> bool:
+    """Whether a sliding window ever hides a token: one as wide as the model's context (Phi-3, 128k) does not.
+
+    Args:
+        window: tokens that a query sees, itself included, or None for all.
+        config: the model's text configuration.
+    """
+    context_tokens: int = config.max_position_embeddings
+    return window is not None and window < context_tokens
+
+
 class CompressedCacheLayer(CacheLayerMixin):
     """What transformers sees of a compressed layer: how many tokens went through it, padding included.
 
@@ -58,7 +69,7 @@ class CompressedCacheLayer(CacheLayerMixin):
 
 
 def cache_layers(config: PreTrainedConfig) -> list[Any]:
-    """Transformers' own layers for a model, with those of full attention replaced by ours.
+    """Transformers' own layers for a model; ours in place of those that attend to everything.
 
     Args:
         config: the model's text configuration.
@@ -71,9 +82,10 @@ def cache_layers(config: PreTrainedConfig) -> list[Any]:
     """
     layers: list[Any] = list(DynamicCache(config=config).layers)
     for index, layer in enumerate(layers):
-        if type(layer) is DynamicLayer:
+        sliding = getattr(layer, "is_sliding", False)
+        if type(layer) is DynamicLayer or (sliding and not slides(layer.sliding_window, config)):
             layers[index] = CompressedCacheLayer()
-        elif not getattr(layer, "is_sliding", False):
+        elif not sliding:
             raise ModelError(
                 f"layer {index} of model type {config.model_type!r} keeps its past in a {type(layer).__name__}: only "
                 "full and sliding-window attention can be used, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"

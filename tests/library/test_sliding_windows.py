@@ -108,3 +108,15 @@ def test_a_model_of_sliding_layers_alone_is_refused_until_its_window_is_lifted()
     with kvbench.compress(model, H2O(budget=0.4)) as cache:
         model.generate(ids, **GREEDY)
     assert cache.report().measured_budget == 0.4
+
+
+def test_a_window_as_wide_as_the_context_counts_as_full():  # Phi-3 of 128k tokens says 262,144
+    ids = padded([prompt(40), prompt(31)])
+    with kvbench.compress(full := build("phi3"), H2O(budget=0.4)):
+        expected = full.generate(**ids, **GREEDY)
+    with kvbench.compress(wide := build("phi3", sliding_window=512), H2O(budget=0.4)) as cache:
+        assert torch.equal(wide.generate(**ids, **GREEDY), expected)
+    assert cache.report().layers_left_alone == ()
+    short = build("phi3", sliding_window=45, max_position_embeddings=45)
+    with kvbench.compress(short, H2O(budget=0.4)), pytest.raises(ModelError, match=r"46 tokens exceed .* window of 45"):
+        short.generate(prompt(40), **GREEDY)
