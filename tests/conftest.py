@@ -14,6 +14,15 @@ import torch
 if TYPE_CHECKING:  # imported late, so that tests without a model start at once
     from kvbench.models.load import LoadedModel
 
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the fault tests counted: kills survived, rows lost, and so on."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "faults" and report.when == "call":
+                terminalreporter.write_line(f"faults: {report.nodeid.rpartition('::')[2]}: {value}")
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub: a slow failure would hide a missing fixture
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():

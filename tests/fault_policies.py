@@ -1,6 +1,8 @@
 """Policies that go wrong, each in one way; named on the command line as `method._target_=fault_policies.<class>`."""
 
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -46,6 +48,32 @@ class RaisesInCompress(Newest):
         if layer.layer_index == 1 and layer.n_tokens > self.longer_than:
             raise RuntimeError("broken on purpose\nsecond line")
         return super().compress(layer, budget_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaisesWhile(Newest):
+    """Raises as long as a file exists, as a method does while another process holds the memory it needs."""
+
+    name: ClassVar[str] = "raises_while"
+    file: str = ""
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        if Path(self.file).exists():
+            raise RuntimeError("not now")
+        return super().compress(layer, budget_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowSteps(Stepping):
+    """Takes its time while decoding, and says so by touching a file first."""
+
+    name: ClassVar[str] = "slow_steps"
+    file: str = ""
+    seconds: float = 0.05
+
+    def step(self, slots: DecodeSlots, attention: Tensor) -> None:
+        Path(self.file).touch()
+        time.sleep(self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,8 +54,9 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path, text):
 
 def test_lines_beside_the_records_are_passed_over_too(tmp_path):
     (tmp_path / "records").mkdir()
+    lines = [DEEP, "[1]", '{"dataset": [], "sample": "s"}', '{"started_at": 1}', '{"started_at": "soon", "arms": []}']
     for name in ("prompts.jsonl", "calls.jsonl"):
-        (tmp_path / name).write_text(f'{DEEP}\n[1]\n{{"dataset": [], "sample": "s"}}\n{{"started_at": 1}}\n')
+        (tmp_path / name).write_text("\n".join(lines))
     assert read_prompts(tmp_path) == {}
     assert read_calls(tmp_path) == []
     assert read_records(tmp_path) == []

@@ -1,0 +1,100 @@
+"""Runs the command line again and again in forks of one process, since importing torch each time takes seconds.
+
+Reads one JSON document a line from standard input, answers each with one:
+
+    {"start": {...}}   fork a child that runs `kvbench.cli.main`; answers {"pid": ...}; see `run_child` for the keys
+    {"wait": pid}      answers {"status": ...}, the wait status of a child that has ended or been killed
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import transformers.models.llama.modeling_llama  # noqa: F401  (else each child would import it)
+from huggingface_hub import constants
+
+import kvbench.job  # noqa: F401
+from kvbench import cli
+from kvbench.metrics import registry
+from kvbench.metrics.base import BestAnswerMetric
+
+
+def run_child(order: dict[str, Any]) -> NoReturn:
+    """Run the command line in this process and end it.
+
+    Args:
+        order: "arguments" (words after the command), "folder" (working directory), "stdout" and "stderr" (files);
+            optionally "file_limit_bytes" (larger files cannot be written), "no_network" (a file to which every attempt
+            to reach another machine is written, before it is refused), "environment" (variables to set),
+            "online" (undo HF_HUB_OFFLINE) and "broken_metric" (what the metric `needle` does instead of its work; see
+            `break_metric`).
+    """
+    os.chdir(order["folder"])
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests themselves were started with
+    if "file_limit_bytes" in order:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit_bytes"],) * 2)
+    if "no_network" in order:
+        refuse_network(order["no_network"])
+    os.environ.update(order.get("environment", {}))
+    if "online" in order:
+        constants.HF_HUB_OFFLINE = False  # read once, at import
+    if "broken_metric" in order:
+        break_metric(order["broken_metric"])
+    sys.argv = ["kvbench", *order["arguments"]]
+    code = cli.main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def break_metric(kind: str) -> None:
+    """Let `needle` raise ("raises"), or give no number ("nan"), or something else ("text")."""
+
+    def needle(prediction: str, answer: str, all_classes: Sequence[str]) -> Any:
+        if kind == "raises":
+            raise ValueError("broken metric")
+        return math.nan if kind == "nan" else "good"
+
+    registry._metrics()["needle"] = BestAnswerMetric("needle", "broken on purpose", needle)
+
+
+def refuse_network(log: str) -> None:
+    """Let every look-up of a host and every connection fail, and write each attempt down."""
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto"):
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(f"{event} {arguments}\n")
+            raise OSError(101, "Network is unreachable")
+
+    sys.addaudithook(audit)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    run_child(request["start"])
+                except BaseException:  # a traceback in the child's own output, and an exit code that no command has
+                    sys.excepthook(*sys.exc_info())
+                    os._exit(99)
+            answer = {"pid": pid}
+        else:
+            answer = {"status": os.waitpid(request["wait"], 0)[1]}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""kill -9 at 50 random moments, the same command again each time: the tables are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from commands import RUN, Command, Server, complete_lines, rows, wait_until
+
+from kvbench.records.read import read_prompts, read_records
+from kvbench.report.cells import ExpectedArm, ExpectedColumn, TableSpec, build_table
+from kvbench.report.summary import summarise
+from kvbench.report.tables import write_table
+from kvbench.report.text import DETAIL_HEADER
+
+KILLS = 50
+SEED = 20261124
+N_SAMPLES, N_ARMS = 8, 9
+PHASES = ("start", "prompts", "decode", "records")
+
+
+def written_tables(root: Path, target: Path) -> dict[str, bytes]:
+    """All table files of the one run below `root`, by name, without what differs for good reason.
+
+    That is, in the Markdown file, the column of seconds and the line that names commit and versions.
+    """
+    (run,) = [path for path in root.iterdir() if (path / "records").is_dir()]
+    arms = tuple(ExpectedArm(s.arm, s.method, s.budget, True) for s in summarise(read_records(run)))
+    spec = TableSpec("faults", "tiny-random", "faults", arms, (ExpectedColumn("passkey", run, "none"),))
+    files = {path.name: path.read_bytes() for path in write_table(build_table(spec), target)}
+    lines = files["faults-tiny-random.md"].split(b"\n")
+    cells = [line.split(b"|") for line in lines]
+    lines = [b"|".join(c[:-2] if len(c) == len(DETAIL_HEADER) + 2 else c) for c in cells]
+    lines = [line for line in lines if b", torch " not in line]
+    assert any(line.endswith(b"| ROUGE-L to full ") for line in lines)
+    return {**files, "faults-tiny-random.md": b"\n".join(lines)}
+
+
+def size(root: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in root.glob(pattern))
+
+
+def counts(root: Path) -> Counter[str]:
+    """What lies in the folder of runs: bytes, and lines that a reader may count on."""
+    records, prompts = list(root.glob("*/records/*.jsonl")), list(root.glob("*/prompts.jsonl"))
+    return Counter(
+        call_bytes=size(root, "*/calls.jsonl"),
+        prompt_bytes=size(root, "*/prompts.jsonl"),
+        prompts=sum(len(complete_lines(path)) for path in prompts),
+        record_bytes=size(root, "*/records/*.jsonl"),
+        rows=sum(len(complete_lines(path)) for path in records),
+        half_lines=sum(not path.read_bytes().endswith(b"\n") for path in records + prompts),
+    )
+
+
+def wait_for_the_moment(generator: random.Random, aim: str, command: Command, root: Path, usual_s: float) -> None:
+    """Wait until the moment of the kill, random within the phase aimed at; the command may end before."""
+    before = counts(root)
+    if aim == "start":
+        time.sleep(generator.uniform(0.0, 0.4 * usual_s))
+    elif aim == "prompts":
+        wait_until(lambda: size(root, "*/prompts.jsonl") > before["prompt_bytes"], command)
+    elif aim == "decode":
+        wait_until(lambda: size(root, "*/calls.jsonl") > before["call_bytes"], command)
+        time.sleep(generator.uniform(0.0, 0.6 * usual_s))
+    else:
+        more = generator.randrange(4000)
+        wait_until(lambda: size(root, "*/records/*.jsonl") > before["record_bytes"] + more, command)
+        time.sleep(generator.uniform(0.0, 0.002))
+
+
+def phase(before: Counter[str], after: Counter[str]) -> str:
+    """What a killed command had been doing, told by what it left behind."""
+    if after["prompts"] < N_SAMPLES:
+        return "prompts" if after["prompt_bytes"] > before["prompt_bytes"] else "start"
+    if after["record_bytes"] > before["record_bytes"]:
+        return "records" if after["rows"] % N_ARMS or after["half_lines"] else "decode"
+    return "decode" if after["prompt_bytes"] > before["prompt_bytes"] else "start"
+
+
+def test_killed_at_50_random_moments_and_resumed(cli: Server, tmp_path: Path, record_property) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    began = time.monotonic()
+    plain = cli.run([*RUN, f"output.root={undisturbed}"], tmp_path)
+    usual_s = time.monotonic() - began
+    assert plain.code == 0, plain.stderr
+    expected_rows = rows(undisturbed)
+    expected_files = written_tables(undisturbed, tmp_path / "tables")
+    assert len(expected_rows) == N_SAMPLES * N_ARMS
+    assert len(expected_files) == 4
+
+    generator = random.Random(SEED)
+    kills: Counter[str] = Counter(dict.fromkeys(PHASES, 0))
+    n_runs = n_half_lines = 0
+    lost: set[tuple[str, str, str]] = set()
+    while kills.total() < KILLS or not all(kills.values()):
+        assert n_runs < 4 * KILLS, kills
+        root, seen = tmp_path / f"run{n_runs}", dict[tuple[str, str, str], dict]()
+        while True:
+            before = counts(root)
+            command = cli.start([*RUN, f"output.root={root}"], tmp_path)
+            rarest = min(kills.values())
+            possible = [name for name in PHASES if name != "prompts" or before["prompts"] < N_SAMPLES]
+            aim = generator.choice([name for name in possible if kills[name] <= rarest + 9])
+            if kills.total() < KILLS or not all(kills.values()):
+                wait_for_the_moment(generator, aim, command, root, usual_s)
+                command.send(signal.SIGKILL)
+            code = command.wait()
+            now = rows(root)
+            lost |= {key for key, record in seen.items() if now.get(key) != record}
+            seen = now
+            if code != -signal.SIGKILL:  # it had ended before the kill came
+                break
+            after = counts(root)
+            kills[phase(before, after)] += 1
+            n_half_lines += after["half_lines"]
+        assert code == 0, command.stderr
+        n_runs += 1
+        lost |= expected_rows.keys() - seen.keys()
+        assert command.tables == plain.tables
+        assert written_tables(root, tmp_path / f"tables{n_runs}") == expected_files
+        (run,) = root.iterdir()
+        assert len(read_prompts(run)) == N_SAMPLES
+    by_phase = ", ".join(f"{name} {kills[name]}" for name in PHASES)
+    record_property(
+        "faults",
+        f"kills survived: {kills.total()} ({by_phase}) over {n_runs} runs, half-written lines left behind: "
+        f"{n_half_lines}, rows lost: {len(lost)}",
+    )
+    assert not lost
