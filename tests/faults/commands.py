@@ -136,14 +136,14 @@ def serve(folder: Path) -> Iterator[Server]:
         process.wait(timeout=60)
 
 
-def wait_until(condition: Any, command: Command, timeout_s: float = 300.0) -> bool:
-    """Wait until `condition()`, looking often; returns False if the command ended before."""
+def wait_until(condition: Any, command: Command, every_s: float = 0.003, timeout_s: float = 300.0) -> bool:
+    """Wait until `condition()`, looking every so often; returns False if the command ended before."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if not command.running():
             return bool(condition())
         assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.0002)
+        time.sleep(every_s)
     return True
 
 

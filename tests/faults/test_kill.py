@@ -62,7 +62,9 @@ def wait_for_the_moment(generator: random.Random, aim: str, command: Command, ro
     if aim == "start":
         time.sleep(generator.uniform(0.0, 0.4 * usual_s))
     elif aim == "prompts":
-        wait_until(lambda: size(root, "*/prompts.jsonl") > before["prompt_bytes"], command)
+        wait_until(lambda: size(root, "*/calls.jsonl") > before["call_bytes"], command)
+        # All of them are written within a millisecond or so.
+        wait_until(lambda: size(root, "*/prompts.jsonl") > before["prompt_bytes"], command, every_s=0.0001)
     elif aim == "decode":
         wait_until(lambda: size(root, "*/calls.jsonl") > before["call_bytes"], command)
         time.sleep(generator.uniform(0.0, 0.6 * usual_s))
