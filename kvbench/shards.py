@@ -1,7 +1,7 @@
 """Shards: fixed, balanced parts of a task's samples, so that several processes or machines can share one run.
 
     python -m kvbench task=qasper shard=2/8             the second of eight parts
-    python -m kvbench -m task=qasper shard=range(8)     all eight, one job each
+    python -m kvbench -m task=qasper 'shard=range(8)'     all eight, one job each
 
 Shards are counted from 1, as in "page 2 of 8". Which samples a shard holds depends on the task's samples and the number
 of shards alone, never on what is recorded already, so that a shard that was cut off goes on wherever it is started

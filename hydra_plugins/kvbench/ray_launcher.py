@@ -1,7 +1,7 @@
 """Jobs of a sweep as Ray tasks, on this machine or on a cluster that is running already.
 
-    python -m kvbench -m shard=range(8) hydra/launcher=ray
-    python -m kvbench -m shard=range(8) hydra/launcher=ray hydra.launcher.init.address=auto
+    python -m kvbench -m 'shard=range(8)' hydra/launcher=ray
+    python -m kvbench -m 'shard=range(8)' hydra/launcher=ray hydra.launcher.init.address=auto
 
 Hydra's own plug-in, hydra-ray-launcher 1.2.2, asks for cloudpickle below 3 and, for its AWS half, boto3; docs/scale.md
 has the evidence. This one needs `ray` alone. It offers the same two settings, `init` for `ray.init` and `remote` for
