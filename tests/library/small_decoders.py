@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import ModelOutput
 
 from kvbench.models.byte_tokenizer import byte_tokenizer
 from kvbench.models.load import LoadedModel
@@ -45,6 +46,8 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 
+SHARP = {"query_pre_attn_scalar": 1}  # Gemma's own 256 makes attention of eight channels uniform
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
@@ -52,8 +55,8 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
     "gemma": (GemmaConfig, GemmaForCausalLM, {}),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"attn_logit_softcapping": None, "layer_types": [FULL] * 3}),
-    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"layer_types": [FULL] * 3}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"attn_logit_softcapping": None, **SHARP, "layer_types": [FULL] * 3}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {**SHARP, "layer_types": [FULL] * 3}),
 }
 
 
@@ -83,3 +86,11 @@ def padded(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     ids = torch.cat([torch.nn.functional.pad(p, (longest - p.shape[1], 0)) for p in prompts])
     lengths = torch.tensor([[p.shape[1]] for p in prompts])
     return {"input_ids": ids, "attention_mask": (torch.arange(longest) >= longest - lengths).long()}
+
+
+def assert_same_answers(model, expected: ModelOutput, inputs: dict[str, torch.Tensor], **options: object) -> None:
+    """`generate` gives the tokens of `expected`, and, where it says them, its logits: more telling than the tokens."""
+    output = model.generate(**inputs, **options)
+    assert torch.equal(output.sequences, expected.sequences)
+    if expected.logits is not None:
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-3)
