@@ -28,6 +28,20 @@ DEEP = "[" * 100_000
         '{"sample": "\xff"',
         "\0" * 50,
     ],
+    ids=[
+        "deep",
+        "deep schema",
+        "list",
+        "null",
+        "long number",
+        "list as sample",
+        "object as dataset",
+        "number as arm",
+        "null as status",
+        "no schema",
+        "cut",
+        "zeros",
+    ],
 )
 def test_a_line_that_is_no_record_is_passed_over(tmp_path, line):
     path = tmp_path / "full.jsonl"
