@@ -2,10 +2,11 @@
 
 No paper describes this method; `docs/findings.md` has the trials behind it, also those that failed. Three parts:
 
-1. Half of the slots go to what the question asks for: votes of the prompt's last few queries, pooled along the tokens
-   so that a chosen token brings its neighbours (SnapKV, arXiv 2404.14469, with a narrower window and a wider kernel).
-2. The other half goes to what the text needs to go on: the mean attention a key received, once over all queries that
-   could see it and once over the last few hundred (H2O, arXiv 2306.14048, without its favour for early tokens).
+1. A third of the slots goes to what the question asks for: votes of the prompt's last few queries, pooled along the
+   tokens so that a chosen token brings its neighbours (SnapKV, arXiv 2404.14469, with a narrower window and a wider
+   kernel).
+2. The rest goes to what the text needs to go on: the mean attention a key received, once over all queries that could
+   see it and once over the last few hundred (H2O, arXiv 2306.14048, without its favour for early tokens).
 3. Dropped tokens are not averaged into neighbours as in KVMerger (arXiv 2407.08454). Instead the kept values, and on
    request a bias, are refitted until the last queries get the output they had (`kvbench.policies.refit`).
 
@@ -57,13 +58,13 @@ class KVMergerPlus(Policy):
     """
 
     recent_tokens: int = 32
-    question_share: float = 0.5
+    question_share: float = 0.33
     question_queries: int = 16
     kernel_tokens: int = 13
     text_queries: int = 256
-    refit: str = "both"
+    refit: str = "values"
     refit_queries: int = 64
-    ridge: float = 0.1
+    ridge: float = 0.03
     group_reduce: str = "mean"
 
     name: ClassVar[str] = "kvmerger_plus"

@@ -28,7 +28,7 @@ ARMS = [
     ("kvmerger", 0.35, {"whole_first_layers": 0, "value_scale": "log_bias"}),
     ("kvmerger_bias", 0.35, {}),
     ("kvmerger_plus", 0.35, {}),
-    ("kvmerger_plus", 0.5, {"refit": "values"}),
+    ("kvmerger_plus", 0.5, {"refit": "both"}),
     ("snapkv", 0.35, {}),
     ("streaming_llm", 0.35, {}),
     ("knorm", 0.35, {"whole_first_layers": 1, "recent_tokens": 2}),
