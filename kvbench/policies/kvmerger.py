@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kvbench.backend import BACKENDS, choose_backend
-from kvbench.errors import BudgetError
 from kvbench.policies import merging, segments
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy
+from kvbench.policies.budgets import with_whole_layers
 from kvbench.policies.counter_rng import counter_uniform
 from kvbench.policies.full import whole_layer
 from kvbench.policies.options import (
@@ -124,21 +124,7 @@ class KVMerger(Policy):
         """
         if not self.exact_budget:
             return [n_tokens] * n_layers
-        merged = [i for i in range(n_layers) if not self.is_whole(i, n_layers)]
-        n_whole = n_layers - len(merged)
-        total = n_layers * self.budget_tokens(n_tokens)
-        left = total - n_whole * n_tokens
-        if left < len(merged) * self.minimum_tokens:
-            raise BudgetError(
-                f"budget {self.budget:g} of {n_tokens} tokens in {n_layers} layers = {total} slots per KV head; "
-                f"{self.name} needs {n_whole * n_tokens} for {n_whole} whole layers and at least "
-                f"{len(merged) * self.minimum_tokens} for the others: lower whole_first_layers/whole_last_layers or "
-                f"raise the budget"
-            )
-        budgets = [n_tokens] * n_layers
-        for rank, index in enumerate(merged):
-            budgets[index] = (rank + 1) * left // len(merged) - rank * left // len(merged)
-        return budgets
+        return with_whole_layers(self, n_tokens, n_layers, self.whole_first_layers, self.whole_last_layers)
 
     def protected_counts(self, n_tokens: int, budget_tokens: int | None) -> tuple[int, int]:
         """How many recent and how many most-attended tokens are protected.
