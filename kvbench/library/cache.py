@@ -17,7 +17,7 @@ from kvbench.attention.observe import Observer
 from kvbench.errors import KvbenchError, ModelError
 from kvbench.library.attention import leave_note
 from kvbench.library.layers import CompressedCacheLayer, cache_layers
-from kvbench.library.prompt import observers_of, prompt_lengths, rows_for
+from kvbench.library.prompt import check_padding, observers_of, prompt_lengths, rows_for
 from kvbench.library.report import CacheReport, LayerReport
 from kvbench.library.rows import GrowingRows
 from kvbench.policies.base import Policy
@@ -143,7 +143,7 @@ class CompressedCache(Cache):
             query: `(B, H, Q, D)` after RoPE.
             key: `(B, H_k, Q, D)` after RoPE.
             value: `(B, H_k, Q, D)`.
-            mask: `(B, T)` bool, False for padding, or None for no padding; read with the prompt only.
+            mask: `(B, T)` bool, over all tokens seen, False for padding, or None for no padding.
             scaling: factor on the logits.
             softcap: bound that logits are soft-capped to (Gemma 2), or None.
 
@@ -152,7 +152,7 @@ class CompressedCache(Cache):
 
         Raises:
             BudgetError: if the policy cannot run with so few slots.
-            ModelError: if a prompt is padded elsewhere than on the left.
+            ModelError: if a prompt is padded elsewhere than on the left, or new tokens come with another mask.
         """
         rank = self._ranks[layer_index]
         if layer_index not in self._reports:
@@ -161,6 +161,7 @@ class CompressedCache(Cache):
             return self._read_prompt(layer_index, query, key, value, scaling, softcap)
         assert self._rows is not None
         if rank == 0:
+            check_padding(mask, self._prompt_tokens, self.layers[layer_index].seen_tokens - self._new_tokens - 1)
             self._rows.make_room()
         self._rows.update(key, value, rank)
         output = self._rows.attend(rank, query, key, value, scaling, softcap=softcap)

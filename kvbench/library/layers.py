@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -18,8 +19,7 @@ def slides(window: int | None, config: PreTrainedConfig) -> bool:
         window: tokens that a query sees, itself included, or None for all.
         config: the model's text configuration.
     """
-    context_tokens: int = config.max_position_embeddings
-    return window is not None and window < context_tokens
+    return window is not None and window < getattr(config, "max_position_embeddings", math.inf)
 
 
 class CompressedCacheLayer(CacheLayerMixin):

@@ -47,6 +47,26 @@ def prompt_lengths(query: Tensor, mask: Tensor | None) -> list[int]:
     return lengths
 
 
+def check_padding(mask: Tensor | None, prompt_tokens: Sequence[int], padded_tokens: int) -> None:
+    """Refuse a mask over later tokens that hides anything but the padding that the prompts came with.
+
+    Args:
+        mask: `(B, T + new)` bool, or None if it hides nothing.
+        prompt_tokens: length of each prompt in tokens, padding not counted.
+        padded_tokens: T, padding counted.
+
+    Raises:
+        ModelError: if a row hides more or fewer tokens.
+    """
+    expected = [padded_tokens - n_tokens for n_tokens in prompt_tokens]
+    hidden = [0] * len(expected) if mask is None else (~mask.bool()).sum(1).tolist()
+    if hidden != expected:
+        raise ModelError(
+            f"attention_mask hides {hidden} tokens of the rows, their prompts began with {expected} of padding: give "
+            "the prompts' mask with a 1 added per new token"
+        )
+
+
 def rows_for(
     policy: Policy, prompt_tokens: Sequence[int], n_layers: int, query: Tensor, key: Tensor, kernels: str
 ) -> GrowingRows:

@@ -1,5 +1,7 @@
 """What the attention layers refuse inside a block: nothing that goes past the cache or the mask is computed wrongly."""
 
+import re
+
 import pytest
 import torch
 from small_decoders import build, padded, prompt
@@ -70,6 +72,22 @@ def test_only_left_padding_is_taken(model):
             model.generate(**holes, max_new_tokens=3)
         with pytest.raises(ModelError, match=r"attention_mask of shape \(2, 39\) does not fit 2 prompts of 40 tokens"):
             model(**short, past_key_values=cache)
+
+
+def test_new_tokens_must_come_with_the_prompt_s_mask(model):
+    inputs, token = padded([prompt(40), prompt(30)]), torch.full((2, 1), 5)
+    grown = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+    other = grown.clone()
+    other[0, 3] = 0
+    with kvbench.compress(model, POLICY) as cache, torch.no_grad():
+        for mask, hidden in ((None, [0, 0]), (other, [1, 10])):
+            cache.reset()
+            model(**inputs, past_key_values=cache)
+            model(token, attention_mask=grown, past_key_values=cache)
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
+            with pytest.raises(ModelError, match=re.escape(f"hides {hidden} tokens of the rows, their prompts began")):
+                model(token, attention_mask=mask, past_key_values=cache)
 
 
 def test_a_mask_of_the_caller_s_own_is_refused(model):
