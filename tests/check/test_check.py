@@ -11,10 +11,12 @@ from wrong_policies import Newest, Stepper
 
 from kvbench.check import RULES, check_policy
 from kvbench.check.cli import main
+from kvbench.check.page import conformance_page, conformance_row
 from kvbench.policies.base import Policy
 from kvbench.policies.registry import build_policy, load_policies
 
 report_of = cache(check_policy)  # several tests look at the same report
+CONFORMANCE = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
 
 MISTAKES = {
     kind: (kind.__doc__ or "").partition(":")[0]
@@ -27,6 +29,8 @@ MISTAKES = {
 def test_every_method_passes(method):
     report = check_policy(build_policy(method))
     assert report.passed, report
+    start = "|".join(conformance_row(report).split("|")[:3])  # method and rules kept; the rest tells, and may be older
+    assert f"\n{start}|" in CONFORMANCE.read_text(encoding="utf-8"), "run scripts/docs_conformance.py"
     assert len(report.findings) == len(RULES)
     assert {finding.seen for finding in report.findings if finding.status == "not run"} <= {
         "one-shot: the policy declares no step",
@@ -141,3 +145,11 @@ def test_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["own_methods:TupleOption"]) == 1
     assert "comes back from JSON" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_the_page_names_broken_rules_and_what_applies():
+    page = conformance_page([report_of(Newest()), report_of(wrong_policies.Greedy())])
+    sound, greedy = page.splitlines()[-2:]
+    assert sound.startswith("| `newest` | 20 of 20 | keys and values only | 10 %, 20 %, 35 %, 50 %, 100 %: exact |")
+    assert "(broken: exact_budget)" in greedy
+    assert "MHA 4/4, 40 tokens, budget 0.1" in greedy
