@@ -68,6 +68,7 @@ def test_evicted_tokens_are_hidden_from_full_layers_only(family):
 @pytest.mark.parametrize("family", list(HYBRIDS))
 def test_a_whole_cache_changes_no_token(family, options):
     model = build(family, **HYBRIDS[family])
+    model.set_attn_implementation("eager")  # older transformers pass over soft caps in their SDPA
     inputs = padded([prompt(31, seed=1), prompt(9, seed=2)])
     options = {**GREEDY, **options, "return_dict_in_generate": True}
     if "num_beams" not in options:
