@@ -13,8 +13,8 @@ with a method `to`: accelerate moves those between devices when a model is sprea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -50,13 +50,18 @@ class AttentionContext(Protocol):
 
 
 @contextmanager
-def attention_implementation(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model's attention layers call the `attention_context` it is given, until the block ends.
+def registered_attention(
+    model: PreTrainedModel, name: str, attention: Callable[..., Any], mask: Callable[..., Any]
+) -> Iterator[None]:
+    """Let a model's attention layers call a function of ours, until the block ends.
 
-    Blocks may be nested. The former implementation comes back however the block ends.
+    The former implementation comes back however the block ends; blocks may be nested.
 
     Args:
         model: a causal language model whose layers use transformers' attention interface.
+        name: what the implementation is called in transformers' registers, where it stays.
+        attention: the attention function.
+        mask: the function that makes its mask.
 
     Yields:
         Nothing.
@@ -65,19 +70,31 @@ def attention_implementation(model: PreTrainedModel) -> Iterator[None]:
         ModelError: if the model's class does not let its attention implementation be set.
     """
     previous = model.config._attn_implementation
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
     try:
-        model.set_attn_implementation(IMPLEMENTATION)
-        if model.config._attn_implementation != IMPLEMENTATION:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
             raise ModelError(
                 f"{type(model).__name__} keeps its attention implementation {previous!r}: use a model whose layers go "
-                "through transformers' AttentionInterface, e.g. Llama, Mistral, Qwen2, Qwen3 or Phi3"
+                "through transformers' AttentionInterface, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"
             )
         yield
     finally:
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
+
+
+def attention_implementation(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Let a model's attention layers call the `attention_context` it is given, until the block ends.
+
+    Args:
+        model: a causal language model whose layers use transformers' attention interface.
+
+    Returns:
+        The block (see `registered_attention`).
+    """
+    return registered_attention(model, IMPLEMENTATION, _attention, _mask)
 
 
 def _attention(

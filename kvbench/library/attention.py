@@ -11,8 +11,7 @@ sliding window are left to transformers, with the mask of its SDPA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from kvbench.attention.interface import registered_attention
 from kvbench.attention.observe_torch import cap_logits
 from kvbench.backend import current_device
 from kvbench.errors import ModelError
@@ -75,38 +75,24 @@ def leave_note(cache: CompressingCache, layer_index: int, key: Tensor) -> None:
     _note.set(_Note(cache, layer_index, key))
 
 
-@contextmanager
-def compressed_attention(model: PreTrainedModel) -> Iterator[None]:
+def compressed_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Let a model's attention layers call the cache that takes their keys, until the block ends.
 
     Args:
         model: a causal language model whose layers use transformers' attention interface.
 
-    Yields:
-        Nothing.
+    Returns:
+        The block (see `registered_attention`).
 
     Raises:
-        ModelError: if the model's class does not let its attention implementation be set, or it is compressed already.
+        ModelError: if the model is compressed already.
     """
-    previous = model.config._attn_implementation
-    if previous == IMPLEMENTATION:
+    if model.config._attn_implementation == IMPLEMENTATION:
         raise ModelError(
             f"this {type(model).__name__} is inside a compress() block already, at most 1 is possible: leave it before "
             "you enter another"
         )
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-    try:
-        model.set_attn_implementation(IMPLEMENTATION)
-        if model.config._attn_implementation != IMPLEMENTATION:
-            raise ModelError(
-                f"{type(model).__name__} keeps its attention implementation {previous!r}: use a model whose layers go "
-                "through transformers' AttentionInterface, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"
-            )
-        yield
-    finally:
-        if model.config._attn_implementation != previous:
-            model.set_attn_implementation(previous)
+    return registered_attention(model, IMPLEMENTATION, _attention, _mask)
 
 
 def _attention(
