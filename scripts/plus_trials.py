@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--half", choices=("dev", "held"), default="dev")
     parser.add_argument("--kinds", nargs="+", default=["text"], choices=("text", "passkey", "fewshot", "niah"))
     parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--skip", type=int, default=0, help="samples of each kind to pass over first")
     parser.add_argument("--gold-tokens", type=int, default=128)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35, 0.2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -214,18 +215,20 @@ def main() -> None:
             done = {(line["kind"], line["sample"], line["arm"]) for line in csv.DictReader(file)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         items = {
             kind: text_items(loaded, arguments.texts, arguments.half, arguments.gold_tokens)
             if kind == "text"
-            else synthetic_items(loaded, kind, arguments.half, arguments.samples)
+            else synthetic_items(loaded, kind, arguments.half, arguments.skip + arguments.samples)
             for kind in arguments.kinds
         }
-        for _ in range(arguments.samples):  # the kinds in turn, so that an interrupted run has some of each
+        for number in range(
+            arguments.skip + arguments.samples
+        ):  # the kinds in turn, so that an interrupted run has some of each
             for kind, source in items.items():
-                if (item := next(source, None)) is None:
+                if (item := next(source, None)) is None or number < arguments.skip:
                     continue
                 left = [arm for arm in arms if (kind, item.name, arm.key) not in done]
                 for measured in trial(loaded, item, left) if left else ():

@@ -30,7 +30,7 @@ def trials():
 
 def test_a_forced_chunk_is_what_the_engine_measures_token_by_token(trials):
     loaded = load_model(named_config("tiny-random", device="cpu"))
-    small = ":recent_tokens=4:question_queries=4:kernel_tokens=3"
+    small = ":question_queries=4:kernel_tokens=3"
     methods = [
         "snapkv:observation_tokens=4",
         "kvmerger_bias",

@@ -2,10 +2,10 @@
 
 No paper describes this method; `docs/findings.md` has the trials behind it, also those that failed. Three parts:
 
-1. A third of the slots goes to what the question asks for: votes of the prompt's last few queries, pooled along the
-   tokens so that a chosen token brings its neighbours (SnapKV, arXiv 2404.14469, with a narrower window and a wider
-   kernel).
-2. The rest goes to what the text needs to go on: the mean attention a key received, once over all queries that could
+1. A quarter of the slots goes to the last tokens. Of the others a third goes to what the question asks for: votes of
+   the prompt's last few queries, pooled along the tokens so that a chosen token brings its neighbours (SnapKV, arXiv
+   2404.14469, with a narrower window and a wider kernel).
+2. The others go to what the text needs to go on: the mean attention a key received, once over all queries that could
    see it and once over the last few hundred (H2O, arXiv 2306.14048, without its favour for early tokens).
 3. Dropped tokens are not averaged into neighbours as in KVMerger (arXiv 2407.08454). Instead the kept values, and on
    request a bias, are refitted until the last queries get the output they had (`kvbench.policies.refit`).
@@ -44,8 +44,8 @@ class KVMergerPlus(Policy):
     """Keep what question and text look at, and refit the kept values to the attention of the last queries.
 
     Attributes:
-        recent_tokens: last tokens that are always kept.
-        question_share: share of the other slots that the question's votes fill.
+        recent_share: share of the kept slots that holds the most recent tokens, at least one.
+        question_share: share of the other slots that the question's votes fill; attention to the text fills the rest.
         question_queries: last prompt queries that vote. A question is short: wider windows let the text before it
             outvote it.
         kernel_tokens: width of the pooling of those votes, odd; 1 does not pool. An answer is several tokens long and
@@ -57,7 +57,7 @@ class KVMergerPlus(Policy):
         group_reduce: how the query heads of a KV head share one score: "mean", "max" or "first".
     """
 
-    recent_tokens: int = 32
+    recent_share: float = 0.25
     question_share: float = 0.33
     question_queries: int = 16
     kernel_tokens: int = 13
@@ -73,10 +73,11 @@ class KVMergerPlus(Policy):
     def __post_init__(self) -> None:
         """Validate the options; raises `ConfigError`."""
         super().__post_init__()
-        for option in ("recent_tokens", "question_queries", "kernel_tokens", "text_queries", "refit_queries"):
+        for option in ("question_queries", "kernel_tokens", "text_queries", "refit_queries"):
             require_count(option, getattr(self, option), minimum=1)
         if self.kernel_tokens % 2 == 0:
             raise ConfigError(f"kernel_tokens={self.kernel_tokens} is even: give an odd width, so that it has a middle")
+        require_number("recent_share", self.recent_share, 0.0, 1.0)
         require_number("question_share", self.question_share, 0.0, 1.0)
         require_choice("refit", self.refit, REFITS)
         require_number("ridge", self.ridge, 0.0, math.inf, include_low=False, include_high=False)
@@ -89,8 +90,8 @@ class KVMergerPlus(Policy):
 
     @property
     def minimum_tokens(self) -> int:
-        """The recent tokens, and one token for the question and one for the text."""
-        return self.recent_tokens + 2
+        """Four: below that, one of the three parts may hold nothing."""
+        return 4
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Choose slots and refit them; see `Policy.compress`.
@@ -119,9 +120,9 @@ class KVMergerPlus(Policy):
 
     def positions(self, layer: LayerStates, budget_tokens: int) -> Tensor:
         """Choose the tokens to keep (ties: the more recent token), `(H_k, budget_tokens)` int64, ascending."""
-        n_tokens, recent = layer.n_tokens, self.recent_tokens
+        n_tokens = layer.n_tokens
+        recent, n_question = self.split(budget_tokens)
         n_chosen = budget_tokens - recent
-        n_question = math.floor(round(self.question_share * n_chosen, 9))
         votes = self.mean_attention(layer, self.question_queries)[:, : n_tokens - recent]
         votes = max_pool1d(votes, self.kernel_tokens, stride=1, padding=self.kernel_tokens // 2)
         asked = largest_by_recency(votes, n_question)
@@ -130,6 +131,11 @@ class KVMergerPlus(Policy):
         kept[:, : n_tokens - recent] = asked | largest_by_recency(told, n_chosen - n_question)
         tokens = torch.arange(n_tokens, device=layer.keys.device)
         return torch.where(kept, tokens, n_tokens).sort(dim=1).values[:, :budget_tokens]
+
+    def split(self, n_slots: int) -> tuple[int, int]:
+        """How many of a layer's slots hold recent tokens, and how many follow the question."""
+        recent = max(1, math.floor(round(self.recent_share * n_slots, 9)))
+        return recent, math.floor(round(self.question_share * (n_slots - recent), 9))
 
     def mean_attention(self, layer: LayerStates, n_queries: int) -> Tensor:
         """Mean attention each key receives from the last queries, `(H_k, T)` fp32."""

@@ -14,7 +14,6 @@ from kvbench.policies.registry import build_policy
 
 SMALL_MODEL_OPTIONS = {
     "kvmerger": {"whole_first_layers": 1, "whole_last_layers": 0},
-    "kvmerger_plus": {"recent_tokens": 4, "question_queries": 4, "kernel_tokens": 3},
     "snapkv": {"observation_tokens": 4, "kernel_tokens": 3},
 }
 ARMS = [

@@ -16,7 +16,6 @@ from kvbench.policies.snapkv import SnapKV
 N_LAYERS = 6
 SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on prompts of some fifty tokens
     "kvmerger": {"whole_first_layers": 1, "whole_last_layers": 0},
-    "kvmerger_plus": {"recent_tokens": 4, "question_queries": 4, "kernel_tokens": 3},
     "snapkv": {"observation_tokens": 4, "kernel_tokens": 3},
     "knorm": {"whole_first_layers": 1},
     "pyramidkv": {"observation_tokens": 4},

@@ -11,7 +11,7 @@ from kvbench.policies.kvmerger_plus import KVMergerPlus
 from kvbench.policies.reference.kvmerger_plus import reference_positions, reference_refit
 
 SHAPES = [(4, 4, 61), (6, 2, 97), (4, 1, 130)]
-SHORT = {"recent_tokens": 6, "question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
+SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
 EVEN = {**SHORT, "question_share": 0.5}
 
 
@@ -21,7 +21,7 @@ def expected_positions(policy: KVMergerPlus, layer, n_slots: int) -> list[list[i
         layer.window_attention,
         layer.n_kv_heads,
         n_slots,
-        recent=policy.recent_tokens,
+        recent=policy.split(n_slots)[0],
         question_share=policy.question_share,
         question_queries=policy.question_queries,
         kernel=policy.kernel_tokens,
@@ -103,7 +103,7 @@ def test_half_of_the_slots_follow_the_question_and_half_the_text():
     layer.window_attention[:, -4:, 25] = 1.0  # the question's queries look here
     layer.window_attention[:, :-4, 40:45] = 1.0  # those before it there
     layer.column_sums = torch.zeros(2, 60)
-    options = {**EVEN, "recent_tokens": 4, "kernel_tokens": 7}
+    options = {**EVEN, "recent_share": 0.23, "kernel_tokens": 7}
     compressed = KVMergerPlus(budget=0.3, **options, refit="none").compress(layer, 18)
     assert compressed.positions[0].tolist() == [22, 23, 24, 25, 26, 27, 28, *range(40, 45), *range(54, 60)]
 
@@ -115,12 +115,14 @@ def test_errors_name_value_and_limit():
         KVMergerPlus(question_queries=0)
     with pytest.raises(ConfigError, match=r"question_share=1\.5 is not in \[0, 1\]"):
         KVMergerPlus(question_share=1.5)
+    with pytest.raises(ConfigError, match=r"recent_share=-1 is not in \[0, 1\]"):
+        KVMergerPlus(recent_share=-1)
     with pytest.raises(ConfigError, match="refit='keys' is not one of values, both, none"):
         KVMergerPlus(refit="keys")
     with pytest.raises(ConfigError, match=r"ridge=0\.0 is not in \(0, inf\)"):
         KVMergerPlus(ridge=0.0)
-    with pytest.raises(BudgetError, match=r"budget 0\.2 of 150 tokens = 30 slots; kvmerger_plus needs at least 34"):
-        KVMergerPlus(budget=0.2).layer_budgets(150, 2)
+    with pytest.raises(BudgetError, match=r"budget 0\.2 of 15 tokens = 3 slots; kvmerger_plus needs at least 4"):
+        KVMergerPlus(budget=0.2).layer_budgets(15, 2)
     layer = make_layer(2, 2, 60)
     layer.window_attention = None
     with pytest.raises(ValueError, match="kvmerger_plus needs column_sums and window_attention"):
