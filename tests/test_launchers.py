@@ -1,7 +1,7 @@
 """Jobs in other processes, really started: Ray, submitit's local executor and joblib; what happens there comes back."""
 
 import json
-import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def ray_workers(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(policies))
-        ray.init(num_cpus=2, include_dashboard=False, configure_logging=False)
+        ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+        patch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
         yield
         ray.shutdown()
 
@@ -57,16 +58,15 @@ def ray_workers(tmp_path_factory):
 def plain(tmp_path_factory):
     """The run folder and the last line of a run in one process."""
     folder = tmp_path_factory.mktemp("plain")
-    with pytest.MonkeyPatch.context() as patch:
-        assert kvbench(patch, folder, *SMOKE) == 0
+    assert kvbench(folder, *SMOKE).returncode == 0
     (run,) = (folder / "runs").glob("passkey-*")
     return run
 
 
-def kvbench(monkeypatch, folder: Path, *arguments: str) -> int:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["kvbench", *arguments])
-    return main()
+def kvbench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own: launchers start threads and processes that write to its output."""
+    command = [sys.executable, "-m", "kvbench", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
 def records(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -74,17 +74,18 @@ def records(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(r["sample"], r["arm"]): {k: v for k, v in r.items() if k not in times} for r in read_records(run)}
 
 
-def error_line(capfd) -> str:
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("kvbench: "))
+def error_line(call: subprocess.CompletedProcess[str]) -> str:
+    (line,) = (line for line in call.stderr.splitlines() if line.startswith("kvbench: "))
     return line
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_workers_share_a_run_and_give_its_records(launcher, plain, tmp_path, monkeypatch, capfd, request):
+def test_two_workers_share_a_run_and_give_its_records(launcher, plain, tmp_path, request):
     if launcher == "ray":
         request.getfixturevalue("ray_workers")
-    assert kvbench(monkeypatch, tmp_path, "-m", *SMOKE, "shard=range(2)", *LAUNCHERS[launcher]) == 0
-    document = json.loads(capfd.readouterr().out.splitlines()[-1])
+    call = kvbench(tmp_path, "-m", *SMOKE, "shard=range(2)", *LAUNCHERS[launcher])
+    assert call.returncode == 0, call.stderr
+    document = json.loads(call.stdout.splitlines()[-1])
     assert document["shards"] == ["1/2", "2/2"]
     assert (document["n_samples"], document["arms"][0]["n"]) == (4, 4)
     shared = tmp_path / document["run"]
@@ -92,33 +93,35 @@ def test_two_workers_share_a_run_and_give_its_records(launcher, plain, tmp_path,
     assert records(shared) == records(plain)
     calls = read_calls(shared)
     processes = {call["process"] for call in calls}
-    assert [len(calls), len(processes)] == [2, 2]
-    assert os.getpid() not in processes
+    assert [len(calls), len(processes)] == [2, 2]  # the caller's own process would be the same twice
 
 
-def test_a_refusal_in_workers_is_one_line_and_the_exit_code(ray_workers, tmp_path, monkeypatch, capfd):
-    code = kvbench(monkeypatch, tmp_path, "-m", *SMOKE, "budget=0.002", "shard=range(2)", "hydra/launcher=ray")
-    assert code == EXIT_MEND
-    assert "0.002" in error_line(capfd)
+def test_a_refusal_in_workers_is_one_line_and_the_exit_code(ray_workers, tmp_path):
+    call = kvbench(tmp_path, "-m", *SMOKE, "budget=0.002", "shard=range(2)", "hydra/launcher=ray")
+    assert call.returncode == EXIT_MEND
+    assert "0.002" in error_line(call)
 
 
-def test_failed_samples_in_a_worker_reach_the_exit_code(ray_workers, tmp_path, monkeypatch, capfd):
+def test_failed_samples_in_a_worker_reach_the_exit_code(ray_workers, tmp_path):
     broken = "method._target_=broken.Broken"
-    code = kvbench(monkeypatch, tmp_path, "-m", *SMOKE, broken, "shard=range(2)", "hydra/launcher=ray")
-    assert code == EXIT_FAILED_SAMPLES
-    (arm,) = json.loads(capfd.readouterr().out.splitlines()[-1])["arms"]
+    call = kvbench(tmp_path, "-m", *SMOKE, broken, "shard=range(2)", "hydra/launcher=ray")
+    assert call.returncode == EXIT_FAILED_SAMPLES
+    (arm,) = json.loads(call.stdout.splitlines()[-1])["arms"]
     assert (arm["n"], arm["n_failed"]) == (0, 4)
 
 
-def test_a_worker_that_dies_for_good_ends_the_call_in_one_line(ray_workers, tmp_path, monkeypatch, capfd):
+def test_a_worker_that_dies_for_good_ends_the_call_in_one_line(ray_workers, tmp_path):
     deadly = ["method._target_=deadly.Broken", "hydra/launcher=ray", "hydra.launcher.remote.max_retries=0"]
-    assert kvbench(monkeypatch, tmp_path, "-m", *SMOKE, *deadly) == EXIT_MEND
-    assert "Ray gave up" in error_line(capfd)
+    call = kvbench(tmp_path, "-m", *SMOKE, *deadly)
+    assert call.returncode == EXIT_MEND
+    assert "Ray gave up" in error_line(call)
 
 
 def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert kvbench(monkeypatch, tmp_path, "-m", *SMOKE, "shard=range(2)", "hydra/launcher=ray") == EXIT_MEND
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kvbench", "-m", *SMOKE, "shard=range(2)", "hydra/launcher=ray"])
+    assert main() == EXIT_MEND
     assert "pip install 'kvbench[ray]'" in capfd.readouterr().err
 
 
