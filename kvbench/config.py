@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -94,6 +94,6 @@ def register() -> None:
         if (config_folder() / "method" / f"{name}.yaml").is_file():
             continue  # our own methods are documented in their YAML file
         node = OmegaConf.structured(policy)
-        fields: dict[str, Any] = OmegaConf.to_container(node)  # type: ignore[assignment]
+        fields = cast(dict[str, Any], OmegaConf.to_container(node))
         fields["_target_"] = f"{policy.__module__}.{policy.__qualname__}"
         store.store(group="method", name=name, node=fields, provider=policy.__module__)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.errors import InstantiationException
@@ -75,7 +75,7 @@ def build_plan(config: DictConfig) -> Plan:
         raise ConfigError(f"protocol.gold_tokens={protocol.gold_tokens} is negative: give 0 to skip likelihood and KL")
     if protocol.max_new_tokens is not None and protocol.max_new_tokens < 1:
         raise ConfigError(f"protocol.max_new_tokens={protocol.max_new_tokens} is below 1: give null for the task's")
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     model = ModelConfig.from_mapping(plain["model"])
     task = _instantiate(config.task, "task", Task)
     if task.limit is not None and task.limit < 1:

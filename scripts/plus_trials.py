@@ -167,14 +167,14 @@ def text_items(loaded: LoadedModel, folder: Path, half: str, gold_tokens: int) -
 
 def synthetic_items(loaded: LoadedModel, kind: str, half: str, n_samples: int) -> Iterator[Item]:
     """Samples of a synthetic task with this half's seed, questions included, and their answers' tokens."""
-    grid = {"depths": DEPTHS, "samples_per_cell": -(-n_samples // len(DEPTHS)), "seed": SEEDS[half], "lengths": (1536,)}
+    seed, lengths, per_cell = SEEDS[half], (1536,), -(-n_samples // len(DEPTHS))
     task: Task
     if kind == "passkey":
-        task = PassKey(**grid)  # type: ignore[arg-type]  # one dictionary for two classes
+        task = PassKey(depths=DEPTHS, samples_per_cell=per_cell, seed=seed, lengths=lengths)
     elif kind == "niah":
-        task = NeedleInHaystack(**grid)  # type: ignore[arg-type]
+        task = NeedleInHaystack(depths=DEPTHS, samples_per_cell=per_cell, seed=seed, lengths=lengths)
     else:
-        task = FewShot(lengths=(1536,), samples_per_length=n_samples, seed=SEEDS[half])
+        task = FewShot(lengths=lengths, samples_per_length=n_samples, seed=seed)
     for sample in task.all_samples():
         space = " " if sample.answer_prefix and not sample.answer_prefix[-1].isspace() else ""
         gold = loaded.tokenizer.encode(space + sample.answers[0], add_special_tokens=False)

@@ -113,13 +113,13 @@ def generator_states() -> dict[str, object]:
 @contextmanager
 def seeded_globals() -> Iterator[None]:
     """Run a block with the global generators in a known state, and put them back after it."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  (as above)
     with torch.random.fork_rng(devices=[]):
         try:
             torch.manual_seed(SEED)
-            np.random.seed(SEED)  # noqa: NPY002
+            np.random.seed(SEED)  # noqa: NPY002  (as above)
             random.seed(SEED)
             yield
         finally:
-            np.random.set_state(numpy_state)  # noqa: NPY002
+            np.random.set_state(numpy_state)  # noqa: NPY002  (as above)
             random.setstate(python_state)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ def build(family: str, **options: object) -> PreTrainedModel:
     return model_class(config).eval()
 
 
-def observer(on_layer: object = lambda states: None) -> Observer:
-    return Observer(frozenset({"column_sums"}), 0, N_LAYERS, N_QUERY_HEADS, 0, on_layer)  # type: ignore[arg-type]
+def observer(on_layer: Callable[[LayerStates], None] = lambda states: None) -> Observer:
+    return Observer(frozenset({"column_sums"}), 0, N_LAYERS, N_QUERY_HEADS, 0, on_layer)
 
 
 @pytest.fixture
