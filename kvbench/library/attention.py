@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,36 +27,18 @@ from kvbench.backend import current_device
 from kvbench.errors import ModelError
 from kvbench.library.layers import slides
 
+if TYPE_CHECKING:  # the cache leaves the notes, so it imports this module
+    from kvbench.library.cache import CompressedCache
+
 IMPLEMENTATION = "kvbench_compressed"
 
 # Arguments that change what attention computes and that neither the observed prefill nor the decode step knows.
 _UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "head_mask")
 
 
-class CompressingCache(Protocol):
-    """What the attention function needs of the cache that left the note."""
-
-    def compresses(self, layer_index: int) -> bool:
-        """Whether a layer is compressed rather than left alone."""
-        ...
-
-    def attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """Attend in a compressed layer; shapes as in `kvbench.attention.interface.AttentionContext`."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Note:
-    cache: CompressingCache
+    cache: CompressedCache
     layer_index: int
     key: Tensor
 
@@ -64,7 +46,7 @@ class _Note:
 _note: ContextVar[_Note | None] = ContextVar("kvbench_note", default=None)
 
 
-def leave_note(cache: CompressingCache, layer_index: int, key: Tensor) -> None:
+def leave_note(cache: CompressedCache, layer_index: int, key: Tensor) -> None:
     """Tell the attention function that runs next which cache it attends over.
 
     Args:
