@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import wrong_policies
+import wrong_steps
 from wrong_policies import Newest, Stepper
 
 from kvbench.check import RULES, check_policy
@@ -20,7 +21,7 @@ CONFORMANCE = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
 
 MISTAKES = {
     kind: (kind.__doc__ or "").partition(":")[0]
-    for kind in vars(wrong_policies).values()
+    for kind in (*vars(wrong_policies).values(), *vars(wrong_steps).values())
     if isinstance(kind, type) and issubclass(kind, Policy) and kind not in (Policy, Newest, Stepper)
 }
 
@@ -78,9 +79,9 @@ def test_every_rule_has_a_mistake_that_breaks_it():
         (wrong_policies.Upcast, "bfloat16: values are torch.float32"),
         (wrong_policies.Scribbling, "layer.column_sums was written to"),
         (wrong_policies.Unseeded, "the global generator of torch has moved"),
-        (wrong_policies.Rebinding, "slots.keys was rebound"),
-        (wrong_policies.ReadingBack, "__bool__"),
-        (wrong_policies.MaskIndexing, "a boolean mask as index"),
+        (wrong_steps.Rebinding, "slots.keys was rebound"),
+        (wrong_steps.ReadingBack, "__bool__"),
+        (wrong_steps.MaskIndexing, "a boolean mask as index"),
         (wrong_policies.Unvalidated, "call super().__post_init__() first"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

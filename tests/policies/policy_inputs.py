@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates
+from kvbench.policies.base import LayerStates
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
@@ -64,21 +64,6 @@ def make_layer(
             "scaling": torch.tensor(head_dim**-0.5),
             "rotary_frequencies": 100.0 ** -torch.linspace(0, 1, head_dim // 2),
         },
-    )
-
-
-def decode_slots(compressed: CompressedLayer) -> DecodeSlots:
-    """The cache's view of a compressed layer: copies with one scratch slot appended."""
-
-    def with_scratch(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor, torch.zeros_like(tensor[:, :1])], dim=1)
-
-    return DecodeSlots(
-        keys=with_scratch(compressed.keys),
-        values=with_scratch(compressed.values),
-        state={name: with_scratch(tensor) for name, tensor in compressed.state.items()},
-        constants={name: tensor.clone() for name, tensor in compressed.constants.items()},
-        step_index=torch.zeros((), dtype=torch.int64),
     )
 
 

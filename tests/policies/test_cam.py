@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from policy_inputs import decode_slots, make_layer, new_tokens, relative_rms
+from policy_inputs import make_layer, new_tokens, relative_rms
 
+from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.policies.cam import CaM
 from kvbench.policies.counter_rng import counter_hash, counter_uniform

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_inputs import decode_slots, make_layer
+from policy_inputs import make_layer
 from test_method_configs import OWN_METHODS
 
+from kvbench.check.inputs import decode_slots
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy
 from kvbench.policies.registry import build_policy
 from kvbench.policies.snapkv import SnapKV

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from policy_inputs import decode_slots, make_layer, new_tokens, relative_rms
+from policy_inputs import make_layer, new_tokens, relative_rms
 
+from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.policies.h2o import H2O
 from kvbench.policies.reference.h2o import ReferenceH2O

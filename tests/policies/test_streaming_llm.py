@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from policy_inputs import decode_slots, make_layer, new_tokens
+from policy_inputs import make_layer, new_tokens
 
+from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.policies.reference.streaming_llm import ReferenceStreamingLLM
 from kvbench.policies.streaming_llm import StreamingLLM

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from policy_inputs import decode_slots, make_layer, new_tokens
+from policy_inputs import make_layer, new_tokens
 
+from kvbench.check.inputs import decode_slots
 from kvbench.errors import ConfigError
 from kvbench.policies.reference.tova import ReferenceTOVA
 from kvbench.policies.tova import TOVA
