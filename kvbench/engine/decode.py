@@ -18,6 +18,7 @@ from torch import Tensor
 from kvbench.attention.interface import attention_implementation
 from kvbench.cache.ragged import RaggedCache
 from kvbench.engine.compiled import CompiledLayers, can_compile
+from kvbench.engine.head import padded_head
 from kvbench.engine.strands import Strand, reference_rows
 from kvbench.models.load import LoadedModel
 
@@ -145,8 +146,10 @@ class DecodeLoop:
         tables = self._prepare(strands, n_steps)
         step = 0
         refill = True
+        model = self.loaded.model
         layers = self._layers.active() if self._layers is not None else nullcontext()
-        with torch.inference_mode(), attention_implementation(self.loaded.model), layers:
+        head = padded_head(model) if self.loaded.device.type == "cpu" else nullcontext()
+        with torch.inference_mode(), attention_implementation(model), layers, head:
             while True:
                 going = [i for i in active if not _finished(strands[i], decoded[i])]
                 if not going:
