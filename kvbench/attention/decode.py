@@ -53,7 +53,7 @@ class RaggedLayer:
         attention: flat fp32 buffer in which the Triton version forms attention rows, or None if no row wants any.
         attention_offsets: `(B,)` int64, where a row's `(H, length + 1)` attention begins, -1 if it is not wanted.
         max_slots: no block will ever hold more slots than this, the new token included: fixes the launch grid.
-        blocks: the host's view of the same, one list of blocks per row.
+        blocks: the host's view of the same, one list of blocks per row; empty where the Triton version runs.
         attention_views: for each row that wants its attention the `(H, length + 1)` view of the buffer.
     """
 

@@ -33,7 +33,7 @@ def _split_kernel(
     logit_scale, query_row_stride, query_head_stride, n_splits,
     N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_SLOTS: tl.constexpr, SPLIT_SLOTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ATTENTION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ATTENTION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one row and KV head; logits are kept in base 2 (`logit_scale` and the bias include log2 e)."""
     block = tl.program_id(0)
@@ -71,7 +71,7 @@ def _split_kernel(
         running_max = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
         running_sum = tl.zeros([BLOCK_GROUP], tl.float32)
 
-    for start in range(first, last, BLOCK_SLOTS):
+    for start in tl.range(first, last, BLOCK_SLOTS, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK_SLOTS)
         valid = slots < last
         at = (offset + slots)[:, None] * HEAD_DIM + dims[None, :]
@@ -277,7 +277,7 @@ def ragged_decode(
         scaling * LOG2_E, query.stride(0), query.stride(1), n_splits,
         N_KV_HEADS=n_kv_heads, GROUP=group, BLOCK_GROUP=block_group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
         BLOCK_SLOTS=launch.tile_slots, SPLIT_SLOTS=launch.split_slots,
-        HAS_BIAS=layer.bias is not None, HAS_ATTENTION=attention is not None,
+        HAS_BIAS=layer.bias is not None, HAS_ATTENTION=attention is not None, STAGES=launch.stages,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     n_chunks = 1 if attention is None else -(-layer.max_slots // ATTENTION_CHUNK)

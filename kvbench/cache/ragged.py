@@ -31,6 +31,7 @@ from kvbench.backend import choose_backend, current_device
 from kvbench.cache.arena import Arena
 from kvbench.cache.layer import CacheLayer, RowExtent
 from kvbench.cache.sealed import SealedLayer, attention_elements, seal_layer
+from kvbench.cache.side import SideStream
 from kvbench.cache.tables import DeviceTables, table_columns
 from kvbench.errors import ConfigError, ModelError
 from kvbench.policies.base import CompressedLayer, Policy
@@ -98,6 +99,7 @@ class RaggedCache(Cache):
         self._reserved_slots = [0] * n_layers
         self._attention: dict[torch.device, Arena] = {}
         self._steppers: dict[torch.device, dict[type[Policy], RowsStepper | None]] = {}
+        self._sides: dict[torch.device, SideStream] = {}
         self._sealed: list[SealedLayer] = []
         self._dirty = True
         self._generation = 0
@@ -178,6 +180,7 @@ class RaggedCache(Cache):
             self._tables[device] = DeviceTables(self.n_layers, self.max_rows, self.n_kv_heads, device)
             self._attention[device] = Arena((), torch.float32, device)
             self._steppers[device] = {}
+            self._sides[device] = SideStream(device)
         record.extents[layer_index] = self._layer(layer_index).write(layer, record.room)
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -310,7 +313,8 @@ class RaggedCache(Cache):
 
     def advance_device(self) -> None:
         """The device's half of `advance`, without the host's: see `count_step`."""
-        for tables in self._tables.values():
+        for device, tables in self._tables.items():
+            self._sides[device].join()
             tables.advance()
 
     def count_step(self) -> None:
@@ -325,7 +329,7 @@ class RaggedCache(Cache):
             if row.grown == before or self._dirty:
                 continue
             for layer in self._sealed:
-                for block in layer.ragged.blocks[index]:
+                for block in layer.ragged.blocks[index] if layer.backend == "torch" else ():
                     block.length += 1
 
     def room_left(self, row: int) -> int | None:
@@ -447,6 +451,7 @@ class RaggedCache(Cache):
                 self._attention[layer.device].storage,
                 self.n_query_heads,
                 self._steppers[layer.device],
+                self._sides[layer.device],
             )
             for index, extents in enumerate(by_layer)
         ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvbench.attention import decode
 from kvbench.attention.decode import RaggedLayer
 from kvbench.cache.layer import CacheLayer, RowExtent
+from kvbench.cache.side import SideStream
 from kvbench.cache.tables import DeviceTables
 from kvbench.policies.base import DecodeSlots, Policy
 from kvbench.policies.rows import RowsStepper, StepLayer, StepRow
@@ -26,6 +27,7 @@ class SealedLayer:
         kernels: the backend's module, `kvbench.attention.decode` or `kvbench.attention.decode_triton`.
         steps: rows whose policy steps on its own, by index: policy and slots.
         steppers: steppers that serve several rows at once, with the rows they serve.
+        side: where the steppers run.
         key: what a captured step depends on besides addresses of arenas and tables.
     """
 
@@ -34,6 +36,7 @@ class SealedLayer:
     kernels: ModuleType
     steps: dict[int, tuple[Policy, DecodeSlots]]
     steppers: list[tuple[RowsStepper, StepLayer]]
+    side: SideStream
     key: Hashable
 
     def write(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -43,12 +46,17 @@ class SealedLayer:
     def attend(self, query: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
         """Attention of the `(B, H, D)` new queries, then the policies' steps; returns `(B, H, D)`.
 
-        Only the torch backend knows `softcap`, the bound of soft-capped logits.
+        The steppers' launches may still run when the output is ready: layers share one buffer of attention, so the next
+        layer's attention waits for them, and so does `RaggedCache.advance_device`. Only the torch backend knows
+        `softcap`, the bound of soft-capped logits.
         """
+        self.side.join()
         capped = {} if softcap is None else {"softcap": softcap}
         output, attention = self.kernels.ragged_decode(query, self.ragged, scaling, tuple(self.steps), **capped)
-        for stepper, layer in self.steppers:
-            stepper.step(layer)
+        if self.steppers:
+            with self.side.beside():
+                for stepper, layer in self.steppers:
+                    stepper.step(layer)
         for row, (policy, slots) in self.steps.items():
             for state in slots.state.values():
                 state[:, -1] = 0
@@ -81,6 +89,7 @@ def seal_layer(
     attention: Tensor,
     n_query_heads: int,
     steppers: dict[type[Policy], RowsStepper | None],
+    side: SideStream,
 ) -> SealedLayer:
     """Look up everything one layer needs in a step.
 
@@ -95,6 +104,7 @@ def seal_layer(
         attention: flat fp32 buffer of the layer's device, large enough for all `attention_elements`.
         n_query_heads: H.
         steppers: of the layer's device, by policy class; None where a class has none.
+        side: of the layer's device.
 
     Returns:
         The sealed layer.
@@ -113,7 +123,7 @@ def seal_layer(
         attention=attention if stepping else None,
         attention_offsets=tables.attention_offsets[index, :n_rows],
         max_slots=grid_slots(max(e.max_slots for e in extents)),
-        blocks=[layer.blocks(e, g) for e, g in zip(extents, grown, strict=True)],
+        blocks=[layer.blocks(e, g) for e, g in zip(extents, grown, strict=True)] if backend == "torch" else [],
     )
     if backend == "triton":
         for row in alone:
@@ -132,6 +142,7 @@ def seal_layer(
         kernels=_kernels(backend),
         steps={row: (policies[row], layer.decode_slots(extents[row], tables.step_index[row])) for row in alone},
         steppers=together,
+        side=side,
         key=(
             ragged.max_slots,
             ragged.bias is not None,

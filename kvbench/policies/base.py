@@ -81,21 +81,21 @@ class LayerStates:
             reduce: "mean", "max", "sum" or "first" (the first query head of each group, as in llama-recipes' H2O).
 
         Returns:
-            `(H_k, ...)`.
+            `(H_k, ...)`; the argument itself where every KV head has one query head.
 
         Raises:
             ConfigError: for any other `reduce`.
         """
+        if reduce not in ("mean", "max", "sum", "first"):
+            raise ConfigError(f"group_reduce={reduce!r} is not one of mean, max, sum, first")
+        if scores.shape[0] == self.n_kv_heads:
+            return scores  # a group of one: nothing to launch
         grouped = scores.unflatten(0, (self.n_kv_heads, -1))
         if reduce == "mean":
             return grouped.mean(1)
         if reduce == "max":
             return grouped.amax(1)
-        if reduce == "sum":
-            return grouped.sum(1)
-        if reduce == "first":
-            return grouped[:, 0]
-        raise ConfigError(f"group_reduce={reduce!r} is not one of mean, max, sum, first")
+        return grouped.sum(1) if reduce == "sum" else grouped[:, 0]
 
 
 @dataclass

@@ -14,6 +14,7 @@ number of targets there really are; every token merges once, when it leaves; the
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -81,15 +82,13 @@ class CaM(Policy):
             raise ValueError("cam needs column_sums, which the prefill did not provide")
         device = layer.keys.device
         start, recent = self.split(budget_tokens)
-        layer_hash = counter_hash(layer.seed, layer.layer_index)
-        head_hashes = [[counter_hash(layer_hash, head)] for head in range(layer.n_kv_heads)]  # on the host: no launches
-        kept = torch.cat([torch.arange(start), torch.arange(layer.n_tokens - recent, layer.n_tokens)])
+        hashes = head_hashes(layer.seed, layer.n_layers, layer.n_kv_heads, device)
         return CompressedLayer(
             first_and_recent(layer.keys, start, recent),
             first_and_recent(layer.values, start, recent),
-            kept.to(device, non_blocking=True).expand(layer.n_kv_heads, -1),
+            kept_positions(layer.n_tokens, start, recent, device).expand(layer.n_kv_heads, -1),
             state={"scores": first_and_recent(layer.group_scores(layer.column_sums, "mean"), start, recent)},
-            constants={"head_hashes": torch.tensor(head_hashes).to(device, non_blocking=True)},
+            constants={"head_hashes": hashes[layer.layer_index]},
         )
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
@@ -133,3 +132,17 @@ class CaM(Policy):
 def first_and_recent(tensor: Tensor, start: int, recent: int) -> Tensor:
     """The first `start` and the last `recent` tokens of `(H, T, ...)`, copied as two stretches instead of by index."""
     return torch.cat([tensor[:, :start], tensor[:, tensor.shape[1] - recent :]], dim=1)
+
+
+@functools.lru_cache(maxsize=32)  # the same for all layers of a prompt: one copy to the device instead of one a layer
+def kept_positions(n_tokens: int, start: int, recent: int, device: torch.device) -> Tensor:
+    """Positions of the first `start` and the last `recent` of `n_tokens` tokens, `(start + recent,)` int64."""
+    kept = torch.cat([torch.arange(start), torch.arange(n_tokens - recent, n_tokens)])
+    return kept.to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def head_hashes(seed: int, n_layers: int, n_kv_heads: int, device: torch.device) -> Tensor:
+    """Hashes of (seed, layer, KV head), to which a step adds its number, `(n_layers, H_k, 1)` int64."""
+    layers = torch.as_tensor(counter_hash(seed, torch.arange(n_layers).view(-1, 1, 1)))
+    return torch.as_tensor(counter_hash(layers, torch.arange(n_kv_heads).view(1, -1, 1))).to(device)

@@ -62,12 +62,14 @@ def reduce_groups(scores: Tensor, n_kv_heads: int, reduce: str) -> Tensor:
         reduce: "mean", "max" or "first" (first query head of each group, as in llama-recipes' H2O).
 
     Returns:
-        `(H_k, ...)`.
+        `(H_k, ...)`; the argument itself where every KV head has one query head.
 
     Raises:
         ConfigError: for any other `reduce`.
     """
     require_choice("group_reduce", reduce, GROUP_REDUCTIONS)
+    if scores.shape[0] == n_kv_heads:
+        return scores  # a group of one: nothing to launch
     grouped = scores.unflatten(0, (n_kv_heads, -1))
     if reduce == "mean":
         return grouped.mean(1)
