@@ -7,6 +7,8 @@ embedding, activation, residuals), each a kernel of its own. Compiling the decod
     with attention_implementation(model), layers.active():
         model(input_ids, position_ids=..., past_key_values=cache, attention_context=cache, use_cache=True)
 
+Projections of one input (queries, keys and values; gate and up) are computed by one product, see `packed.py`.
+
 All layers share one compiled code, made at the first step. The registered attention function and `RaggedCache.update`
 are called as they are, between the compiled parts; under CUDA graphs such a seam costs nothing.
 """
@@ -24,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kvbench.attention import interface
 from kvbench.cache.ragged import RaggedCache
+from kvbench.engine.packed import PackedProjections
 from kvbench.errors import ModelError
 from kvbench.models.load import LoadedModel
 
@@ -49,12 +52,13 @@ class CompiledLayers:
     the same kind of model finds the code of the first one.
 
     Args:
-        model: the model; nothing of it is changed outside of `active`.
+        model: the model; outside of `active` nothing of it is changed but where its weights lie.
         backend: a backend of torch.compile, by name or as a function.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor"):
         self.model = model
+        self._packed = PackedProjections(model)
         # Intermediate roundings to bfloat16 are kept, so that compiled and plain layers compute the same function.
         options: dict[str, Any] | None = {"emulate_precision_casts": True} if backend == "inductor" else None
         self._calls = [
@@ -84,6 +88,7 @@ class CompiledLayers:
             )
             AttentionInterface.register(interface.IMPLEMENTATION, _opaque(interface._attention))
             undo.callback(AttentionInterface.register, interface.IMPLEMENTATION, interface._attention)
+            undo.enter_context(self._packed.active())
             undo.enter_context(_replaced(RaggedCache, "update", _opaque(RaggedCache.update)))
             for layer, compiled in self._calls:
                 undo.enter_context(_replaced(layer, "_compiled_call_impl", compiled))
