@@ -7,7 +7,7 @@ embedding, activation, residuals), each a kernel of its own. Compiling the decod
     with attention_implementation(model), layers.active():
         model(input_ids, position_ids=..., past_key_values=cache, attention_context=cache, use_cache=True)
 
-Projections of one input (queries, keys and values; gate and up) are computed by one product, see `packed.py`.
+Queries, keys and values are computed by one product, see `packed.py`.
 
 All layers share one compiled code, made at the first step. The registered attention function and `RaggedCache.update`
 are called as they are, between the compiled parts; under CUDA graphs such a seam costs nothing.

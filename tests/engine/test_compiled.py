@@ -61,7 +61,7 @@ def test_one_code_serves_all_layers_batches_and_engines_with_the_same_tokens(tin
     answers(tiny_model("tiny-random", n_layers=2), 7, compiled=True)
     made = len(graphs)
     products = [node for graph in graphs for node in graph.graph.nodes if node.target is torch.nn.functional.linear]
-    assert len(products) == 4  # queries, keys and values; output; gate and up; down
+    assert len(products) == 5  # queries, keys and values; output; gate; up; down
     assert len(decoder_layers(tiny_gqa.model)) == 4
     for n_rows in (7, 14, 3):
         assert answers(tiny_gqa, n_rows, compiled=True) == answers(tiny_gqa, n_rows, compiled=False)
