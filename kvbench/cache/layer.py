@@ -110,8 +110,9 @@ class CacheLayer:
             blocks = arena.storage[extent.states[key] : extent.states[key] + count]
             blocks.zero_()
             _copy(state, blocks, room, None)
-        with torch.inference_mode(False):
-            extent.constants = {name: value.detach().clone() for name, value in layer.constants.items()}
+        if layer.constants:
+            with torch.inference_mode(False):  # takes longer than a launch, so only where there is something to copy
+                extent.constants = {name: value.detach().clone() for name, value in layer.constants.items()}
         return extent
 
     def blocks(self, extent: RowExtent, grown: int) -> list[HeadBlock]:
@@ -184,4 +185,4 @@ def _copy(source: Tensor, target: Tensor, room: int, ragged: tuple[Tensor, Tenso
         target[ragged[1]] = source.flatten(0, 1)[ragged[0]].to(target.dtype)
         return
     n_heads, n_slots = source.shape[:2]
-    target.unflatten(0, (n_heads, n_slots + room))[:, :n_slots].copy_(source)
+    target.view(n_heads, n_slots + room, *target.shape[1:])[:, :n_slots].copy_(source)

@@ -201,7 +201,7 @@ class RaggedCache(Cache):
 
     def clear(self) -> None:
         """Drop all rows; storage stays allocated at its addresses for the next batch."""
-        self._dirty = True
+        self._outdate()
         self._rows = []
         for arena in self._arenas():
             arena.clear()
@@ -411,7 +411,12 @@ class RaggedCache(Cache):
     def _change(self) -> None:
         """The batch is about to change: note how far its rows are; before the next step look everything up again."""
         self._pull_steps()
+        self._outdate()
+
+    def _outdate(self) -> None:
+        """Everything is looked up again before the next step; until then nothing keeps the storage of grown arenas."""
         self._dirty = True
+        self._sealed = []
 
     def _pull_steps(self) -> None:
         """Ask the device how many tokens the rows have seen, since replayed steps pass the host by."""

@@ -56,10 +56,11 @@ class LayerFork:
 
     def _side_by_side(self, states: LayerStates, device: torch.device) -> None:
         main = torch.cuda.current_stream(device)
+        ready = main.record_event()
         streams = [_stream(device, arm) for arm in range(len(self.policies))]
         compressed = []
         for arm, stream in enumerate(streams):
-            stream.wait_stream(main)
+            stream.wait_event(ready)
             with torch.cuda.stream(stream):
                 compressed.append(self._compress(arm, states))
         for arm, stream in enumerate(streams):

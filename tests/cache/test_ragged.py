@@ -1,6 +1,7 @@
 """RaggedCache: what is written is what is attended to, and decoding through it equals transformers' DynamicCache."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -220,6 +221,19 @@ def test_reserve_fixes_the_addresses():
     cache.write(0, cache.add_row(Whole(), 900, 8), random_layer(2, 900))
     assert (arena.capacity, arena.moves) == (2304, 2)
     assert torch.equal(arena.storage[:50], kept)
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_the_storage_of_a_grown_arena_is_let_go_of(clear):
+    cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
+    cache.write(0, cache.add_row(Whole(), 50, 8), random_layer(2, 50))
+    cache.prepare()
+    old = [weakref.ref(arena.storage) for arena in (cache._layers[0].keys, cache._layers[0].values)]
+    if clear:
+        cache.clear()
+    cache.write(0, cache.add_row(Whole(), 900, 8), random_layer(2, 900))
+    assert [reference() for reference in old] == [None, None]
+    cache.prepare()
 
 
 def test_generation_and_graph_key_tell_when_a_captured_step_is_stale():
