@@ -3,7 +3,7 @@
     python scripts/equal_tokens.py                                  # tiny random models, fp32 and bf16
     python scripts/equal_tokens.py --models smollm2-135m --prompts 8
 
-Random prompts, one of eight arms each in turn. In fp32 both engines compute the same function up to the order of sums,
+Random prompts, one of the arms each in turn. In fp32 both engines compute the same function up to the order of sums,
 and every token must be equal (exit code 1 otherwise). In bf16 a sum in another order is another number, and once two
 logits nearly tie, one differing token changes all that follow: the share is reported, not judged. KVMerger's threshold
 mode keeps as many slots as its data say, so the arm's slots are compared, too.
@@ -24,32 +24,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from speed_rows import parse_arms
 
 from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult
 from kvbench.engine.fused import FusedEngine
 from kvbench.engine.plain import PlainEngine
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.policies.registry import build_policy
 
-ENDS_WHOLE = {"whole_first_layers": 1, "whole_last_layers": 0}
-ARMS = tuple(
-    Arm.of(build_policy(name, {"budget": budget, **options}))
-    for name, budget, options in [
-        ("full", 1.0, {}),
-        ("h2o", 0.5, {}),
-        ("h2o", 0.35, {"group_reduce": "max"}),
-        ("cam", 0.5, {}),
-        ("cam", 0.35, {}),
-        ("kvmerger", 0.5, ENDS_WHOLE),
-        ("kvmerger", 0.5, {**ENDS_WHOLE, "budget_mode": "threshold", "threshold": 0.2}),
-        ("kvmerger_bias", 0.35, {}),
-    ]
+ENDS_WHOLE = "+whole_first_layers=1+whole_last_layers=0"
+ARMS = (
+    "full,h2o@0.5,h2o@0.35+group_reduce=max,cam@0.5,cam@0.35,"
+    f"kvmerger@0.5{ENDS_WHOLE},kvmerger@0.5{ENDS_WHOLE}+budget_mode=threshold+threshold=0.2,kvmerger_bias@0.35"
 )
 SHORTEST, LONGEST = 40, 400  # prompt tokens
 
 
-def make_jobs(loaded: LoadedModel, count: int, new_tokens: int) -> list[Job]:
+def make_jobs(loaded: LoadedModel, arms: tuple[Arm, ...], count: int, new_tokens: int) -> list[Job]:
     """Random prompts of `SHORTEST` to `LONGEST` tokens, one arm each; the same for every run."""
     generator = torch.Generator().manual_seed(1)
     vocabulary = min(250, loaded.model.config.get_text_config().vocab_size)
@@ -59,8 +50,8 @@ def make_jobs(loaded: LoadedModel, count: int, new_tokens: int) -> list[Job]:
         ids = tuple(torch.randint(3, vocabulary, (n_tokens,), generator=generator).tolist())
         jobs.append(
             Job(
-                index=index, input_ids=ids, compress_at=n_tokens, gold_ids=(), arms=(ARMS[index % len(ARMS)],),
-                reference=ARMS[0], stop_ids=(), max_new_tokens=new_tokens, seed=index,
+                index=index, input_ids=ids, compress_at=n_tokens, gold_ids=(), arms=(arms[index % len(arms)],),
+                reference=arms[0], stop_ids=(), max_new_tokens=new_tokens, seed=index,
             )
         )  # fmt: skip
     return jobs
@@ -78,10 +69,10 @@ def generate(engine: Engine, loaded: LoadedModel, jobs: list[Job]) -> tuple[list
     return [results[job.index].arms[0] for job in jobs], seconds, results[jobs[-1].index].settings
 
 
-def compare(model: str, dtype: str, device: str, count: int, new_tokens: int) -> dict[str, Any]:
+def compare(model: str, dtype: str, arms: tuple[Arm, ...], options: argparse.Namespace) -> dict[str, Any]:
     """One model in one dtype: totals, and per arm prompts, equal prompts, tokens, equal tokens, equal slots."""
-    loaded = load_model(named_config(model, dtype=dtype, device=device))
-    jobs = make_jobs(loaded, count, new_tokens)
+    loaded = load_model(named_config(model, dtype=dtype, device=options.device))
+    jobs = make_jobs(loaded, arms, options.prompts, options.new_tokens)
     plain, plain_seconds, _ = generate(PlainEngine(), loaded, jobs)
     fused, fused_seconds, settings = generate(FusedEngine(), loaded, jobs)
     per_arm: dict[str, Counter[str]] = {}
@@ -113,12 +104,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="tiny-random,tiny-random-mha", help="default: %(default)s")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="default: %(default)s")
+    parser.add_argument("--arms", default=ARMS, help="method@budget[+option=value...]; default: %(default)s")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     parser.add_argument("--prompts", type=int, default=50, help="per model and dtype; default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=8, help="per prompt; default: %(default)s")
     options = parser.parse_args()
+    arms = parse_arms(options.arms)
     runs = [
-        compare(model, dtype, options.device, options.prompts, options.new_tokens)
+        compare(model, dtype, arms, options)
         for model in options.models.split(",")
         for dtype in options.dtypes.split(",")
     ]
@@ -142,7 +135,7 @@ def main() -> int:
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "prompt_tokens": [SHORTEST, LONGEST],
         "new_tokens": options.new_tokens,
-        "arms": [arm.key for arm in ARMS],
+        "arms": [arm.key for arm in arms],
         "runs": runs,
     }
     print(json.dumps(document))

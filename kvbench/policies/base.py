@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import BudgetError, ConfigError
+from kvbench.policies.options import reduce_groups
 
 
 @dataclass
@@ -86,16 +87,9 @@ class LayerStates:
         Raises:
             ConfigError: for any other `reduce`.
         """
-        if reduce not in ("mean", "max", "sum", "first"):
-            raise ConfigError(f"group_reduce={reduce!r} is not one of mean, max, sum, first")
-        if scores.shape[0] == self.n_kv_heads:
-            return scores  # a group of one: nothing to launch
-        grouped = scores.unflatten(0, (self.n_kv_heads, -1))
-        if reduce == "mean":
-            return grouped.mean(1)
-        if reduce == "max":
-            return grouped.amax(1)
-        return grouped.sum(1) if reduce == "sum" else grouped[:, 0]
+        if reduce == "sum":
+            return scores.unflatten(0, (self.n_kv_heads, -1)).sum(1)
+        return reduce_groups(scores, self.n_kv_heads, reduce)
 
 
 @dataclass

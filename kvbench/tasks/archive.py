@@ -97,6 +97,7 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as file:
             yield file
+    # NotImplementedError: zipfile's word for a compression method it does not know, which a damaged byte can name
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise DataError(f"{archive} is damaged or cut short ({error}); remove it and fetch it again") from None
     except FileNotFoundError:
