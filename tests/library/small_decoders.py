@@ -71,7 +71,10 @@ def build(family: str, **options: object) -> PreTrainedModel:
 def loaded(model: PreTrainedModel) -> LoadedModel:
     """The model as our engines take it."""
     tokenizer = byte_tokenizer(512)
-    return LoadedModel("small", model, tokenizer, model.device, model.dtype, 512, None, "none", "random weights")
+    return LoadedModel(
+        name="small", model=model, tokenizer=tokenizer, device=model.device, dtype=model.dtype, max_context_tokens=512,
+        max_prompt_tokens=None, chat_format="none", source="random weights",
+    )  # fmt: skip
 
 
 def prompt(n_tokens: int, seed: int = 0, rows: int = 1) -> torch.Tensor:

@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 from llama_like import llama_like_tokenizer
-from transformers import GenerationConfig
 
 from kvbench.errors import ModelError
 from kvbench.models.chat import frame, protect, stop_token_ids, wrap
@@ -65,10 +64,7 @@ def test_stops_are_all_ends_once(loaded):
     assert stop_token_ids(loaded, stop_newline=False) == (2,)
     newline = loaded.tokenizer.encode("\n", add_special_tokens=False)[-1]
     assert stop_token_ids(loaded, stop_newline=True) == (2, newline)
-    loaded.model.generation_config = GenerationConfig(eos_token_id=[7, 2])
-    assert stop_token_ids(loaded, stop_newline=False) == (2, 7)
-    loaded.model.generation_config = GenerationConfig(eos_token_id=None)
-    assert stop_token_ids(loaded, stop_newline=False) == (2,)
+    assert stop_token_ids(replace(loaded, stop_token_ids=(7, 2)), stop_newline=False) == (2, 7)
 
 
 def test_end_of_turn_tokens_stop_where_they_exist(loaded):
