@@ -20,7 +20,8 @@ from rich.console import Console
 from kvbench.config import config_folder, register
 from kvbench.errors import KvbenchError, printable
 from kvbench.job import Job, JobOutcome
-from kvbench.records.read import read_records
+from kvbench.records.environment import doubts, environments, refuse_mixture
+from kvbench.records.read import read_answers, read_calls
 from kvbench.report.summary import summarise
 from kvbench.report.terminal import print_tables
 from kvbench.shards import spell_out_shards
@@ -66,10 +67,17 @@ def report(outcomes: Sequence[JobOutcome]) -> None:
     first = outcomes[0]
     samples = {position: key for outcome in outcomes for position, key in outcome.samples.items()}
     order = {key: rank for rank, (_, key) in enumerate(sorted(samples.items()))}
-    records = [r for r in read_records(first.folder) if (r["dataset"], r["sample"]) in order]
+    found, n_left_out = read_answers(first.folder)
+    records = [r for r in found if (r["dataset"], r["sample"]) in order]
+    calls = read_calls(first.folder)
+    if not first.mix_environments:
+        refuse_mixture(environments(records, calls), first.folder, "mix_environments=true shows them side by side")
+    notes = doubts(records, calls, n_left_out)
     records.sort(key=lambda r: order[r["dataset"], r["sample"]])  # sums then do not hang on who finished first
     if any(outcome.table for outcome in outcomes):
         print_tables(records, f"{first.model} · {first.compress}", Console(width=None if sys.stdout.isatty() else 120))
+        for note in notes:
+            print(note)
     shards = sorted({outcome.shard for outcome in outcomes if outcome.shard is not None})
     document: dict[str, Any] = {
         "run": str(first.folder),
@@ -78,6 +86,7 @@ def report(outcomes: Sequence[JobOutcome]) -> None:
         **({"shards": shards} if shards else {}),
         "n_samples": len(samples),
         "wall_s": round(max(o.ended_at for o in outcomes) - min(o.started_at for o in outcomes), 2),
+        **({"notes": notes} if notes else {}),
         "arms": [summary.to_dict() for summary in summarise(records)],
     }
     print(json.dumps(document, ensure_ascii=False), flush=True)

@@ -76,6 +76,7 @@ class RootConfig:
     data: DataConfig = field(default_factory=DataConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     retry_failed: bool = False
+    mix_environments: bool = False
     shard: str | None = None
 
 

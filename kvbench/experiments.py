@@ -119,7 +119,7 @@ def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:
     )
     columns = tuple(ExpectedColumn(part.plan.task.name, part.run, command) for part in parts)
     title = f"{first.experiment} ({first.plan.compress.replace('_', ' ')})"
-    return TableSpec(first.experiment, first.plan.model.name, title, arms, columns)
+    return TableSpec(first.experiment, first.plan.model.name, title, arms, columns, first.plan.mix_environments)
 
 
 def composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:

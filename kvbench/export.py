@@ -29,7 +29,8 @@ from typing import Any
 from kvbench.errors import KvbenchError, RecordError
 from kvbench.exports.model_index import export_model_index
 from kvbench.metrics.longbench import DATASETS
-from kvbench.records.read import read_config, read_records
+from kvbench.records.environment import environments, refuse_mixture
+from kvbench.records.read import read_calls, read_config, read_records
 from kvbench.tasks.fetched import LONGBENCH_E_DATASETS, ZEROSCROLLS_TEST_QUESTIONS
 
 ZEROSCROLLS_PREFIX = "zeroscrolls_"
@@ -213,8 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("format", choices=tuple(EXPORTERS))
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, default=Path("export"), metavar="DIR", help="default: export")
+    parser.add_argument("--mix-environments", action="store_true", help="export answers of several environments too")
     options = parser.parse_args(arguments)
     try:
+        if not options.mix_environments:
+            records = [record for run in options.runs for record in read_records(run)]
+            calls = [call for run in options.runs for call in read_calls(run)]
+            refuse_mixture(environments(records, calls), "the export", "say that it may with --mix-environments")
         written = EXPORTERS[options.format](options.runs, options.out)
     except KvbenchError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ class JobOutcome:
         table: whether a table is wanted.
         samples: (dataset, sample id) by position in the task.
         n_failed: samples that failed.
+        mix_environments: whether answers of several environments may stand side by side.
         started_at: seconds since 1970.
         ended_at: seconds since 1970.
     """
@@ -45,6 +46,7 @@ class JobOutcome:
     table: bool = True
     samples: dict[int, tuple[str, str]] = field(default_factory=dict)
     n_failed: int = 0
+    mix_environments: bool = False
     started_at: float = 0.0
     ended_at: float = 0.0
 
@@ -94,6 +96,7 @@ def run_config(config: DictConfig) -> JobOutcome:
         table=config.output.table,
         samples=done.samples,
         n_failed=done.n_failed,
+        mix_environments=plan.mix_environments,
         started_at=started_at,
         ended_at=time.time(),
     )

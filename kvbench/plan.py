@@ -17,6 +17,7 @@ from kvbench.errors import ConfigError, KvbenchError
 from kvbench.models.config import ModelConfig
 from kvbench.policies.base import Policy
 from kvbench.policies.full import Full
+from kvbench.policies.registry import load_policies
 from kvbench.shards import Shard
 from kvbench.tasks.base import Task
 
@@ -41,6 +42,7 @@ class Plan:
         max_new_tokens: generation limit that replaces the task's, or None.
         output_root: folder of run folders.
         retry_failed: whether failed samples run again.
+        mix_environments: whether answers of another environment, or of none that is known, count beside today's.
         identity: what defines the run; hashed into its folder's name.
         config: the full composed configuration, plain types.
         shard: the part of the samples to run, or None for all; no part of the identity.
@@ -59,6 +61,7 @@ class Plan:
     retry_failed: bool
     identity: dict[str, Any]
     config: dict[str, Any]
+    mix_environments: bool = False
     shard: Shard | None = None
 
 
@@ -99,6 +102,7 @@ def build_plan(config: DictConfig) -> Plan:
         retry_failed=config.retry_failed,
         identity=identity,
         config=plain,
+        mix_environments=config.mix_environments,
         shard=None if config.shard is None else Shard.parse(config.shard),
     )
 
@@ -112,10 +116,26 @@ def _arms(config: DictConfig) -> tuple[Arm, ...]:
         ]
     if config.budget is not None:
         policies = [p if type(p) is Full else dataclasses.replace(p, budget=config.budget) for p in policies]
-    arms = {arm.key: arm for arm in map(Arm.of, policies)}
+    arms: dict[str, Arm] = {}
+    for policy in policies:
+        arm = Arm.of(policy)
+        _refuse_namesakes(policy, arms.setdefault(arm.key, arm))
     if not arms:
         raise ConfigError("no arm to run: name a method (method=h2o) or a set of arms (arms=paper)")
     return tuple(arms.values())
+
+
+def _refuse_namesakes(policy: Policy, known: Arm) -> None:
+    """Refuse a method that goes by the name of another: its answers would be tabled as the other's."""
+    registered = load_policies().get(policy.name, type(policy))
+    for other in (registered, type(known.policy)):
+        if (other.__module__, other.__qualname__) != (type(policy).__module__, type(policy).__qualname__):
+            raise ConfigError(
+                f"{type(policy).__module__}.{type(policy).__qualname__} has the name {policy.name!r} of "
+                f"{other.__module__}.{other.__qualname__}: give it a `name` of its own"
+            )
+    if known.policy != policy:
+        raise ConfigError(f"two arms with different options are both named {known.key}: change an option's text")
 
 
 def _model_identity(model: ModelConfig) -> dict[str, Any]:

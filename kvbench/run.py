@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +21,14 @@ from kvbench.engine.failures import failure_reason
 from kvbench.errors import DataError, KvbenchError, printable
 from kvbench.interrupts import interruptible
 from kvbench.metrics import get_metric
-from kvbench.metrics.environment import check_environment, scorer_versions
-from kvbench.models.load import LoadedModel, load_model
+from kvbench.metrics.environment import check_environment
+from kvbench.models.load import LoadedModel, PreparedModel, load_weights, prepare_model
 from kvbench.models.prompt import EncodedPrompt, encode_sample, encode_text
 from kvbench.plan import Plan
-from kvbench.records.environment import describe_environment
+from kvbench.provenance import Making, making_of
+from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.folder import RunFolder
+from kvbench.records.read import read_calls
 from kvbench.records.schema import Record
 from kvbench.tasks.base import Sample
 
@@ -49,7 +51,7 @@ class RunOutcome:
 
 
 def run_plan(plan: Plan, console: Console) -> RunOutcome:
-    """Compute what is missing.
+    """Compute what is missing, and what was made by another question, model or method.
 
     Args:
         plan: the plan.
@@ -69,31 +71,37 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
     check_environment()  # what cannot be scored ends the run before a weight is loaded
     for sample in samples:
         get_metric(sample.metric)
+    samples = [_limited(sample, plan) for sample in samples]
+    positions = range(len(samples)) if plan.shard is None else plan.shard.positions(samples)
+    with console.status("reading the prompts") as status:
+        prepared = prepare_model(plan.model, report=status.update)
+        encoded = {index: encode_sample(samples[index], prepared) for index in positions}
+        jobs = {index: _job(plan, prepared, index, samples[index], prompt) for index, prompt in encoded.items()}
+        status.update("hashing the weights")
+        making = making_of(plan, prepared, samples, jobs)
     shard = None if plan.shard is None else plan.shard.folder_name
     folder = RunFolder(plan.output_root, f"{plan.task.name}-{plan.model.name}", plan.identity, shard)
-    folder.describe(plan.config, {**describe_environment(), "scorers": scorer_versions()})
-    positions = range(len(samples)) if plan.shard is None else plan.shard.positions(samples)
-    todo = _missing(plan, samples, positions, folder)
+    folder.describe(plan.config)
+    todo = _missing(plan, samples, making, folder, console)
     failed: set[int] = set()
     if todo:
-        folder.note_call(_call(plan, len(samples), todo))
+        folder.note_call(_call(plan, len(samples), todo, making))
+        folder.keep_prompts(
+            {"dataset": samples[i].dataset, "sample": samples[i].id, "prompt": encoded[i].prompt_text} for i in todo
+        )
         with console.status("loading the model") as status:
-            loaded = load_model(plan.model, report=status.update)
-            samples = [_limited(sample, plan) for sample in samples]
-            encoded = {index: encode_sample(samples[index], loaded) for index in todo}
-            folder.keep_prompts(
-                {"dataset": samples[i].dataset, "sample": samples[i].id, "prompt": prompt.prompt_text}
-                for i, prompt in encoded.items()
-            )
-            jobs = [_job(plan, loaded, index, samples[index], encoded[index], arms) for index, arms in todo.items()]
+            loaded = load_weights(plan.model, prepared, report=status.update)
+        wanted = [replace(jobs[index], arms=arms) for index, arms in todo.items()]
         waiting = {index: len(arms) for index, arms in todo.items()}
-        with _progress(console, len(jobs), plan) as advance, interruptible() as interrupts:
-            for result in plan.engine.run(loaded, jobs, interrupts.asked):
+        with _progress(console, len(wanted), plan) as advance, interruptible() as interrupts:
+            for result in plan.engine.run(loaded, wanted, interrupts.asked):
                 sample, prompt = samples[result.index], encoded[result.index]
                 if isinstance(result, SampleFailure):
-                    records = [_failed(sample, arm, result.reason) for arm in result.arms]
+                    records = [
+                        _failed(_identity(sample, arm, result.index, making), result.reason) for arm in result.arms
+                    ]
                 else:
-                    records = [_scored(loaded, sample, prompt, result, arm) for arm in result.arms]
+                    records = [_scored(loaded, sample, prompt, result, arm, making) for arm in result.arms]
                 with interrupts.held():
                     folder.append(records)
                 if broken := [record for record in records if record.status == "failed"]:
@@ -103,25 +111,51 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
                 if not waiting[result.index]:
                     advance()
         if n_left := sum(n > 0 for n in waiting.values()):
-            raise KeyboardInterrupt(f"{len(jobs) - n_left} of {len(jobs)} samples were finished, {n_left} are left")
+            raise KeyboardInterrupt(f"{len(wanted) - n_left} of {len(wanted)} samples were finished, {n_left} are left")
     keys = {position: (samples[position].dataset, samples[position].id) for position in positions}
     return RunOutcome(folder.path, keys, len(failed), time.perf_counter() - start)
 
 
 def _missing(
-    plan: Plan, samples: list[Sample], positions: Sequence[int], folder: RunFolder
+    plan: Plan, samples: list[Sample], making: Making, folder: RunFolder, console: Console
 ) -> dict[int, tuple[Arm, ...]]:
-    done = {arm.key: folder.done(arm.key, plan.retry_failed) for arm in plan.arms}
-    missing = {
-        index: tuple(arm for arm in plan.arms if (samples[index].dataset, samples[index].id) not in done[arm.key])
-        for index in positions
-    }
-    return {index: arms for index, arms in missing.items() if arms}
+    """The arms to compute, by position of the sample.
+
+    Raises:
+        RecordError: if answers of another environment would then stand beside today's, and nobody said that they may.
+    """
+    recorded, stale = folder.recorded(), 0
+    missing: dict[int, tuple[Arm, ...]] = {}
+    beside: list[dict[str, Any]] = []
+    for index in making.questions:
+        dataset, sample = samples[index].dataset, samples[index].id
+        arms = []
+        for arm in plan.arms:
+            record = recorded.pop((dataset, sample, arm.key), None)
+            accepted = record is not None and making.accepts(record, index, plan.mix_environments)
+            stale += record is not None and not accepted
+            if record is None or not accepted or (record["status"] != "ok" and plan.retry_failed):
+                arms.append(arm)
+            else:
+                beside.append(record)
+        if arms:
+            missing[index] = tuple(arms)
+    if stale:
+        console.print(f"{stale} recorded answers are of another text, model or method than today's: computed again")
+    if not plan.mix_environments:
+        asked = {(samples[index].dataset, samples[index].id) for index in making.questions}
+        beside += [record for key, record in recorded.items() if key[:2] in asked]
+        beside += [{"call": making.call} for arms in missing.values() for _ in arms]
+        today = {"id": making.call, "environment": making.environment}
+        found = environments(beside, [*read_calls(folder.path), today])
+        refuse_mixture(found, folder.path, "give output.root=DIR for a run of its own, or mix_environments=true")
+    return missing
 
 
-def _call(plan: Plan, task_samples: int, todo: dict[int, tuple[Arm, ...]]) -> dict[str, Any]:
-    """What this call sets out to do, for `kvbench.progress`; see `kvbench.records.read.read_calls`."""
+def _call(plan: Plan, task_samples: int, todo: dict[int, tuple[Arm, ...]], making: Making) -> dict[str, Any]:
+    """What this call sets out to do, and in what environment; see `kvbench.records.read.read_calls`."""
     return {
+        "id": making.call,
         "started_at": round(time.time(), 3),
         "host": platform.node(),
         "process": os.getpid(),
@@ -129,6 +163,8 @@ def _call(plan: Plan, task_samples: int, todo: dict[int, tuple[Arm, ...]]) -> di
         "arms": [arm.key for arm in plan.arms],
         "task_samples": task_samples,
         "missing_answers": sum(map(len, todo.values())),
+        "environment": making.environment,
+        "hashes": {"model": making.model, "methods": making.methods},
     }
 
 
@@ -137,9 +173,7 @@ def _limited(sample: Sample, plan: Plan) -> Sample:
     return replace(sample, max_new_tokens=plan.max_new_tokens) if plan.max_new_tokens else sample
 
 
-def _job(
-    plan: Plan, loaded: LoadedModel, index: int, sample: Sample, prompt: EncodedPrompt, arms: tuple[Arm, ...]
-) -> Job:
+def _job(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt: EncodedPrompt) -> Job:
     compress_at = len(prompt.input_ids)
     if plan.compress == "before_question":
         if not prompt.question_start_token:
@@ -152,8 +186,8 @@ def _job(
         index=index,
         input_ids=prompt.input_ids,
         compress_at=compress_at,
-        gold_ids=_gold_ids(loaded, sample, plan.gold_tokens),
-        arms=arms,
+        gold_ids=_gold_ids(prepared, sample, plan.gold_tokens),
+        arms=plan.arms,
         reference=plan.reference,
         stop_ids=prompt.stop_token_ids,
         max_new_tokens=sample.max_new_tokens,
@@ -162,13 +196,13 @@ def _job(
     )
 
 
-def _gold_ids(loaded: LoadedModel, sample: Sample, limit: int) -> tuple[int, ...]:
+def _gold_ids(prepared: PreparedModel, sample: Sample, limit: int) -> tuple[int, ...]:
     """Tokens of the first reference answer as a continuation of the prompt, at most `limit`."""
     if limit == 0 or not sample.answers or not sample.answers[0]:
         return ()
     continues_text = sample.answer_prefix and not sample.answer_prefix[-1].isspace()
     text = (" " if continues_text else "") + sample.answers[0]
-    return tuple(encode_text(text, loaded)[:limit])
+    return tuple(encode_text(text, prepared)[:limit])
 
 
 def _seed(seed: int, sample: Sample) -> int:
@@ -177,18 +211,21 @@ def _seed(seed: int, sample: Sample) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _scored(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult) -> Record:
+def _scored(
+    loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult, making: Making
+) -> Record:
     """The arm's record; a metric that raises or gives no number is that record's failure, never a score of 0."""
+    identity = _identity(sample, arm.arm, result.index, making)
     try:
-        record = _record(loaded, sample, prompt, result, arm)
+        record = _record(loaded, sample, prompt, result, arm, identity)
     except KvbenchError:
         raise
     except Exception as error:
-        return _failed(sample, arm.arm, f"metric {sample.metric} raised {failure_reason(error)}")
+        return _failed(identity, f"metric {sample.metric} raised {failure_reason(error)}")
     numbers = {**record.parts, "gold_nll": record.gold_nll, "kl": record.kl}
     for name, value in numbers.items():
         if value is not None and not math.isfinite(value):
-            return _failed(sample, arm.arm, f"{name}={value} of metric {sample.metric} is no finite number")
+            return _failed(identity, f"{name}={value} of metric {sample.metric} is no finite number")
     return record
 
 
@@ -198,14 +235,21 @@ def _tell(console: Console, broken: list[Record]) -> None:
     console.print(printable(text), style="red", markup=False, highlight=False)
 
 
-def _record(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult) -> Record:
+def _record(
+    loaded: LoadedModel,
+    sample: Sample,
+    prompt: EncodedPrompt,
+    result: JobResult,
+    arm: ArmResult,
+    identity: dict[str, Any],
+) -> Record:
     prediction = str(loaded.tokenizer.decode(arm.token_ids, skip_special_tokens=True))
     parts: dict[str, float] = {}
     if sample.answers:  # rows without references (ZeroSCROLLS' test split) are answered, not scored
         parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
     n_slots = sum(arm.slots_per_layer)
     return Record(
-        **_identity(sample, arm.arm),
+        **identity,
         score=parts.get("score"),
         parts=parts,
         prediction=prediction,
@@ -228,11 +272,11 @@ def _record(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: 
     )
 
 
-def _failed(sample: Sample, arm: Arm, reason: str) -> Record:
-    return Record(**_identity(sample, arm), status="failed", reason=reason)
+def _failed(identity: dict[str, Any], reason: str) -> Record:
+    return Record(**identity, status="failed", reason=reason)
 
 
-def _identity(sample: Sample, arm: Arm) -> dict[str, Any]:
+def _identity(sample: Sample, arm: Arm, position: int, making: Making) -> dict[str, Any]:
     """The fields every record of a sample has, failed or not."""
     return {
         "sample": sample.id,
@@ -246,6 +290,7 @@ def _identity(sample: Sample, arm: Arm) -> dict[str, Any]:
         "all_classes": list(sample.all_classes),
         "length": sample.length,
         "meta": sample.meta,
+        **making.fields(position, arm.key),
     }
 
 

@@ -15,7 +15,7 @@ from kvbench.records.schema import Record
 
 def make_run(root: Path, *records: Record, model: str = "tiny/model", **identity: Any) -> Path:
     folder = RunFolder(root, "run", {"model": {"name": model}, **identity})
-    folder.describe({}, {})
+    folder.describe({})
     folder.append(records)
     return folder.path
 

@@ -70,7 +70,7 @@ def kvbench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def records(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    times = ("seconds", "recorded_at")
+    times = ("seconds", "recorded_at", "call")
     return {(r["sample"], r["arm"]): {k: v for k, v in r.items() if k not in times} for r in read_records(run)}
 
 

@@ -13,7 +13,7 @@ from kvbench.plan import build_plan
 from kvbench.records.read import read_records, record_files
 from kvbench.run import RunOutcome, run_plan
 
-TIMES = ("seconds", "recorded_at")
+TIMES = ("seconds", "recorded_at", "call")
 TASK = [
     "model=tiny-random", "task=passkey", "task.lengths=[200,260,320]", "task.samples_per_cell=1",
     "protocol.max_new_tokens=5", "protocol.gold_tokens=4",

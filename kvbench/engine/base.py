@@ -32,7 +32,8 @@ class Arm:
     @classmethod
     def of(cls, policy: Policy) -> Arm:
         """The arm of a policy, named by what differs from the method's defaults."""
-        budget = f"@{policy.budget:g}" if policy.budget < 1.0 or policy.steps else ""
+        share = repr(float(policy.budget)).removesuffix(".0")  # exact: two budgets never share a name
+        budget = f"@{share}" if policy.budget < 1.0 or policy.steps else ""
         options = "".join(f",{name}={value}" for name, value in sorted(policy.options().items()))
         return cls(re.sub(r"\s+", "", policy.name + budget + options), policy)
 

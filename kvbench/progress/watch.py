@@ -6,19 +6,22 @@ wrote; clocks that differ by minutes make the rate wrong by as much.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvbench.records.read import parts, read_calls
+from kvbench.records.read import consistent, keep_newest, parsed, parts, read_calls
+from kvbench.records.schema import HASHES, checked
 
 RATE_WINDOW_S = 600.0
 """The rate is that of the last so many seconds."""
 
 Key = tuple[str, str, str]
 """(dataset, sample, arm)."""
+
+KEPT = ("dataset", "sample", "arm", "status", "reason", "recorded_at", *HASHES)
+"""Fields of a record that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,8 @@ class RunWatch:
 
     run: Path
     _offsets: dict[Path, int] = field(default_factory=dict)
-    _status: dict[Key, str] = field(default_factory=dict)
+    _found: dict[Key, dict[str, Any]] = field(default_factory=dict)
     _times: dict[str, list[float]] = field(default_factory=dict)
-    _failures: dict[Key, str] = field(default_factory=dict)
 
     def look(self, now: float) -> RunProgress:
         """Read what is new.
@@ -109,7 +111,8 @@ class RunWatch:
                     self._take(shard, record)
         calls = read_calls(self.run)
         latest = {call.get("shard") or "all": call for call in calls}
-        arms = self._arms(calls)
+        records = consistent(self._found.values())
+        arms = _arms(calls, records)
         answers_per_s = self._rate(latest, now)
         n_left = sum(max(0, arm.n_samples - arm.n_done) for arm in arms)
         left_s = 0.0 if n_left == 0 else n_left / answers_per_s if answers_per_s else None
@@ -120,7 +123,7 @@ class RunWatch:
             calls=tuple(self._call(shard, call, now) for shard, call in sorted(latest.items(), key=_by_number)),
             samples_per_minute=60 * answers_per_s / max(1, n_arms),
             left_s=left_s,
-            failures=tuple((sample, arm, why) for (_, sample, arm), why in list(self._failures.items())[-3:]),
+            failures=tuple((r["sample"], r["arm"], r["reason"]) for r in records if r["status"] != "ok")[-3:],
         )
 
     def _new_records(self, path: Path) -> Iterator[dict[str, Any]]:
@@ -131,40 +134,13 @@ class RunWatch:
         whole = content[: content.rfind(b"\n") + 1]
         self._offsets[path] = self._offsets.get(path, 0) + len(whole)
         for line in whole.split(b"\n"):
-            try:
-                record = json.loads(line)
-                if isinstance(record, dict) and {"dataset", "sample", "arm", "status"} <= record.keys():
-                    yield record
-            except (ValueError, RecursionError):
-                continue
+            record = checked(parsed(line))
+            if record is not None:
+                yield {name: record[name] for name in KEPT}
 
     def _take(self, shard: str, record: dict[str, Any]) -> None:
-        key = (str(record["dataset"]), str(record["sample"]), str(record["arm"]))
-        self._times.setdefault(shard, []).append(float(record.get("recorded_at") or 0))
-        if self._status.get(key) == "ok":
-            return
-        self._status[key] = record["status"]
-        self._failures.pop(key, None)
-        if record["status"] != "ok":
-            self._failures[key] = str(record.get("reason", ""))
-
-    def _arms(self, calls: list[dict[str, Any]]) -> tuple[ArmProgress, ...]:
-        n_samples: dict[str, int] = {}
-        for call in calls:
-            for arm in call["arms"]:
-                n_samples[arm] = max(n_samples.get(arm, 0), int(call["task_samples"]))
-        done: dict[str, list[str]] = {}
-        for (_, _, arm), status in self._status.items():
-            done.setdefault(arm, []).append(status)
-        return tuple(
-            ArmProgress(
-                arm,
-                len(done.get(arm, [])),
-                sum(status != "ok" for status in done.get(arm, [])),
-                max(n_samples.get(arm, 0), len(done.get(arm, []))),
-            )
-            for arm in sorted({*n_samples, *done})
-        )
+        self._times.setdefault(shard, []).append(record["recorded_at"])
+        keep_newest(self._found, record)
 
     def _rate(self, latest: dict[str, dict[str, Any]], now: float) -> float:
         """Answers per second over the window, or since the calls began if that is less."""
@@ -178,6 +154,25 @@ class RunWatch:
         times = [time for time in self._times.get(shard, []) if time >= started]
         n_answers = int(call["missing_answers"])
         return CallProgress(shard, str(call.get("host", "")), len(times), n_answers, now - max([started, *times]))
+
+
+def _arms(calls: list[dict[str, Any]], records: list[dict[str, Any]]) -> tuple[ArmProgress, ...]:
+    n_samples: dict[str, int] = {}
+    for call in calls:
+        for arm in call["arms"]:
+            n_samples[arm] = max(n_samples.get(arm, 0), int(call["task_samples"]))
+    done: dict[str, list[str]] = {}
+    for record in records:
+        done.setdefault(record["arm"], []).append(record["status"])
+    return tuple(
+        ArmProgress(
+            arm,
+            len(done.get(arm, [])),
+            sum(status != "ok" for status in done.get(arm, [])),
+            max(n_samples.get(arm, 0), len(done.get(arm, []))),
+        )
+        for arm in sorted({*n_samples, *done})
+    )
 
 
 def find_runs(folders: list[Path]) -> list[Path]:

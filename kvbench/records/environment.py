@@ -1,4 +1,4 @@
-"""The environment a run was measured in: versions, device, commit.
+"""The environment an answer was made in (versions, device, commit), and whether answers of several may be one table.
 
 Bug reports paste it: `python -m kvbench.records.environment`.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,18 @@ from typing import Any
 import torch
 
 from kvbench import __version__
+from kvbench.errors import RecordError
 
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "accelerate", "datasets", "hydra-core", "numpy", "pandas", "scipy",
     "rouge", "rouge-score", "rouge-chinese", "fuzzywuzzy", "python-Levenshtein", "jieba", "gguf",
 )  # fmt: skip
+COMPARED = ("kvbench", "commit", "device", "engine", "kernels", "packages")
+"""What of an environment can move a number although question, model and method are the same."""
+
+UNVERIFIED = "from before records said what made them"
+Environments = list[tuple[int, dict[str, Any]]]
+"""Number of answers and their environment's fields of `COMPARED`; no fields for answers that do not say."""
 
 
 def describe_environment() -> dict[str, Any]:
@@ -41,6 +49,71 @@ def describe_environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def environments(records: Iterable[Mapping[str, Any]], calls: Iterable[Mapping[str, Any]]) -> Environments:
+    """The environments that answers were made in, the one of most answers first.
+
+    Args:
+        records: records as dictionaries.
+        calls: the calls that made them (see `kvbench.records.read.read_calls`), and others.
+    """
+    by_id = {call.get("id"): call["environment"] for call in calls if isinstance(call.get("environment"), dict)}
+    counts: dict[str, int] = {}
+    for record in records:
+        environment = by_id.get(record["call"])
+        fields = {} if environment is None else {name: environment.get(name) for name in COMPARED}
+        key = json.dumps(fields, sort_keys=True)
+        counts[key] = counts.get(key, 0) + 1
+    return [(n, json.loads(key)) for key, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+
+
+def mixture(found: Environments) -> str:
+    """How environments differ, in one line; empty if there is one at most."""
+    if len(found) < 2:
+        return ""
+    flat = [(n, {**fields, **(fields.get("packages") or {}), "packages": None}) for n, fields in found]
+    known = [fields for (_, fields), (_, named) in zip(flat, found, strict=True) if named]
+    names = sorted({name for fields in known for name in fields})
+    differing = [name for name in names if len({str(fields.get(name)) for fields in known}) > 1]
+    texts = []
+    for (n, fields), (_, named) in zip(flat, found, strict=True):
+        what = ", ".join(f"{name} {fields.get(name)}" for name in differing) or "that say it"
+        texts.append(f"{n} answers: {what if named else UNVERIFIED}")
+    return "; ".join(texts)
+
+
+def doubts(records: Sequence[Mapping[str, Any]], calls: Iterable[Mapping[str, Any]], n_left_out: int) -> list[str]:
+    """What a reader of a table has to know of its records' making, a line each.
+
+    Args:
+        records: the table's records.
+        calls: the calls of their runs.
+        n_left_out: answers that were left out: see `kvbench.records.read.read_answers`.
+    """
+    lines = []
+    if text := mixture(environments(records, calls)):
+        lines.append(f"Answers of several environments stand side by side: {text}.")
+    if n_unverified := sum(not record["call"] for record in records):
+        lines.append(f"{n_unverified} of {len(records)} answers are unverified: {UNVERIFIED}.")
+    if n_left_out:
+        lines.append(f"{n_left_out} answers of an earlier text, model or method are left out.")
+    return lines
+
+
+def refuse_mixture(found: Environments, where: object, remedy: str) -> None:
+    """Refuse answers of several environments.
+
+    Args:
+        found: see `environments`.
+        where: what holds them.
+        remedy: how to say that they may be one table.
+
+    Raises:
+        RecordError: if there are several; the message says how they differ.
+    """
+    if text := mixture(found):
+        raise RecordError(f"{where} would mix answers of several environments ({text}): {remedy}")
 
 
 def _version(package: str) -> str | None:

@@ -2,13 +2,13 @@
 
     runs/passkey-smollm2-135m-1a2b3c4d/
         config.json         what defines the run, and the full configuration of its first call
-        environment.json    versions, device, commit
-        calls.jsonl         one line per call: which arms, how many samples, where
+        calls.jsonl         one line per call: which arms, how many samples, where, and in what environment
         prompts.jsonl       the text of the prompts
         records/<arm>.jsonl one line per sample
         shards/2-of-8/      the same files without config.json, from calls with shard=2/8
 
-A second call with the same definition finds the same folder and computes only what is missing. Every shard appends to
+A second call with the same definition finds the same folder and computes only what is missing, or was made by another
+text, model or method (`kvbench.provenance`); what was recorded is never overwritten. Every shard appends to
 files of its own: on a network file system two machines that append to one file can overwrite each other's lines.
 """
 
@@ -19,12 +19,13 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from kvbench.errors import RecordError
-from kvbench.records.read import parts, read_prompts, read_record_file
+from kvbench.records.read import read_config, read_prompts, read_records
 from kvbench.records.schema import Record
 
 
@@ -75,23 +76,26 @@ class RunFolder:
                 f"run folder {self.path} cannot be written ({error.strerror}): choose another with output.root=DIR"
             ) from error
 
-    def describe(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Write `config.json` and `environment.json` unless an earlier call of the same run already did.
+    def describe(self, config: dict[str, Any]) -> None:
+        """Write `config.json` unless an earlier call of the same run already did, to its end.
 
         Args:
             config: full configuration of this call, plain types.
-            environment: versions, device, commit (see `kvbench.records.environment`).
-        """
-        self._write_once(self.path / "config.json", {**self.identity, "config": config})
-        for folder in {self.path, self.home}:
-            self._write_once(folder / "environment.json", environment)
 
-    def _write_once(self, target: Path, content: dict[str, Any]) -> None:
-        if target.exists():
+        Raises:
+            RecordError: if it cannot be written.
+        """
+        target = self.path / "config.json"
+        with suppress(RecordError):
+            read_config(self.path)
             return
         scratch = target.with_suffix(f".tmp{uuid4().hex}")
+        content = {**self.identity, "config": config}
         try:
-            scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+            with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(scratch, target)
         except OSError as error:
             raise RecordError(
@@ -102,14 +106,12 @@ class RunFolder:
         """The record file of an arm that this object appends to."""
         return self.home / "records" / file_name(arm_key)
 
-    def done(self, arm_key: str, retry_failed: bool = False) -> set[tuple[str, str]]:
-        """(dataset, sample) pairs already recorded for an arm; failed ones too unless `retry_failed`."""
-        files = (part / "records" / file_name(arm_key) for part in parts(self.path))
-        records = (record for file in files for record in read_record_file(file).records)
-        return {(r["dataset"], r["sample"]) for r in records if r["status"] == "ok" or not retry_failed}
+    def recorded(self) -> dict[tuple[str, str, str], dict[str, Any]]:
+        """The run's records that may stand side by side, by dataset, sample and arm, those of all shards."""
+        return {(r["dataset"], r["sample"], r["arm"]): r for r in read_records(self.path)}
 
     def note_call(self, call: dict[str, Any]) -> None:
-        """Note in `calls.jsonl` what a call sets out to do, for those who watch the run.
+        """Note in `calls.jsonl` what a call sets out to do and in what environment: records name it by its id.
 
         Args:
             call: plain types; see `kvbench.records.read.read_calls`.
@@ -119,7 +121,7 @@ class RunFolder:
         """
         path = self.home / "calls.jsonl"
         try:
-            _append_line(path, json.dumps(call, ensure_ascii=False))
+            _append_line(path, json.dumps(call, ensure_ascii=False, allow_nan=False), flush=True)
         except OSError as error:
             raise RecordError(f"{path} cannot be written ({error.strerror}): free space and run again") from error
 

@@ -2,21 +2,21 @@
 
 Lines can be broken only by a crash in the middle of a write; they are counted in `RecordFile.broken_lines`, and the
 sample is computed again by the next run. If two processes recorded the same sample and arm, the first success counts;
-between the files of several shards, that of the file first by name.
+between the files of several shards, that of the file first by name. Answers of different making never stand side by
+side: `consistent` keeps the newest and counts the others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvbench.errors import RecordError
-from kvbench.records.schema import SCHEMA_VERSION
-
-REQUIRED_TEXTS = ("sample", "dataset", "arm", "status")
+from kvbench.records.schema import HASHES, SCHEMA_VERSION, checked
 
 
 @dataclass
@@ -49,33 +49,66 @@ def read_record_file(path: Path) -> RecordFile:
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            result.broken_lines.append(number)
-            continue
-        if not (isinstance(record, dict) and "schema" in record and _has_texts(record)):
-            result.broken_lines.append(number)
-            continue
-        if not isinstance(record["schema"], int) or record["schema"] > SCHEMA_VERSION:
+        line_content = parsed(line)
+        schema = line_content.get("schema", 0) if isinstance(line_content, dict) else 0
+        if not isinstance(schema, int) or schema > SCHEMA_VERSION:
             raise RecordError(
-                f"{path} line {number} has record schema {record['schema']}, this version reads {SCHEMA_VERSION}: "
+                f"{path} line {number} has record schema {schema}, this version reads {SCHEMA_VERSION}: "
                 "upgrade kvbench or use another output.root"
             )
-        _keep(found, record)
+        record = checked(line_content)
+        if record is None or not schema:
+            result.broken_lines.append(number)
+            continue
+        keep_newest(found, record)
     result.records = list(found.values())
     return result
 
 
-def _has_texts(record: dict[str, Any]) -> bool:
-    return all(isinstance(record.get(name), str) for name in REQUIRED_TEXTS)
+def parsed(line: str | bytes) -> Any:
+    """The JSON value of a line, or None: NaN and Infinity, which are no JSON, included."""
+    try:
+        return json.loads(line, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _keep(found: dict[tuple[str, str, str], dict[str, Any]], record: dict[str, Any]) -> None:
-    """Add a record unless one of its sample and arm is there; a success replaces a failure."""
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def keep_newest(found: dict[tuple[str, str, str], dict[str, Any]], record: dict[str, Any]) -> None:
+    """Add a record unless one of its sample and arm is there: success replaces failure, newer making older."""
     key = (record["dataset"], record["sample"], record["arm"])
-    if key not in found or (found[key]["status"] != "ok" and record["status"] == "ok"):
+    known = found.get(key)
+    if known is None:
         found[key] = record
+    elif any(known[name] != record[name] for name in HASHES):
+        if record["recorded_at"] >= known["recorded_at"]:
+            found[key] = record
+    elif known["status"] != "ok" and record["status"] == "ok":
+        found[key] = record
+
+
+def consistent(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that may stand side by side.
+
+    Of two models only the newest one's answers are kept, of two questions to one sample and of two methods behind one
+    arm likewise. Records that do not say what made them are kept: they count as an environment of their own.
+
+    Args:
+        records: records of one run, one for each sample and arm.
+    """
+    kept = sorted(records, key=lambda record: record["recorded_at"])
+    groups: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+        ("model_sha256", lambda record: None),
+        ("question_sha256", lambda record: (record["dataset"], record["sample"])),
+        ("method_sha256", lambda record: record["arm"]),
+    )
+    for made_by, group in groups:
+        newest = {group(record): record[made_by] for record in kept if record[made_by]}
+        kept = [record for record in kept if record[made_by] in ("", newest.get(group(record)))]
+    return kept
 
 
 def parts(run: Path) -> list[Path]:
@@ -90,7 +123,7 @@ def record_files(run: Path) -> list[Path]:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """All records of a run folder, those of its shards included, arms in the order of their file names.
+    """The records of a run folder that may stand side by side, those of its shards included, in the order of files.
 
     Args:
         run: the run's folder (the one with `config.json`).
@@ -98,13 +131,19 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     Raises:
         RecordError: if the folder is no run folder or holds records of a newer version.
     """
+    return read_answers(run)[0]
+
+
+def read_answers(run: Path) -> tuple[list[dict[str, Any]], int]:
+    """As `read_records`, and how many samples and arms have only records of an earlier model, question or method."""
     if not (run / "records").is_dir():
         raise RecordError(f"{run} is not a run folder (it has no records/): give a folder below output.root")
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in record_files(run):
         for record in read_record_file(path).records:
-            _keep(found, record)
-    return list(found.values())
+            keep_newest(found, record)
+    kept = {id(record) for record in consistent(found.values())}
+    return [record for record in found.values() if id(record) in kept], len(found) - len(kept)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -115,11 +154,13 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     path = run / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parsed(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
         raise RecordError(f"{path} cannot be read ({error}): is {run} a run folder?") from error
     if not isinstance(content, dict):
-        raise RecordError(f"{path} holds no JSON object: is {run} a run folder?")
+        raise RecordError(
+            f"{path} holds no JSON object: is {run} a run folder? If so, the command that made it writes the file anew"
+        )
     return content
 
 
@@ -138,16 +179,30 @@ def read_calls(run: Path) -> list[dict[str, Any]]:
     """What the calls of a run set out to do, oldest first; broken lines are passed over.
 
     Returns:
-        Dictionaries with "started_at" (seconds since 1970), "host", "process", "shard" ("2/8" or None), "arms" (keys),
-        "task_samples" (samples of the task, other shards' too) and "missing_answers" (records this call is to add).
+        Dictionaries with "id", "started_at" (seconds since 1970), "host", "process", "shard" ("2/8" or None), "arms"
+        (keys), "task_samples" (samples of the task, other shards' too), "missing_answers" (records this call is to
+        add), "environment" (see `kvbench.records.environment`) and "hashes" (of the model, and by arm of the methods).
     """
-    numbers = ("started_at", "task_samples", "missing_answers")
-    calls = [
-        row
-        for row in _rows(run, "calls.jsonl")
-        if isinstance(row.get("arms"), list) and all(isinstance(row.get(name), (int, float)) for name in numbers)
-    ]
+    calls = [row for row in _rows(run, "calls.jsonl") if _is_call(row)]
     return sorted(calls, key=lambda call: call["started_at"])
+
+
+def read_environments(run: Path) -> list[dict[str, Any]]:
+    """The environments of a run's calls, oldest first, each once; before calls said theirs, that of the first."""
+    found = [call["environment"] for call in read_calls(run) if isinstance(call.get("environment"), dict)]
+    if not found and (path := run / "environment.json").is_file():
+        found = [content for content in [parsed(path.read_bytes())] if isinstance(content, dict)]
+    return [environment for i, environment in enumerate(found) if environment not in found[:i]]
+
+
+def _is_call(row: dict[str, Any]) -> bool:
+    arms, numbers = row.get("arms"), [row.get(name) for name in ("started_at", "task_samples", "missing_answers")]
+    return (
+        isinstance(arms, list)
+        and all(isinstance(arm, str) for arm in arms)
+        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+        and isinstance(row.get("shard"), (str, type(None)))
+    )
 
 
 def _rows(run: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -157,9 +212,6 @@ def _rows(run: Path, name: str) -> Iterator[dict[str, Any]]:
         if not path.is_file():
             continue
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
+            row = parsed(line)
             if isinstance(row, dict):
                 yield row

@@ -1,14 +1,16 @@
 """What one record says: one JSON line per (sample, arm).
 
 A record is the only thing tables, statistics and reports are made from, so everything they need is in it or in the two
-files beside it (`config.json`, `environment.json`). `schema` is raised when the meaning of a field changes; a reader
+files beside it (`config.json`, `calls.jsonl`). `schema` is raised when the meaning of a field changes; a reader
 refuses records from a newer version and says so.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -51,6 +53,10 @@ class Record:
         seconds: this arm's share of the wall time of prefill, compression and decoding.
         engine: engine settings and what was really used (kernels, batch rows, notes such as a halved batch).
         meta: the sample's `meta` (length and depth of a needle, category, ...).
+        call: id of the call that made it (`calls.jsonl`); this and the hashes are empty in records of earlier versions.
+        question_sha256: what was asked; see `kvbench.provenance`, as for the next two.
+        model_sha256: what answered.
+        method_sha256: what compressed.
         recorded_at: when the record was made, seconds since 1970.
         schema: version of this format.
     """
@@ -87,9 +93,65 @@ class Record:
     seconds: float = 0.0
     engine: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    call: str = ""
+    question_sha256: str = ""
+    model_sha256: str = ""
+    method_sha256: str = ""
     recorded_at: float = field(default_factory=lambda: round(time.time(), 3))
     schema: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON types."""
         return asdict(self)
+
+
+HASHES = ("question_sha256", "model_sha256", "method_sha256")
+
+
+def checked(line: Any) -> dict[str, Any] | None:
+    """A record as a dictionary with all its fields, or None if it lacks one without a default or has one of other type.
+
+    Args:
+        line: what a line of a record file holds.
+    """
+    if not isinstance(line, dict):
+        return None
+    record = dict(line)
+    for spec in fields(Record):
+        if spec.name not in record:
+            if spec.default is MISSING and spec.default_factory is MISSING:
+                return None
+            record[spec.name] = spec.default if spec.default_factory is MISSING else spec.default_factory()
+        kind, _, optional = str(spec.type).partition(" | ")
+        if not (_CHECKS[kind](record[spec.name]) or (optional and record[spec.name] is None)):
+            return None
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": _is_integer,
+    "float": _is_number,
+    "list[str]": _list_of(_is_text),
+    "list[int]": _list_of(_is_integer),
+    "list[float]": _list_of(_is_number),
+    "dict[str, float]": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+}
+"""By annotation of `Record`."""

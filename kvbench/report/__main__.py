@@ -21,10 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, e.g. runs/*")
     parser.add_argument("--output", type=Path, help="file to write; default: RUN/report.html, or report.html for many")
+    parser.add_argument("--mix-environments", action="store_true", help="let answers of several stand side by side")
     options = parser.parse_args(arguments)
     output = options.output or (options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html"))
     try:
-        page = render_report(options.runs)
+        page = render_report(options.runs, options.mix_environments)
         try:
             output.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
         except OSError as error:

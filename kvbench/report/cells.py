@@ -5,7 +5,6 @@ The only input are records (and what was expected, so that a missing cell can sa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,15 @@ from typing import Any
 
 from kvbench.metrics import get_metric
 from kvbench.metrics.averages import KVMERGER_DATASETS
-from kvbench.records.read import read_records
+from kvbench.records.environment import doubts, environments, refuse_mixture
+from kvbench.records.read import read_answers, read_calls, read_config, read_environments
 from kvbench.report.agreement import Agreement, agreement, reference_records
 from kvbench.report.comparisons import Comparison, best_arm, compare_arms
 from kvbench.report.published import Published, lookup, unplaced
 from kvbench.report.statistics import Interval, Scores, average_interval, cell_interval
 from kvbench.report.summary import ArmSummary, RecordDict, summarise
 
+MIX_REMEDY = 'say that it may with --mix-environments (make paper-tables: SET="mix_environments=true")'
 AVERAGE = "average"
 AVERAGE_OF_NINE = "average of 9"  # the KVMerger paper's, as the reference files call it
 BUDGET_TOLERANCE = 0.02  # arms that keep more or less than they were asked to compete with nobody
@@ -53,6 +54,7 @@ class TableSpec:
     title: str
     arms: tuple[ExpectedArm, ...]
     columns: tuple[ExpectedColumn, ...]
+    mix_environments: bool = False  # whether answers of several environments may stand side by side
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Table:
         agreements: per arm key: closeness to the full cache's answers.
         published: per arm key: published numbers, "average of 9" included where the columns are those nine.
         unplaced: published numbers on this experiment whose source does not state the model.
-        runs: run folder name -> (config, environment).
+        runs: run folder name -> (config, environments of its calls).
+        doubts: what has to be known of the records' making, a line each.
         records: all records, for figures.
     """
 
@@ -110,7 +113,8 @@ class Table:
     agreements: dict[str, Agreement] = field(default_factory=dict)
     published: dict[str, list[Published]] = field(default_factory=dict)
     unplaced: list[Published] = field(default_factory=list)
-    runs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
+    runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
     records: list[RecordDict] = field(default_factory=list)
 
 
@@ -122,22 +126,30 @@ def build_table(spec: TableSpec, published: Sequence[Published] = ()) -> Table:
         published: numbers to show beside ours.
 
     Raises:
-        RecordError: if a run folder cannot be read.
+        RecordError: if a run folder cannot be read, or answers of several environments would stand side by side and
+            `spec` does not allow it.
     """
     arm_keys = [arm.key for arm in spec.arms]
+    calls: list[dict[str, Any]] = []
+    n_left_out = 0
     table = Table(spec, [])
     scores: dict[str, dict[str, Scores]] = {}
     for expected in spec.columns:
-        records = _records(expected.run, arm_keys)
+        records, left_out = _records(expected.run, arm_keys)
+        n_left_out += left_out
         if records:
-            table.runs[expected.run.name] = (_json(expected.run, "config"), _json(expected.run, "environment"))
+            table.runs[expected.run.name] = (read_config(expected.run), read_environments(expected.run))
             table.records += records
+            calls += read_calls(expected.run)
         by_dataset: dict[str, list[RecordDict]] = {}
         for row in records:
             by_dataset.setdefault(row["dataset"], []).append(row)
         for name, rows in by_dataset.items() or [(expected.name, [])]:
             scores[name] = _scores(rows)
             table.columns.append(_column(name, rows, scores[name], spec.arms, expected.command, _measured(rows)))
+    if not spec.mix_environments:
+        refuse_mixture(environments(table.records, calls), f"table {spec.name} of {spec.model}", MIX_REMEDY)
+    table.doubts = doubts(table.records, calls, n_left_out)
     _average(table, scores)
     reference = reference_records(table.records)
     for summary in summarise(table.records):
@@ -156,18 +168,13 @@ def build_table(spec: TableSpec, published: Sequence[Published] = ()) -> Table:
     return table
 
 
-def _records(run: Path, arm_keys: Sequence[str]) -> list[RecordDict]:
+def _records(run: Path, arm_keys: Sequence[str]) -> tuple[list[RecordDict], int]:
     if not (run / "records").is_dir():
-        return []
+        return [], 0
     wanted = set(arm_keys)
-    rows = [row for row in read_records(run) if row["arm"] in wanted]
-    return sorted(rows, key=lambda row: (row["dataset"], row["sample"], row["arm"]))
-
-
-def _json(run: Path, name: str) -> dict[str, Any]:
-    path = run / f"{name}.json"
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    records, n_left_out = read_answers(run)
+    rows = [row for row in records if row["arm"] in wanted]
+    return sorted(rows, key=lambda row: (row["dataset"], row["sample"], row["arm"])), n_left_out
 
 
 def _scores(rows: Sequence[RecordDict]) -> dict[str, Scores]:

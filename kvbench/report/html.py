@@ -18,13 +18,21 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvbench.records.read import read_config, read_prompts, read_records, record_files
+from kvbench.records.read import read_config, read_environments, read_prompts, read_records, record_files
 from kvbench.report.browser import browser_samples
 from kvbench.report.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.report.checksums import data_checksums
 from kvbench.report.figures import figure_functions, style
 from kvbench.report.summary import summarise
-from kvbench.report.text import DETAIL_HEADER, READING, detail_rows, heading, interval_text, table_columns
+from kvbench.report.text import (
+    DETAIL_HEADER,
+    READING,
+    detail_rows,
+    environment_text,
+    heading,
+    interval_text,
+    table_columns,
+)
 
 CAPTIONS = {
     "budget": "Score and KL to the full cache against the measured budget",
@@ -33,22 +41,23 @@ CAPTIONS = {
 }
 
 
-def render_report(runs: Sequence[Path]) -> str:
+def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
     """The page.
 
     Args:
         runs: run folders; those of one model share tables.
+        mix_environments: whether answers of several environments may stand side by side.
 
     Returns:
         HTML, the same bytes for the same run folders.
 
     Raises:
-        RecordError: if a folder is no run folder.
+        RecordError: if a folder is no run folder, or environments are mixed without leave.
     """
     by_model: dict[str, list[Path]] = {}
     for run in runs:
         by_model.setdefault(_model_name(run), []).append(run)
-    tables = [_table(model, group) for model, group in by_model.items()]
+    tables = [_table(model, group, mix_environments) for model, group in by_model.items()]
     samples: list[dict[str, Any]] = []
     for table, group in zip(tables, by_model.values(), strict=True):
         prompts = {key: text for run in group for key, text in read_prompts(run).items()}
@@ -78,11 +87,11 @@ def _model_name(run: Path) -> str:
     return str(model.get("name", "model")) if isinstance(model, dict) else "model"
 
 
-def _table(model: str, runs: Sequence[Path]) -> Table:
+def _table(model: str, runs: Sequence[Path], mix_environments: bool) -> Table:
     summaries = summarise([row for run in runs for row in read_records(run)])
     arms = tuple(ExpectedArm(s.arm, s.method, s.budget, "," not in s.arm) for s in summaries)
     columns = tuple(ExpectedColumn(run.name, run, f"the run that made {run.name}") for run in runs)
-    return build_table(TableSpec("report", model, model, arms, columns))
+    return build_table(TableSpec("report", model, model, arms, columns, mix_environments))
 
 
 def _table_view(table: Table) -> dict[str, Any]:
@@ -95,6 +104,7 @@ def _table_view(table: Table) -> dict[str, Any]:
         ],
         "detail_header": DETAIL_HEADER,
         "detail_rows": detail_rows(table),
+        "doubts": table.doubts,
     }
 
 
@@ -122,20 +132,11 @@ def _figures(table: Table) -> list[dict[str, str]]:
 
 
 def _run_view(run: Path) -> dict[str, Any]:
-    config, environment = _json_text(run / "config.json"), _json_text(run / "environment.json")
-    try:
-        facts = json.loads(environment)
-    except (ValueError, RecursionError):
-        facts = {}
-    packages = facts.get("packages", {})
+    environments = read_environments(run)
     files = record_files(run)
     return {
         "name": run.name,
-        "lines": [
-            f"kvbench {facts.get('kvbench')}, commit {facts.get('commit')}",
-            "device: " + (", ".join(facts.get("devices") or []) or f"CPU, {facts.get('torch_threads')} threads"),
-            f"torch {packages.get('torch')}, transformers {packages.get('transformers')}",
-        ],
+        "lines": list(dict.fromkeys(map(environment_text, environments))),
         "checksums": "\n".join(
             f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(run)}" for path in files
         ),
@@ -143,13 +144,9 @@ def _run_view(run: Path) -> dict[str, Any]:
             f"{checksum}  {dataset}"
             for dataset, checksum in data_checksums(read_records(run), read_prompts(run)).items()
         ),
-        "config": config,
-        "environment": environment,
+        "config": (run / "config.json").read_text(encoding="utf-8", errors="replace").strip(),
+        "environment": "\n".join(json.dumps(environment, indent=2) for environment in environments),
     }
-
-
-def _json_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else "missing"
 
 
 def _asset(name: str) -> str:

@@ -17,6 +17,7 @@ from kvbench.report.text import (
     MISSING,
     READING,
     detail_rows,
+    environment_text,
     heading,
     interval_text,
     table_columns,
@@ -134,14 +135,10 @@ def _provenance(table: Table) -> list[str]:
     if not table.runs:
         return []
     lines = ["", "## Runs", ""]
-    for name, (config, environment) in sorted(table.runs.items()):
-        packages = environment.get("packages", {})
-        devices = ", ".join(environment.get("devices") or []) or f"CPU, {environment.get('torch_threads')} threads"
-        lines.append(
-            f"- `{name}`: kvbench {environment.get('kvbench')} at {environment.get('commit')}, "
-            f"torch {packages.get('torch')}, transformers {packages.get('transformers')}, {devices}{_limits(config)}"
-        )
-    return lines
+    for name, (config, environments) in sorted(table.runs.items()):
+        made_in = "; ".join(dict.fromkeys(map(environment_text, environments)))
+        lines.append(f"- `{name}`: {made_in or 'environment unknown'}{_limits(config)}")
+    return lines + (["", *(f"**{line}**" for line in table.doubts)] if table.doubts else [])
 
 
 def _limits(config: dict[str, Any]) -> str:

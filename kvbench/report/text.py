@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from kvbench.report.agreement import Agreement
 from kvbench.report.cells import Cell, Column, Table
 from kvbench.report.summary import ArmSummary
@@ -53,6 +56,18 @@ def detail_rows(table: Table) -> list[list[str]]:
                 number(s.seconds / s.n, ".2f"),
             ])  # fmt: skip
     return rows
+
+
+def environment_text(environment: Mapping[str, Any]) -> str:
+    """Versions, commit and device of one environment."""
+    packages = environment.get("packages")
+    packages = packages if isinstance(packages, dict) else {}
+    devices = environment.get("devices")
+    device = environment.get("device") or ", ".join(map(str, devices if isinstance(devices, list) else []))
+    return (
+        f"kvbench {environment.get('kvbench')} at {environment.get('commit')}, torch {packages.get('torch')}, "
+        f"transformers {packages.get('transformers')}, {device or 'CPU'}, {environment.get('torch_threads')} threads"
+    )
 
 
 def mib(size: float | None) -> float | None:

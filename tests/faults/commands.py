@@ -23,7 +23,7 @@ RUN = [
 ]  # fmt: skip
 """A run of 8 samples and 9 arms, a second long, in 8 batches."""
 
-TIMES = ("seconds", "recorded_at")
+TIMES = ("seconds", "recorded_at", "call")
 """Fields of a record that differ from run to run."""
 
 

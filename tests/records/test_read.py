@@ -1,11 +1,19 @@
 """Record files from anyone: what is no record is passed over or refused in one line, never a traceback."""
 
 import json
+import math
 
 import pytest
 
 from kvbench.errors import RecordError
-from kvbench.records.read import read_calls, read_config, read_prompts, read_record_file, read_records
+from kvbench.records.read import (
+    read_calls,
+    read_config,
+    read_environments,
+    read_prompts,
+    read_record_file,
+    read_records,
+)
 from kvbench.records.schema import SCHEMA_VERSION, Record
 
 GOOD = Record(sample="s1", dataset="d", arm="full", method="full", budget=1.0).to_dict()
@@ -25,6 +33,13 @@ DEEP = "[" * 100_000
         json.dumps({**GOOD, "arm": 1}),
         json.dumps({**GOOD, "status": None}),
         json.dumps({name: value for name, value in GOOD.items() if name != "schema"}),
+        json.dumps({name: value for name, value in GOOD.items() if name != "method"}),
+        json.dumps({**GOOD, "gold_nll": float("inf")}),
+        json.dumps(GOOD).replace('"seconds": 0.0', '"seconds": 1e999'),
+        json.dumps({**GOOD, "kl_per_token": [None]}),
+        json.dumps({**GOOD, "parts": {"score": "1"}}),
+        json.dumps({**GOOD, "slots_per_layer": 7}),
+        json.dumps({**GOOD, "full_slots": True}),
         '{"sample": "\xff"',
         "\0" * 50,
     ],
@@ -39,6 +54,13 @@ DEEP = "[" * 100_000
         "number as arm",
         "null as status",
         "no schema",
+        "no method",
+        "Infinity",
+        "too large a number",
+        "null in a list of numbers",
+        "text as part",
+        "number as list",
+        "true as number",
         "cut",
         "zeros",
     ],
@@ -68,9 +90,32 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path, text):
 
 def test_lines_beside_the_records_are_passed_over_too(tmp_path):
     (tmp_path / "records").mkdir()
-    lines = [DEEP, "[1]", '{"dataset": [], "sample": "s"}', '{"started_at": 1}', '{"started_at": "soon", "arms": []}']
+    call = {"started_at": 1, "arms": [], "task_samples": 2, "missing_answers": 3}
+    wrong = [{"started_at": math.inf}, {"task_samples": math.nan}, {"arms": [1]}, {"arms": [[]]}, {"shard": 2}]
+    lines = [
+        DEEP,
+        *(json.dumps({**call, **field}) for field in wrong),
+        "[1]",
+        '{"dataset": [], "sample": "s"}',
+        '{"started_at": 1}',
+        '{"started_at": "soon", "arms": []}',
+    ]
     for name in ("prompts.jsonl", "calls.jsonl"):
         (tmp_path / name).write_text("\n".join(lines))
     assert read_prompts(tmp_path) == {}
     assert read_calls(tmp_path) == []
     assert read_records(tmp_path) == []
+
+
+def test_a_field_that_an_older_version_did_not_write_is_filled_in(tmp_path):
+    path = tmp_path / "full.jsonl"
+    path.write_text(json.dumps({name: value for name, value in GOOD.items() if name not in ("gold_nll", "call")}))
+    assert read_record_file(path).records == [GOOD]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "[1, 2]"])
+def test_an_environment_that_is_none_is_passed_over(tmp_path, text):
+    (tmp_path / "environment.json").write_text(text)
+    assert read_environments(tmp_path) == []
+    (tmp_path / "environment.json").write_text('{"kvbench": "0.1.0"}')
+    assert read_environments(tmp_path) == [{"kvbench": "0.1.0"}]

@@ -53,7 +53,7 @@ def test_nothing_written_by_models_or_data_becomes_markup(tmp_path):
 
 def test_the_page_holds_what_a_reader_needs(tmp_path):
     page = render_report([hostile_run(tmp_path), make_run(tmp_path, "b", [make_record(a, "x", 1.0) for a in ARMS])])
-    for text in ("qasper, n = 6", "cache MiB", "ROUGE-L to full", "SHA-256", "commit abc", "not kept in this run",
+    for text in ("qasper, n = 6", "cache MiB", "ROUGE-L to full", "SHA-256", "at abc", "not kept in this run",
                  "Prompts and answers of each data set",
                  "differs from token 3 on", "data:image/svg+xml;base64,", "prefers-color-scheme: dark"):  # fmt: skip
         assert text in page, text
