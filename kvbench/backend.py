@@ -35,7 +35,7 @@ def choose_backend(requested: str, device: torch.device | str) -> str:
         ConfigError: if `requested` is none of the three, or "triton" is requested where it cannot run.
     """
     if requested not in BACKENDS:
-        raise ConfigError(f"backend={requested!r} is not one of {', '.join(BACKENDS)}: choose one of these")
+        raise ConfigError(f"kernels={requested!r} is not one of {', '.join(BACKENDS)}: choose one of these")
     if requested == "torch":
         return "torch"
     device = torch.device(device)
@@ -43,13 +43,13 @@ def choose_backend(requested: str, device: torch.device | str) -> str:
     if requested == "triton":
         if reason is not None:
             raise ConfigError(
-                f"backend='triton' on device {str(device)!r}: {reason}; use backend=torch or backend=auto"
+                f"kernels='triton' on device {str(device)!r}: {reason}; use kernels=torch or kernels=auto"
             )
         return "triton"
     if device.type != "cuda":
         return "torch"
     if reason is not None:
-        _warn_once(f"backend=auto takes the slower torch version on {device}: {reason}")
+        _warn_once(f"kernels=auto takes the slower torch version on {device}: {reason}")
         return "torch"
     return "triton"
 

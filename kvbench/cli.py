@@ -20,6 +20,7 @@ from rich.console import Console
 from kvbench.config import config_folder, register
 from kvbench.errors import KvbenchError, printable
 from kvbench.job import Job, JobOutcome
+from kvbench.policies.registry import BACKEND_HAS_GONE
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
 from kvbench.report.summary import summarise
@@ -110,6 +111,8 @@ def _one_line(error: BaseException) -> str:
         current = current.__cause__
     unique = [part for i, part in enumerate(parts) if part and part not in parts[:i]]
     line = " <- ".join(unique)
+    if ".backend'. To append to your config" in line:
+        return f"backend{BACKEND_HAS_GONE}"
     for plug_in, extra in LAUNCHER_EXTRAS.items():
         if f"Could not load 'hydra/launcher/{plug_in}" in line:
             return f"the launcher {plug_in} is not installed: pip install 'kvbench[{extra}]'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +11,14 @@ from typing import Any, cast
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kvbench.engine.base import Arm, Engine
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.models.config import ModelConfig
 from kvbench.policies.base import Policy
 from kvbench.policies.full import Full
-from kvbench.policies.registry import load_policies
+from kvbench.policies.registry import load_policies, pass_over_backend
 from kvbench.shards import Shard
 from kvbench.tasks.base import Task
 
@@ -109,11 +110,9 @@ def build_plan(config: DictConfig) -> Plan:
 
 def _arms(config: DictConfig) -> tuple[Arm, ...]:
     if config.method is not None:
-        policies = [_instantiate(config.method, "method", Policy)]
+        policies = [_policy(config.method, "method")]
     else:
-        policies = [
-            _instantiate(node, f"arms.{name}", Policy) for name, node in config.arms.items() if node is not None
-        ]
+        policies = [_policy(node, f"arms.{name}") for name, node in config.arms.items() if node is not None]
     if config.budget is not None:
         policies = [p if type(p) is Full else dataclasses.replace(p, budget=config.budget) for p in policies]
     arms: dict[str, Arm] = {}
@@ -136,6 +135,20 @@ def _refuse_namesakes(policy: Policy, known: Arm) -> None:
             )
     if known.policy != policy:
         raise ConfigError(f"two arms with different options are both named {known.key}: change an option's text")
+
+
+def _policy(node: DictConfig, name: str) -> Policy:
+    """Build a method; one whose class has no `backend` (any more) may still come with it."""
+    try:
+        policy: Policy = _instantiate(node, name, Policy)
+    except ConfigError as error:
+        if "unexpected keyword argument 'backend'" not in str(error):
+            raise
+        without = copy.deepcopy(node)
+        with open_dict(without):
+            pass_over_backend(without.pop("backend"))
+        policy = _instantiate(without, name, Policy)
+    return policy
 
 
 def _model_identity(model: ModelConfig) -> dict[str, Any]:

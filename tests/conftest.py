@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub: a slow 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     # Without a GPU, kernel tests run in Triton's interpreter. It is chosen when triton is first imported, hence here.
-    # Nothing but an explicit backend="triton" takes that path: on the CPU, backend="auto" stays torch.
+    # Nothing but explicit "triton" takes that path: on the CPU, kernels="auto" stays torch.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -24,7 +24,7 @@ def test_auto_without_triton_on_cuda_says_why_it_is_slow(
     assert choose_backend("auto", "cuda") == "torch"
     assert choose_backend("auto", "cuda") == "torch"
     assert [record.getMessage() for record in caplog.records] == [
-        "backend=auto takes the slower torch version on cuda: the package triton is not installed"
+        "kernels=auto takes the slower torch version on cuda: the package triton is not installed"
     ]
 
 
@@ -36,7 +36,7 @@ def test_triton_where_it_cannot_run_is_refused(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_triton_installed", lambda: installed)
-    with pytest.raises(ConfigError, match=rf"backend='triton' on device '{device}': .*{reason}; use backend=torch"):
+    with pytest.raises(ConfigError, match=rf"kernels='triton' on device '{device}': .*{reason}; use kernels=torch"):
         choose_backend("triton", device)
 
 
@@ -49,5 +49,5 @@ def test_the_interpreter_serves_any_device_but_only_on_request(monkeypatch: pyte
 
 
 def test_an_unknown_backend_names_the_choices() -> None:
-    with pytest.raises(ConfigError, match="backend='cuda' is not one of auto, torch, triton"):
+    with pytest.raises(ConfigError, match="kernels='cuda' is not one of auto, torch, triton"):
         choose_backend("cuda", "cpu")

@@ -101,6 +101,8 @@ def test_help_and_cfg_need_no_model(tmp_path):
         (["task=nope"], ["nope", "passkey"]),
         (["model=nope"], ["nope", "tiny-random"]),
         (["protocol.sede=1"], ["sede"]),
+        (["method=h2o", "method.backend=torch"], ["backend is no option", "set engine.kernels"]),
+        (["method=h2o", "+method.backend=torch"], ["backend=torch is no option", "set engine.kernels"]),
         (["method=kvmerger", "method.treshold=0.8"], ["treshold"]),
         (["budget=0", "method=h2o"], ["budget=0", "(0, 1]"]),
         (["budget=1.5", "method=h2o"], ["1.5", "(0, 1]"]),

@@ -31,6 +31,12 @@ def test_every_method_builds(name):
     assert plan.arms[0].policy.options() == {}  # the YAML defaults are the class's defaults
 
 
+def test_a_configuration_from_before_kernels_were_the_engine_s(caplog):
+    plan = build_plan(composed("method=h2o", "+method.backend=auto", "method.recent_share=${budget}", "budget=0.35"))
+    assert plan.arms[0].key == "h2o@0.35,recent_share=0.35"
+    assert "set engine.kernels" in caplog.text
+
+
 @pytest.mark.parametrize("name", options("task"))
 def test_every_task_builds(name):
     assert build_plan(composed(f"task={name}")).task.name

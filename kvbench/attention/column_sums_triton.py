@@ -69,7 +69,7 @@ def column_sums_triton(
     """
     n_query_heads, n_tokens, head_dim = query.shape
     if head_dim > MAX_HEAD_DIM:
-        raise ConfigError(f"head dimension {head_dim} is above {MAX_HEAD_DIM}, the kernel's limit: use backend=torch")
+        raise ConfigError(f"head dimension {head_dim} is above {MAX_HEAD_DIM}, the kernel's limit: use kernels=torch")
     config = config or default_config(head_dim, query.dtype)
     query, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys))
     log_sum_exp = log_sum_exp if log_sum_exp.stride(-1) == 1 else log_sum_exp.contiguous()

@@ -126,7 +126,7 @@ class Observer:
             seed: passed on in `LayerStates.seed`.
             on_layer: called once per layer with its states, whose keys and values are views that live as long as they
                 are referenced.
-            backend: "auto", "torch" or "triton".
+            backend: "auto", "torch" or "triton"; policies are told the choice in `LayerStates.kernels`.
             config: the model's text configuration; required with "rotary_frequencies".
 
         Raises:
@@ -216,6 +216,7 @@ class Observer:
                 seed=self.seed,
                 column_sums=observation.column_sums,
                 window_attention=observation.window_attention,
+                kernels=choose_backend(self.backend, query.device),
                 extras=self._extras(query[0], scaling),
             )
         )

@@ -1,4 +1,7 @@
-"""The plain engine: one arm, one sample, one token at a time. Slow; the oracle the fused engine is tested against."""
+"""The plain engine: one arm, one sample, one token at a time. Slow; the oracle the fused engine is tested against.
+
+It runs torch operations only, wherever it runs: prefill, compression, attention and steps.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ class LayerStates:
         extras: further tensors by name. With need "queries": "queries" `(H, T, D)` after RoPE, model dtype, and
             "scaling", a scalar, the factor on their products with keys. With need "rotary_frequencies": that name,
             `(R / 2,)` fp32 radians per token by which RoPE turns channels i and i + R / 2 of the first R.
+        kernels: "torch" or "triton", the engine's choice: which version of an operation to run where there are two.
     """
 
     keys: Tensor
@@ -52,6 +53,7 @@ class LayerStates:
     column_sums: Tensor | None = None
     window_attention: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
+    kernels: str = "torch"
 
     @property
     def n_tokens(self) -> int:

@@ -19,7 +19,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.backend import BACKENDS, choose_backend
 from kvbench.policies import selection
 from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 from kvbench.policies.options import GROUP_REDUCTIONS, reduce_groups, require_bool, require_choice, require_number
@@ -44,7 +43,6 @@ class H2O(Policy):
     recent_share: float = 0.5
     normalise_by_count: bool = False
     group_reduce: str = "mean"
-    backend: str = "auto"
 
     name: ClassVar[str] = "h2o"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
@@ -56,7 +54,6 @@ class H2O(Policy):
         require_number("recent_share", self.recent_share, 0.0, 1.0, include_low=False)
         require_bool("normalise_by_count", self.normalise_by_count)
         require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
-        require_choice("backend", self.backend, BACKENDS)
 
     @property
     def minimum_tokens(self) -> int:
@@ -83,21 +80,13 @@ class H2O(Policy):
             raise ValueError("h2o needs column_sums, which the prefill did not provide")
         scores = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
         ranks = scores / layer.query_counts if self.normalise_by_count else scores
-        selection = self.selection(layer.keys.device)
-        positions = selection.heavy_and_recent(ranks, *self.split(budget_tokens))
-        keys, values, kept_scores = selection.keep_slots(layer.keys, layer.values, scores, positions)
+        operations = selection_operations(layer.kernels)
+        positions = operations.heavy_and_recent(ranks, *self.split(budget_tokens))
+        keys, values, kept_scores = operations.keep_slots(layer.keys, layer.values, scores, positions)
         state = {"scores": kept_scores}
         if self.normalise_by_count:
             state["counts"] = (layer.n_tokens - positions).float()
         return CompressedLayer(keys, values, positions, state=state)
-
-    def selection(self, device: torch.device) -> ModuleType:
-        """The module that selects and copies slots on a device: kernels or their torch twin."""
-        if choose_backend(self.backend, device) == "torch":
-            return selection
-        from kvbench.policies import selection_triton  # imports triton, which a CPU may lack
-
-        return selection_triton
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         """Count the new token's attention, then evict the weakest of the heavy slots and the token leaving the window.
@@ -133,3 +122,12 @@ class H2O(Policy):
         from kvbench.policies.h2o_triton import H2ORowsStepper  # imports triton, which a CPU may lack
 
         return H2ORowsStepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)
+
+
+def selection_operations(kernels: str) -> ModuleType:
+    """The module that selects and copies slots, kernels or their torch twin (see `LayerStates.kernels`)."""
+    if kernels == "torch":
+        return selection
+    from kvbench.policies import selection_triton  # imports triton, which a CPU may lack
+
+    return selection_triton

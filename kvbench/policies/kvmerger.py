@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.backend import BACKENDS, choose_backend
 from kvbench.policies import merging, segments
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy
 from kvbench.policies.budgets import with_whole_layers
@@ -61,7 +60,6 @@ class KVMerger(Policy):
             does not, but adds log(size) to the slot's attention logits.
         merge: false keeps the pivot's own key and value and drops the others: the eviction base to compare with.
         group_reduce: how the query heads of a KV head share one attention score: "mean", "max" or "first".
-        backend: "auto" (Triton on CUDA, else torch), "torch" or "triton".
     """
 
     budget_mode: str = "exact"
@@ -78,7 +76,6 @@ class KVMerger(Policy):
     value_scale: str = "count"
     merge: bool = True
     group_reduce: str = "mean"
-    backend: str = "auto"
 
     name: ClassVar[str] = "kvmerger"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
@@ -101,7 +98,6 @@ class KVMerger(Policy):
         require_choice("value_scale", self.value_scale, ("count", "mean", "log_bias"))
         require_bool("merge", self.merge)
         require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
-        require_choice("backend", self.backend, BACKENDS)
 
     @property
     def exact_budget(self) -> bool:
@@ -168,7 +164,7 @@ class KVMerger(Policy):
         if self.is_whole(layer.layer_index, layer.n_layers) or (self.exact_budget and budget_tokens >= layer.n_tokens):
             return whole_layer(layer)
         scores = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
-        triton = choose_backend(self.backend, layer.keys.device) == "triton"
+        triton = layer.kernels == "triton"
         starts, lengths = self.sets(layer.keys, scores, budget_tokens, triton)
         merge_segments = merging.merge_segments
         if triton:

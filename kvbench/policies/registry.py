@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
@@ -10,6 +11,12 @@ from kvbench.errors import ConfigError
 from kvbench.policies.base import Policy
 
 ENTRY_POINT_GROUP = "kvbench.policies"
+BACKEND_HAS_GONE = (
+    " is no option of a method any more: kernels are the engine's choice, so leave it out and set engine.kernels "
+    "(auto, torch or triton; engine=plain is torch everywhere)"
+)
+
+logger = logging.getLogger(__name__)
 
 
 def load_policies() -> dict[str, type[Policy]]:
@@ -51,7 +58,20 @@ def build_policy(name: str, options: Mapping[str, object] | None = None) -> Poli
     policy = policies[name]
     given = dict(options or {})
     known = [field.name for field in dataclasses.fields(policy)]
+    if "backend" in given and "backend" not in known:
+        pass_over_backend(given.pop("backend"))
     unknown = [option for option in given if option not in known]
     if unknown:
         raise ConfigError(f"unknown option {', '.join(unknown)} for method {name}: choose among {', '.join(known)}")
     return policy(**given)  # type: ignore[arg-type]  # every policy validates its own fields
+
+
+def pass_over_backend(value: object) -> None:
+    """Say what has become of an option that three methods once had; "auto", its default, may still be given.
+
+    Raises:
+        ConfigError: for any other value, which nobody would obey.
+    """
+    if value != "auto":
+        raise ConfigError(f"backend={value}{BACKEND_HAS_GONE}")
+    logger.warning("backend=%s%s", value, BACKEND_HAS_GONE)

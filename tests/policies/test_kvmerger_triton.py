@@ -118,8 +118,8 @@ def test_strided_inputs(kernels, triton_device):
 def test_policy_with_kernels_equals_policy_without(triton_device, policy):
     layer = on(make_layer(4, 2, 50, seed=1, correlated=True), triton_device)
     slots = policy.layer_budgets(50, 8)[3]
-    kernel = dataclasses.replace(policy, backend="triton").compress(layer, slots)
-    plain = dataclasses.replace(policy, backend="torch").compress(layer, slots)
+    kernel = policy.compress(dataclasses.replace(layer, kernels="triton"), slots)
+    plain = policy.compress(layer, slots)
     lengths = [slots] * 2 if plain.lengths is None else plain.lengths.tolist()
     assert (kernel.lengths is None) == (plain.lengths is None)
     for head, n_sets in enumerate(lengths):

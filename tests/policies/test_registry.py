@@ -33,6 +33,13 @@ def test_unknown_option_lists_the_choices():
         build_policy("h2o", {"recent": 3})
 
 
+def test_kernels_are_no_option_of_a_method_any_more(caplog):
+    assert build_policy("h2o", {"backend": "auto", "budget": 0.5}) == H2O(budget=0.5)
+    assert "set engine.kernels" in caplog.text
+    with pytest.raises(ConfigError, match=r"^backend=torch is no option of a method any more: .* set engine.kernels"):
+        build_policy("kvmerger", {"backend": "torch"})
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

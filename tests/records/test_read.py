@@ -72,6 +72,17 @@ def test_a_line_that_is_no_record_is_passed_over(tmp_path, line):
     assert (content.records, content.broken_lines) == ([GOOD], [1])
 
 
+def test_older_records_that_name_a_method_s_kernels_belong_to_the_arm_without(tmp_path):
+    options = {"backend": "torch", "recent_share": 0.25}
+    old = {**GOOD, "method": "h2o", "arm": "h2o@0.5,backend=torch,recent_share=0.25", "options": options}
+    theirs = {**old, "method": "plugged_in", "sample": "s2"}  # a plug-in's own option of that name stays
+    path = tmp_path / "h2o.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (old, theirs)))
+    first, second = read_record_file(path).records
+    assert (first["arm"], first["options"]) == ("h2o@0.5,recent_share=0.25", {"recent_share": 0.25})
+    assert second == theirs
+
+
 @pytest.mark.parametrize("schema", [SCHEMA_VERSION + 1, "2.0", None])
 def test_a_record_of_another_kind_of_schema_is_refused(tmp_path, schema):
     path = tmp_path / "full.jsonl"
