@@ -22,6 +22,7 @@ from kvbench.engine.strands import Strand, forced_strand, generating_strand
 from kvbench.errors import ConfigError
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import CompressedLayer
+from kvbench.policies.full import in_effect
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ class _Session:
             strands += [(arm, len(job.gold_ids)) for arm in _forced_arms(job)]
         totals = [0] * self.shape["n_layers"]
         for arm, new_tokens in strands:
-            room = 1 if arm.policy.steps else len(job.question_ids) + new_tokens
-            budgets = arm.policy.layer_budgets(job.compress_at, self.shape["n_layers"])
+            policy = in_effect(arm.policy)
+            room = 1 if policy.steps else len(job.question_ids) + new_tokens
+            budgets = policy.layer_budgets(job.compress_at, self.shape["n_layers"])
             totals = [
                 total + self.shape["n_kv_heads"] * (budget + room)
                 for total, budget in zip(totals, budgets, strict=True)
@@ -225,7 +227,8 @@ class _Session:
             strands += [forced_strand(job, arm) for arm in _forced_arms(job)]
         arms = list({strand.arm.key: strand.arm for strand in strands}.values())
         for strand in strands:
-            strand.row = cache.add_row(strand.arm.policy, position=job.compress_at, room_tokens=max(1, strand.n_steps))
+            policy = in_effect(strand.arm.policy)
+            strand.row = cache.add_row(policy, position=job.compress_at, room_tokens=max(1, strand.n_steps))
 
         rows = [[strand.row for strand in strands if strand.arm.key == arm.key] for arm in arms]
 
@@ -233,7 +236,7 @@ class _Session:
             for row in rows[arm]:
                 cache.write(layer_index, row, compressed)
 
-        fork = LayerFork([arm.policy for arm in arms], job.compress_at, self.shape["n_layers"], write)
+        fork = LayerFork([in_effect(arm.policy) for arm in arms], job.compress_at, self.shape["n_layers"], write)
         logits, backends = prefill(self.loaded, job, arms, fork, self.engine.kernels)
         finite = bool(torch.isfinite(logits).all())
         first_nll = 0.0

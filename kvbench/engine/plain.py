@@ -19,6 +19,7 @@ from kvbench.engine.plain_cache import PlainCache
 from kvbench.engine.prefill import prefill
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import LayerStates
+from kvbench.policies.full import in_effect
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,12 @@ class _Row:
 
     def __init__(self, loaded: LoadedModel, job: Job, arm: Arm):
         self.loaded, self.job = loaded, job
-        budgets = arm.policy.layer_budgets(job.compress_at, model_shape(loaded)["n_layers"])
-        self.cache = PlainCache(arm.policy, position=job.compress_at)
+        policy = in_effect(arm.policy)
+        budgets = policy.layer_budgets(job.compress_at, model_shape(loaded)["n_layers"])
+        self.cache = PlainCache(policy, position=job.compress_at)
 
         def on_layer(states: LayerStates) -> None:
-            self.cache.add(arm.policy.compress(states, budgets[states.layer_index]))
+            self.cache.add(policy.compress(states, budgets[states.layer_index]))
 
         self.logits, _ = prefill(loaded, job, [arm], on_layer, kernels="torch")
         for token in job.question_ids:

@@ -12,6 +12,7 @@ from kvbench.attention.observe import Observer
 from kvbench.engine.base import Arm, Job, model_shape
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import LayerStates
+from kvbench.policies.full import in_effect
 
 
 def prefill(
@@ -30,7 +31,7 @@ def prefill(
     Returns:
         Logits of the last prefilled token `(V,)` fp32, and the names of the observation backends that ran.
     """
-    policies = [arm.policy for arm in arms]
+    policies = [in_effect(arm.policy) for arm in arms]
     shape = model_shape(loaded)
     observer = Observer(
         needs=frozenset().union(*(policy.needs for policy in policies)),

@@ -21,6 +21,7 @@ from kvbench.library.prompt import check_padding, observers_of, prompt_lengths, 
 from kvbench.library.report import CacheReport, LayerReport
 from kvbench.library.rows import GrowingRows
 from kvbench.policies.base import Policy
+from kvbench.policies.full import in_effect
 
 
 class CompressedCache(Cache):
@@ -225,9 +226,10 @@ class CompressedCache(Cache):
     def _begin(self, query: Tensor, key: Tensor, mask: Tensor | None, softcap: float | None) -> None:
         # Only the torch kernels know soft-capped logits; the prefill refuses kernels="triton" by name.
         kernels = "torch" if softcap is not None and self.kernels == "auto" else self.kernels
+        policy = in_effect(self.policy)
         self._prompt_tokens = prompt_lengths(query, mask)
-        self._rows = rows_for(self.policy, self._prompt_tokens, len(self._ranks), query, key, kernels)
-        self._observers = observers_of(self._rows, self.policy, self._prompt_tokens, self.seed, self._config)
+        self._rows = rows_for(policy, self._prompt_tokens, len(self._ranks), query, key, kernels)
+        self._observers = observers_of(self._rows, policy, self._prompt_tokens, self.seed, self._config)
 
     def _read_prompt(
         self,

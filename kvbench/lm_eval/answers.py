@@ -27,7 +27,7 @@ from kvbench.errors import BudgetError, ConfigError, ModelError
 from kvbench.models.chat import stop_token_ids
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import Policy
-from kvbench.policies.full import Full
+from kvbench.policies.full import Full, in_effect
 
 SHORT_CONTEXTS = ("refuse", "full")
 
@@ -204,7 +204,7 @@ class CompressedAnswers:
 
     def _arm(self, n_tokens: int) -> Arm:
         try:
-            self.policy.layer_budgets(n_tokens, model_shape(self.loaded)["n_layers"])
+            in_effect(self.policy).layer_budgets(n_tokens, model_shape(self.loaded)["n_layers"])
         except BudgetError as error:
             if self.short_context == "refuse":
                 raise BudgetError(f"{error}; or keep such contexts whole with short_context=full") from error

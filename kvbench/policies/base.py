@@ -162,7 +162,8 @@ class Policy(ABC):
 
     Attributes:
         budget: fraction of the full cache kept, in (0, 1]: `floor(budget * T)` slots per KV head, averaged over all
-            layers and heads, layers left whole included.
+            layers and heads, layers left whole included. At 1 nothing is lost, while decoding neither: `full` runs in
+            the method's place (see `kvbench.policies.full.in_effect`).
     """
 
     budget: float = 1.0
@@ -214,9 +215,11 @@ class Policy(ABC):
         """
         slots = self.budget_tokens(n_tokens)
         if slots < self.minimum_tokens:
+            longer = math.ceil(self.minimum_tokens / self.budget)
             raise BudgetError(
-                f"budget {self.budget:g} of {n_tokens} tokens = {slots} slots; {self.name} needs at least "
-                f"{self.minimum_tokens}: raise the budget or use longer prompts"
+                f"budget {self.budget} of {n_tokens} tokens = {slots} slots; {self.name} needs at least "
+                f"{self.minimum_tokens}: {larger_budget(self.minimum_tokens, n_tokens)}, or use prompts of at least "
+                f"{longer} tokens"
             )
         return [slots] * n_layers
 
@@ -253,3 +256,9 @@ class Policy(ABC):
             for f in dataclasses.fields(self)
             if f.name != "budget" and getattr(self, f.name) != f.default
         }
+
+
+def larger_budget(slots: int, n_tokens: int) -> str:
+    """Say which budget gives at least `slots` slots per KV head on a prompt of `n_tokens`, for error messages."""
+    budget = math.ceil(1000 * slots / n_tokens) / 1000
+    return f"raise the budget to {budget}" if budget < 1 else "set budget=1, which keeps everything"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from kvbench.errors import BudgetError
-from kvbench.policies.base import Policy
+from kvbench.policies.base import Policy, larger_budget
 
 
 def with_whole_layers(policy: Policy, n_tokens: int, n_layers: int, n_first: int, n_last: int) -> list[int]:
@@ -26,12 +28,15 @@ def with_whole_layers(policy: Policy, n_tokens: int, n_layers: int, n_first: int
     n_whole = n_layers - len(others)
     total = n_layers * policy.budget_tokens(n_tokens)
     left = total - n_whole * n_tokens
-    if left < len(others) * policy.minimum_tokens:
+    least = len(others) * policy.minimum_tokens
+    if left < least:
+        options = {"whole_first_layers": n_first, "whole_last_layers": n_last}
+        lower = " or ".join(name for name, count in options.items() if count)
+        average = math.ceil((n_whole * n_tokens + least) / n_layers)
         raise BudgetError(
-            f"budget {policy.budget:g} of {n_tokens} tokens in {n_layers} layers = {total} slots per KV head; "
-            f"{policy.name} needs {n_whole * n_tokens} for {n_whole} whole layers and at least "
-            f"{len(others) * policy.minimum_tokens} for the others: lower whole_first_layers/whole_last_layers or "
-            "raise the budget"
+            f"budget {policy.budget} of {n_tokens} tokens in {n_layers} layers = {total} slots per KV head; "
+            f"{policy.name} needs {n_whole * n_tokens} for {n_whole} whole layers and at least {least} for the others: "
+            f"{f'lower {lower}, or ' if lower else ''}{larger_budget(average, n_tokens)}"
         )
     budgets = [n_tokens] * n_layers
     for rank, index in enumerate(others):

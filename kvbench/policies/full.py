@@ -32,3 +32,15 @@ class Full(Policy):
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Return the layer as it is; see `Policy.compress`."""
         return whole_layer(layer)
+
+
+def in_effect(policy: Policy) -> Policy:
+    """The policy that runs in place of one: at budget 1 every method keeps everything, while decoding, too.
+
+    Args:
+        policy: any policy. One whose budget decides nothing (`exact_budget` is false) runs at any budget.
+
+    Returns:
+        `Full()` at budget 1, else the policy itself.
+    """
+    return Full() if policy.budget == 1.0 and policy.exact_budget else policy

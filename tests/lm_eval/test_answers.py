@@ -132,6 +132,7 @@ def test_short_contexts_are_refused_or_kept_whole_and_counted(tiny_gqa):
     answers = CompressedAnswers(tiny_gqa, policy, short_context="full")
     short, long = likelihoods(answers, requests)
     (whole,) = likelihoods(CompressedAnswers(tiny_gqa, build_policy("full")), requests[:1])
+    assert likelihoods(CompressedAnswers(tiny_gqa, build_policy("h2o", {"budget": 1.0})), requests[:1]) == [whole]
     assert short == pytest.approx(whole, abs=1e-4)
     assert long == pytest.approx(likelihoods(CompressedAnswers(tiny_gqa, policy), requests[1:])[0], abs=1e-4)
     assert (answers.tally.requests, answers.tally.kept_whole) == (2, 1)

@@ -1,6 +1,9 @@
 """What every method owes its callers, whatever it keeps: exact budgets, the same answer twice, untouched inputs."""
 
 import copy
+import dataclasses
+import itertools
+import re
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from policy_inputs import make_layer
 from test_method_configs import OWN_METHODS
 
 from kvbench.check.inputs import decode_slots
+from kvbench.errors import BudgetError
 from kvbench.policies.base import CompressedLayer, LayerStates, Policy
 from kvbench.policies.registry import build_policy
 from kvbench.policies.snapkv import SnapKV
@@ -107,3 +111,22 @@ def test_the_whole_budget_keeps_the_prompt_as_it_is(name):
         assert torch.equal(compressed.values, layer.values)
         assert torch.equal(compressed.positions, torch.arange(41).expand(2, -1))
         assert compressed.bias is None or not compressed.bias.any()
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_what_a_refused_budget_is_told_helps(name):
+    options = {"whole_first_layers": 2} if name == "knorm" else {}
+    for budget, n_tokens, n_layers in itertools.product((0.01, 0.2, 0.35, 0.5, 0.99), (1, 7, 32, 40, 97), (1, 3, 8)):
+        policy = build_policy(name, {"budget": budget, **options})
+        try:
+            policy.layer_budgets(n_tokens, n_layers)
+        except BudgetError as error:
+            message = str(error)
+            if larger := re.search(r"raise the budget to (0\.\d+)", message):
+                dataclasses.replace(policy, budget=float(larger[1])).layer_budgets(n_tokens, n_layers)
+            else:
+                assert "set budget=1, which keeps everything" in message
+            if longer := re.search(r"use prompts of at least (\d+) tokens", message):
+                policy.layer_budgets(int(longer[1]), n_layers)
+            for option in re.findall(r"whole_\w+_layers", message):
+                assert getattr(policy, option) > 0
