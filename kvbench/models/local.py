@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,11 +20,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from kvbench.errors import ModelError
 from kvbench.models.config import ModelConfig
 
+FLOATS = ("F64", "F32", "F16", "BF16")
 SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -91,23 +93,55 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device, devi
         device_map: "auto" to spread the layers over all devices, or None.
 
     Raises:
-        ModelError: if weights are missing or cannot be loaded.
+        ModelError: if weights are missing, are none of the model's, are integers, or cannot be loaded.
     """
     placement: dict[str, Any] = {}
     if device_map is not None:
         placement["device_map"] = device_map
     elif device.type != "cpu":
         placement["device_map"] = {"": device}  # weights go straight to the device, not through CPU memory
-    with _loading(folder), no_progress_bar():
+    with _loading(folder), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE, **placement
         )
     model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random values
+    if missing := loading["missing_keys"]:  # transformers would go on with random values
         raise ModelError(
-            f"model folder {folder} lacks {len(missing)} weights ({missing[0]}): download all its *.safetensors files"
+            f"model folder {folder} lacks {len(missing)} weights ({_some(missing)}): download all its *.safetensors "
+            "files"
+        )
+    if unexpected := loading["unexpected_keys"]:  # and here without them
+        raise ModelError(
+            f"model folder {folder} holds {len(unexpected)} weights that {type(model).__name__} with this config.json "
+            f"has not ({_some(unexpected)}): download config.json and *.safetensors of one model"
+        )
+    if integers := _integer_weights(folder, model):
+        raise ModelError(
+            f"model folder {folder} holds {len(integers)} weights in integers or float8 ({_some(integers)}), "
+            "without the quantization_config that would tell their scale: use weights in float32, bfloat16 or float16"
         )
     return model
+
+
+def _some(keys: Iterable[str]) -> str:
+    first = sorted(keys)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+
+
+def _integer_weights(folder: Path, model: PreTrainedModel) -> list[str]:
+    """Weights that a file stores in a type which is no ordinary floating-point one, unless the model is quantised."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return []
+    floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    found = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found += [
+                key
+                for key in tensors.keys()  # noqa: SIM118 (no mapping)
+                if (key in floating or key.endswith(".weight")) and tensors.get_slice(key).get_dtype() not in FLOATS
+            ]
+    return found
 
 
 @contextmanager
@@ -122,13 +156,18 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bar over the weights out of the output: loading is announced by one line of our own."""
-    shown = logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """Keep transformers' bar over the weights, and its table of those that do not fit, out of the output.
+
+    Loading, and what is wrong with the weights, is told by one line of our own.
+    """
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
@@ -160,6 +199,15 @@ def check_folder(folder: Path) -> None:
             f"model folder {folder} has an adapter (adapter_config.json): merge it into the weights and save them, or "
             "remove that file"
         )
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        known = {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if not isinstance(method, str) or method not in known:  # transformers would take the weights as they are
+            raise ModelError(
+                f"model folder {folder} has quant_method {method!r}, known are {', '.join(sorted(known))}: use weights "
+                "that are not quantised"
+            )
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
             f"model folder {folder} (model_type {config.get('model_type')!r}) needs its own Python code, which is "

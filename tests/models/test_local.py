@@ -11,7 +11,7 @@ from kvbench.errors import ModelError
 from kvbench.models.chat import frame
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.models.local import no_progress_bar
+from kvbench.models.local import quiet
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_progress_bar_setting_is_restored():
     shown = []
 
     def fail():
-        with no_progress_bar():
+        with quiet():
             shown.append(logging.is_progress_bar_enabled())
             raise RuntimeError("broken")
 
@@ -135,6 +135,55 @@ def test_progress_bar_setting_is_restored():
         fail()
     assert shown == [False]
     assert logging.is_progress_bar_enabled()
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_that_the_model_has_not_are_refused(folder, capfd):
+    """As left over where config.json says fewer layers than the file has."""
+    edit_config(folder, num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"holds 9 weights that LlamaForCausalLM .* \(model\.layers\.3\.") as error:
+        load(folder)
+    assert str(folder) in str(error.value)
+    assert str(error.value).count("model.layers.3.") == 3
+    assert "download config.json and *.safetensors of one model" in str(error.value)
+    assert capfd.readouterr().err == ""  # transformers' own table would not be one line
+
+
+def test_a_single_stray_weight_is_refused(folder):
+    edit_weights(folder, lambda weights: weights.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
+    with pytest.raises(ModelError, match=r"holds 1 weights .* \(model\.layers\.0\.self_attn\.q_norm\.weight\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn])
+def test_integer_weights_are_refused(folder, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder, lambda weights: weights.update({name: (weights[name] * 50).to(dtype)}))
+    with pytest.raises(ModelError, match=r"1 weights in integers or float8 \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("method", ["nope", None, 4])
+def test_an_unknown_quantisation_is_refused(folder, method):
+    edit_config(folder, quantization_config={"quant_method": method})
+    with pytest.raises(ModelError, match=rf"quant_method {method!r}, known are .*: use weights that are not quantised"):
+        load(folder)
+
+
+def test_what_is_rightly_absent_or_left_over_still_loads(folder):
+    def edit(weights):
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # older Llama files
+        del weights["lm_head.weight"]
+
+    edit_weights(folder, edit)
+    edit_config(folder, tie_word_embeddings=True)
+    model = load(folder).model
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
