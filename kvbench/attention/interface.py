@@ -13,7 +13,7 @@ with a method `to`: accelerate moves those between devices when a model is sprea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
@@ -26,15 +26,17 @@ from kvbench.errors import KvbenchError, ModelError
 
 IMPLEMENTATION = "kvbench"
 
+EXAMPLES = "Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"
+
 # Arguments that change what attention computes; a model that sets one of them needs more than `attend` offers.
-_UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")
+_UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "head_mask")
 
 
 class AttentionContext(Protocol):
     """What `attention_context=` has to be: the prompt's `Observer` or the decode batch's `RaggedCache`."""
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attend in one layer; a layer with a sliding window also passes `sliding_window=` (tokens).
+        """Attend in one layer; a model that caps its logits also passes `softcap=`, the bound.
 
         Args:
             layer_index: index of the layer, from 0.
@@ -77,7 +79,7 @@ def registered_attention(
         if model.config._attn_implementation != name:
             raise ModelError(
                 f"{type(model).__name__} keeps its attention implementation {previous!r}: use a model whose layers go "
-                "through transformers' AttentionInterface, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"
+                f"through transformers' AttentionInterface, e.g. {EXAMPLES}"
             )
         yield
     finally:
@@ -105,14 +107,14 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: check that the context computes all this layer asks for, then call it."""
     if attention_context is None:
         raise KvbenchError(
-            "attention_context=None reached the attention layers: inside attention_implementation(model) call "
+            f"attention_context=None reached {type(module).__name__}: inside attention_implementation(model) call "
             "model(input_ids, attention_context=...) with an Observer or a RaggedCache"
         )
     if attention_mask is not None:
@@ -122,13 +124,8 @@ def _attention(
         )
     if dropout:
         raise KvbenchError(f"attention dropout {dropout} is not supported: call model.eval() first")
-    for name in _UNSUPPORTED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise ModelError(
-                f"{type(module).__name__} needs the attention argument {name!r}, which kvbench lacks: "
-                "use a model with plain softmax attention, e.g. Llama, Mistral, Qwen2, Qwen3 or Phi3"
-            )
-    optional = {} if sliding_window is None else {"sliding_window": sliding_window}
+    refuse_arguments(module, kwargs)
+    optional = {} if softcap is None else {"softcap": softcap}
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     layer_index = cast(int, module.layer_idx)
@@ -137,7 +134,27 @@ def _attention(
     return output, None
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, q_length: Any = None, **kwargs: Any) -> None:
+def refuse_arguments(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse an attention layer that asks for more than softmax attention, soft-capped or not.
+
+    Args:
+        module: the layer.
+        arguments: the keywords that it gave its attention function.
+
+    Raises:
+        ModelError: with the argument that cannot be heeded.
+    """
+    for name in _UNSUPPORTED_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} needs the attention argument {name!r}, which kvbench lacks: "
+                f"use a model with plain softmax attention, e.g. {EXAMPLES}"
+            )
+
+
+def _mask(
+    *args: Any, attention_mask: Tensor | None = None, q_length: Any = None, local_size: int | None = None, **kwargs: Any
+) -> None:
     """The registered mask function: no mask is needed, and one that hides a token is refused instead of ignored.
 
     Positional and further keyword arguments differ between versions of transformers and are not needed.
@@ -147,6 +164,11 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, q_length: Any = None
         raise KvbenchError(
             f"attention_mask hides {hidden} tokens, at most 0 are supported: give whole prompts, one a call, without "
             "padding"
+        )
+    if local_size is not None and isinstance(q_length, int) and 1 < q_length > local_size:
+        raise ModelError(
+            f"{q_length} tokens exceed the model's sliding window of {local_size}: lower model.max_prompt_tokens until "
+            "prompt and answer fit into the window"
         )
     if not kwargs.get("allow_is_causal_skip", True) and isinstance(q_length, int) and q_length > 1:
         raise KvbenchError(

@@ -161,7 +161,6 @@ class Observer:
         key: Tensor,
         value: Tensor,
         scaling: float,
-        sliding_window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
         """Attend over the whole prompt in one layer and report its states.
@@ -172,14 +171,13 @@ class Observer:
             key: `(1, H_k, T, D)` after RoPE.
             value: `(1, H_k, T, D)`.
             scaling: factor on the logits.
-            sliding_window: tokens the layer lets each query see, itself included, or None for all.
             softcap: bound that logits are soft-capped to, or None.
 
         Returns:
             `(1, T, H, D)`.
 
         Raises:
-            ModelError: for a batch, for a prompt that does not start at token 0, or one longer than a sliding window.
+            ModelError: for a batch, or for a prompt that does not start at token 0.
         """
         n_tokens = query.shape[2]
         if query.shape[0] != 1:
@@ -188,11 +186,6 @@ class Observer:
             raise ModelError(
                 f"{n_tokens} queries over {key.shape[2]} keys: a prefill takes the whole prompt in one call, "
                 "with use_cache=False"
-            )
-        if sliding_window is not None and n_tokens > sliding_window:
-            raise ModelError(
-                f"layer {layer_index} sees a sliding window of {sliding_window} tokens, the prompt has {n_tokens}: "
-                f"set max_prompt_tokens to at most {sliding_window} or use a model without sliding windows"
             )
         observation = observe(
             query[0],

@@ -33,7 +33,7 @@ from kvbench.cache.layer import CacheLayer, RowExtent
 from kvbench.cache.sealed import SealedLayer, attention_elements, seal_layer
 from kvbench.cache.side import SideStream
 from kvbench.cache.tables import DeviceTables, table_columns
-from kvbench.errors import ConfigError, ModelError
+from kvbench.errors import ConfigError
 from kvbench.policies.base import CompressedLayer, Policy
 from kvbench.policies.rows import RowsStepper, find_rows_stepper
 
@@ -44,7 +44,6 @@ class _Row:
     def __init__(self, policy: Policy, position: int, room_tokens: int, n_layers: int):
         self.policy = policy
         self.position = position
-        self.room_tokens = room_tokens
         self.room = 1 if policy.steps else room_tokens
         self.new_tokens = 0
         self.extents: list[RowExtent | None] = [None] * n_layers
@@ -277,7 +276,6 @@ class RaggedCache(Cache):
         key: Tensor,
         value: Tensor,
         scaling: float,
-        sliding_window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
         """Attention of the new tokens over their rows, then the step of the rows whose policy has one.
@@ -288,19 +286,14 @@ class RaggedCache(Cache):
             key: ignored: `update` has stored it.
             value: ignored, likewise.
             scaling: factor on the logits.
-            sliding_window: the layer's window in tokens, if it has one.
             softcap: bound that logits are soft-capped to, or None; only the torch backend knows it.
 
         Returns:
             `(B, 1, H, D)`.
 
         Raises:
-            ModelError: if prompt and new tokens of a row do not fit into the layer's window: its slots do not tell how
-                far back they are.
             RuntimeError: if a step of the torch backend is captured in a CUDA graph: its lengths are the host's.
         """
-        if sliding_window is not None:
-            self._check_window(layer_index, sliding_window)
         sealed = self._sealed[layer_index]
         if sealed.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the torch backend cannot be captured in a CUDA graph: ask `capturable` first")
@@ -395,14 +388,6 @@ class RaggedCache(Cache):
                 raise ValueError(f"{policy.name}: {name} has shape {tuple(state.shape)}, the cache needs {shape[:2]}")
         if layer.lengths is not None and policy.steps:
             raise ValueError(f"{policy.name} steps and returns ragged heads: a step needs heads of equal length")
-
-    def _check_window(self, layer_index: int, sliding_window: int) -> None:
-        needed = max(row.position + row.room_tokens for row in self._rows)
-        if needed > sliding_window:
-            raise ModelError(
-                f"{needed} prompt and new tokens exceed layer {layer_index}'s sliding window of {sliding_window}: "
-                "lower max_prompt_tokens so that both fit into the window"
-            )
 
     def _arenas(self) -> list[Arena]:
         layers = [arena for layer in self._layers if layer is not None for arena in layer.arenas]

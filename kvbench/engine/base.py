@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvbench.errors import ModelError
+from kvbench.engine.model_check import check_model, check_windows
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import Policy
 
@@ -135,6 +135,15 @@ class SampleFailure(Exception):
         self.arms = arms
 
 
+def check_jobs(loaded: LoadedModel, jobs: Sequence[Job]) -> None:
+    """Refuse a model that is not supported, or one whose sliding window some job does not fit into.
+
+    Raises:
+        ModelError: with the remedy.
+    """
+    check_windows(loaded.model, (len(job.input_ids) + max(job.max_new_tokens, len(job.gold_ids)) - 1 for job in jobs))
+
+
 def never() -> bool:
     """The answer of a caller that does not want to stop an engine."""
     return False
@@ -160,29 +169,15 @@ class Engine(ABC):
             one job come one after the other.
 
         Raises:
-            KvbenchError: for what has to be mended in the settings, e.g. a budget that is impossible for a prompt.
+            KvbenchError: for what has to be mended in the settings, e.g. a budget that is impossible for a prompt, or a
+                model that is not supported (before the first job).
         """
 
 
 def model_shape(loaded: LoadedModel) -> dict[str, int]:
-    """Sizes of the attention of a model.
-
-    Returns:
-        `n_layers`, `n_query_heads`, `n_kv_heads`, `head_dim`, all counts.
+    """Sizes of the attention of a model: `ModelFacts.shape`.
 
     Raises:
-        ModelError: if the configuration does not say.
+        ModelError: if the model is not supported.
     """
-    config = loaded.model.config.get_text_config()
-    try:
-        n_query_heads = int(config.num_attention_heads)
-        return {
-            "n_layers": int(config.num_hidden_layers),
-            "n_query_heads": n_query_heads,
-            "n_kv_heads": int(getattr(config, "num_key_value_heads", None) or n_query_heads),
-            "head_dim": int(getattr(config, "head_dim", None) or config.hidden_size // n_query_heads),
-        }
-    except AttributeError as error:
-        raise ModelError(
-            f"model {loaded.name} has no {error.name} in its configuration: only decoder models with it can be used"
-        ) from error
+    return check_model(loaded.model).shape

@@ -13,10 +13,11 @@ import psutil
 import torch
 
 from kvbench.cache.ragged import RaggedCache
-from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, model_shape, never
+from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, check_jobs, never
 from kvbench.engine.decode import Decoded, DecodeLoop
 from kvbench.engine.failures import ends_the_run, failure_reason, is_out_of_memory
 from kvbench.engine.fork import LayerFork
+from kvbench.engine.model_check import check_model
 from kvbench.engine.prefill import prefill
 from kvbench.engine.strands import Strand, forced_strand, generating_strand
 from kvbench.errors import ConfigError
@@ -58,6 +59,7 @@ class FusedEngine(Engine):
         self, loaded: LoadedModel, jobs: Sequence[Job], stopping: Callable[[], bool] = never
     ) -> Iterator[JobResult | SampleFailure]:
         """Run jobs, several per batch where rows and memory allow; see `Engine.run`."""
+        check_jobs(loaded, jobs)
         session = _Session(self, loaded)
         waiting = deque(jobs)
         while waiting and not stopping():
@@ -72,12 +74,16 @@ class _Session:
     engine: FusedEngine
     loaded: LoadedModel
     shape: dict[str, int] = field(init=False)
+    kernels: str = field(init=False)
     max_rows: int = field(init=False)
     cache: RaggedCache | None = field(init=False, default=None)
     loop: DecodeLoop | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.shape = model_shape(self.loaded)
+        facts = check_model(self.loaded.model)
+        self.shape = facts.shape
+        # Only the torch kernels know soft-capped logits; kernels=triton is refused by name.
+        self.kernels = "torch" if facts.soft_capped and self.engine.kernels == "auto" else self.engine.kernels
         default = 64 if self.loaded.device.type == "cuda" else 24
         self.max_rows = self.engine.max_rows or default
 
@@ -211,9 +217,7 @@ class _Session:
 
     def _storage(self, max_rows: int) -> tuple[RaggedCache, DecodeLoop]:
         if self.cache is None or self.loop is None or self.cache.max_rows < max_rows:
-            self.cache = RaggedCache(
-                **self.shape, dtype=self.loaded.dtype, backend=self.engine.kernels, max_rows=max_rows
-            )
+            self.cache = RaggedCache(**self.shape, dtype=self.loaded.dtype, backend=self.kernels, max_rows=max_rows)
             self.loop = DecodeLoop(
                 self.loaded, self.cache, self.engine.check_every, self.engine.cuda_graphs, self.engine.compile
             )
@@ -237,7 +241,7 @@ class _Session:
                 cache.write(layer_index, row, compressed)
 
         fork = LayerFork([in_effect(arm.policy) for arm in arms], job.compress_at, self.shape["n_layers"], write)
-        logits, backends = prefill(self.loaded, job, arms, fork, self.engine.kernels)
+        logits, backends = prefill(self.loaded, job, arms, fork, self.kernels)
         finite = bool(torch.isfinite(logits).all())
         first_nll = 0.0
         if not job.question_ids:

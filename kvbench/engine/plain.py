@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvbench.attention.interface import attention_implementation
-from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, model_shape, never
+from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, SampleFailure, check_jobs, model_shape, never
 from kvbench.engine.failures import ends_the_run, failure_reason, is_out_of_memory
 from kvbench.engine.plain_cache import PlainCache
 from kvbench.engine.prefill import prefill
@@ -30,6 +30,7 @@ class PlainEngine(Engine):
         self, loaded: LoadedModel, jobs: Sequence[Job], stopping: Callable[[], bool] = never
     ) -> Iterator[JobResult | SampleFailure]:
         """Run jobs one after the other; see `Engine.run`."""
+        check_jobs(loaded, jobs)
         for job in jobs:
             if stopping():
                 return

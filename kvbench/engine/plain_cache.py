@@ -35,14 +35,16 @@ class _Layer:
             self.values[h] = torch.cat([self.values[h], value[h : h + 1]])
             self.bias[h] = torch.cat([self.bias[h], self.bias[h].new_zeros(1)])
 
-    def attend(self, query: Tensor, scaling: float) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, query: Tensor, scaling: float, softcap: float | None) -> tuple[Tensor, list[Tensor]]:
         """Dense attention of one query `(H, D)`: output `(H, D)` fp32 and the softmax row of each query head."""
         group_size = query.shape[0] // len(self.keys)
         outputs, rows = [], []
         for head in range(query.shape[0]):
             h = head // group_size
-            logits = self.keys[h].float() @ query[head].float() * scaling + self.bias[h]
-            row = torch.softmax(logits, 0)
+            logits = self.keys[h].float() @ query[head].float() * scaling
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            row = torch.softmax(logits + self.bias[h], 0)
             outputs.append(row @ self.values[h].float())
             rows.append(row)
         return torch.stack(outputs), rows
@@ -94,14 +96,16 @@ class PlainCache(Cache):
         self._stored[layer_idx].append(key_states[0, :, 0], value_states[0, :, 0])
         return key_states, value_states
 
-    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, **_: Any) -> Tensor:
+    def attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
+    ) -> Tensor:
         """Attention of the new token `(1, H, 1, D)` over the stored slots, then the policy's step.
 
         Returns:
             `(1, 1, H, D)` in the query's dtype.
         """
         layer = self._stored[layer_index]
-        output, rows = layer.attend(query[0, :, 0], scaling)
+        output, rows = layer.attend(query[0, :, 0], scaling, softcap)
         if self.policy.steps:
             layer.step(self.policy, rows, torch.tensor(self._steps, device=query.device))
         return output[None, None].to(query.dtype)

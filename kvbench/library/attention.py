@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from kvbench.attention.interface import registered_attention
+from kvbench.attention.interface import refuse_arguments, registered_attention
 from kvbench.attention.observe_torch import cap_logits
 from kvbench.backend import current_device
 from kvbench.errors import ModelError
@@ -31,9 +31,6 @@ if TYPE_CHECKING:  # the cache leaves the notes, so it imports this module
     from kvbench.library.cache import CompressedCache
 
 IMPLEMENTATION = "kvbench_compressed"
-
-# Arguments that change what attention computes and that neither the observed prefill nor the decode step knows.
-_UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "head_mask")
 
 
 @dataclass(frozen=True)
@@ -65,16 +62,21 @@ def compressed_attention(model: PreTrainedModel) -> AbstractContextManager[None]
 
     Returns:
         The block (see `registered_attention`).
+    """
+    return registered_attention(model, IMPLEMENTATION, _attention, _mask)
+
+
+def refuse_nested(model: PreTrainedModel) -> None:
+    """Refuse a model that is inside a block already.
 
     Raises:
-        ModelError: if the model is compressed already.
+        ModelError: in that case.
     """
-    if model.config._attn_implementation == IMPLEMENTATION:
+    if isinstance(model, PreTrainedModel) and model.config._attn_implementation == IMPLEMENTATION:
         raise ModelError(
             f"this {type(model).__name__} is inside a compress() block already, at most 1 is possible: leave it before "
             "you enter another"
         )
-    return registered_attention(model, IMPLEMENTATION, _attention, _mask)
 
 
 def _attention(
@@ -103,12 +105,7 @@ def _attention(
         raise ModelError("gradients through a compressed cache are not supported: call the model under torch.no_grad()")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    for name in _UNSUPPORTED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise ModelError(
-                f"{type(module).__name__} needs the attention argument {name!r}, which kvbench lacks: use a model with "
-                "plain softmax attention, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma3"
-            )
+    refuse_arguments(module, kwargs)
     if note.cache.compresses(note.layer_index):
         with current_device(query.device):
             return note.cache.attend(note.layer_index, query, key, value, attention_mask, scaling, softcap), None
@@ -140,11 +137,6 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if slides(window, kwargs["config"]):
         mask: Tensor | None = AttentionMaskInterface()["sdpa"](*args, **kwargs)
         return mask
-    n_tokens: int = kwargs["kv_length"]
-    if window is not None and n_tokens > window:
-        raise ModelError(
-            f"{n_tokens} tokens exceed the model's context and sliding window of {window}: shorten prompt or answer"
-        )
     if kwargs.get("use_vmap") or (window is None and kwargs.get("mask_function") is not causal_mask_function):
         raise ModelError(
             "a mask other than causal with left padding is not supported (packed sequences, prefix or image blocks): "

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedConfig
 
 from kvbench.attention.observe import Observer
 from kvbench.errors import KvbenchError, ModelError
-from kvbench.library.attention import leave_note
+from kvbench.library.attention import IMPLEMENTATION, leave_note
 from kvbench.library.layers import CompressedCacheLayer, cache_layers
 from kvbench.library.prompt import check_padding, observers_of, prompt_lengths, rows_for
 from kvbench.library.report import CacheReport, LayerReport
@@ -36,7 +36,7 @@ class CompressedCache(Cache):
         kernels: "auto", "torch" or "triton".
 
     Raises:
-        ModelError: if a layer is neither full nor sliding-window attention, or none is full.
+        ModelError: if a layer is neither full nor sliding-window attention.
     """
 
     layers: list[Any]  # transformers' own union of layer kinds lacks what all kinds used here have
@@ -110,10 +110,16 @@ class CompressedCache(Cache):
             What attention gets: in a compressed layer the arguments, else the window's keys and values.
 
         Raises:
-            ModelError: if several tokens at once follow a compressed prompt, or the block has ended.
+            ModelError: if several tokens at once follow a compressed prompt, the block has ended, or the model's
+                attention implementation was set inside it.
         """
         if self._closed:
             raise ModelError("this cache's compress() block has ended: generate inside the block")
+        if (implementation := self._config._attn_implementation) != IMPLEMENTATION:
+            raise ModelError(
+                f"attention implementation {implementation!r} was set inside the compress() block, which needs its own:"
+                " set it before the block"
+            )
         layer = self.layers[layer_idx]
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if layer_idx not in self._ranks and layer_idx not in self._reports:

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from kvbench.engine.model_check import check_model
 from kvbench.errors import ConfigError, ModelError
-from kvbench.library.attention import compressed_attention
+from kvbench.library.attention import compressed_attention, refuse_nested
 from kvbench.library.cache import CompressedCache
 from kvbench.policies.base import Policy
 
@@ -52,11 +53,12 @@ def compress(
 
     Raises:
         ConfigError: if `policy` is none, or `kernels` cannot run here.
-        ModelError: if the model's layers cannot be compressed, or the model is inside such a block already.
+        ModelError: if the model is not supported (see `check_model`), or is inside such a block already.
     """
     if not isinstance(policy, Policy):
         raise ConfigError(f"policy={policy!r} is no Policy: give an instance with a budget, e.g. KVMerger(budget=0.35)")
-    _check_model(model)
+    refuse_nested(model)
+    check_model(model)
     with compressed_attention(model):
         cache = CompressedCache(model.config, policy, seed, kernels)
         try:
@@ -64,19 +66,6 @@ def compress(
                 yield cache
         finally:
             cache.close()
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"{type(model).__name__} is no PreTrainedModel: give the transformers model itself, e.g. "
-            "peft_model.get_base_model()"
-        )
-    config = model.config
-    if config.get_text_config() is not config or config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(model).__name__} is not a decoder of text alone: use the text model, e.g. Gemma3ForCausalLM"
-        )
 
 
 @contextmanager
@@ -94,8 +83,13 @@ def _generate_with(model: PreTrainedModel, cache: CompressedCache) -> Iterator[N
     @functools.wraps(generate)
     def generate_compressed(*args: Any, **kwargs: Any) -> Any:
         _check_options(model, args, kwargs)
-        if kwargs.setdefault("past_key_values", cache) is None:
-            kwargs["past_key_values"] = cache
+        given = kwargs.get("past_key_values")
+        if given is cache and cache:
+            raise ModelError(
+                f"past_key_values holds {cache.get_seq_length()} tokens of an earlier turn, 0 are supported: give the "
+                "whole conversation as one prompt without past_key_values, or call cache.reset() before it"
+            )
+        kwargs["past_key_values"] = cache if given is None else given
         if kwargs["past_key_values"] is not cache:
             raise ModelError(
                 f"past_key_values is a {type(kwargs['past_key_values']).__name__}, only the block's own cache is "

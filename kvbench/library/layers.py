@@ -7,32 +7,41 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
+from kvbench.engine.model_check import layer_windows
 from kvbench.errors import ModelError
 
 
 def slides(window: int | None, config: PreTrainedConfig) -> bool:
-    """Whether a sliding window ever hides a token: one as wide as the model's context (Phi-3, 128k) does not.
+    """Whether a layer is left alone because its sliding window keeps its past short.
+
+    A window as wide as the model's context (Phi-3, 128k) does not. Nor does any where all layers have one: they are
+    compressed, and prompt and answer have to fit.
 
     Args:
         window: tokens that a query sees, itself included, or None for all.
         config: the model's text configuration.
     """
-    return window is not None and window < getattr(config, "max_position_embeddings", math.inf)
+    context = getattr(config, "max_position_embeddings", math.inf)
+    return window is not None and window < context and not all(w and w < context for w in layer_windows(config))
 
 
 class CompressedCacheLayer(CacheLayerMixin):
     """What transformers sees of a compressed layer: how many tokens went through it, padding included.
 
     Keys and values are stored by the cache that the layer belongs to, after attention has seen them.
+
+    Args:
+        window: the layer's sliding window in tokens, None for none: more tokens are refused.
     """
 
     is_sliding = False
     is_croppable = False
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.seen_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -42,7 +51,7 @@ class CompressedCacheLayer(CacheLayerMixin):
         """Count the new tokens; returns the arguments, which attention gets as they are.
 
         Raises:
-            ModelError: if several tokens at once follow a compressed prompt.
+            ModelError: if several tokens at once follow a compressed prompt, or more came than the window holds.
         """
         n_tokens = key_states.shape[2]
         if self.seen_tokens and n_tokens != 1:
@@ -51,6 +60,11 @@ class CompressedCacheLayer(CacheLayerMixin):
                 "cache.reset() for a new prompt, and leave out assisted decoding and chunked prefill"
             )
         self.seen_tokens += n_tokens
+        if self.window is not None and self.seen_tokens > self.window:
+            raise ModelError(
+                f"{self.seen_tokens} tokens exceed the sliding window of {self.window}, which every layer of the model "
+                "has: shorten prompt or answer"
+            )
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -78,22 +92,10 @@ def cache_layers(config: PreTrainedConfig) -> list[Any]:
         One layer of storage per layer of the model, all empty.
 
     Raises:
-        ModelError: if a layer is neither full nor sliding-window attention, or none is full.
+        ModelError: if a layer is neither full nor sliding-window attention.
     """
     layers: list[Any] = list(DynamicCache(config=config).layers)
-    for index, layer in enumerate(layers):
-        sliding = getattr(layer, "is_sliding", False)
-        if type(layer) is DynamicLayer or (sliding and not slides(layer.sliding_window, config)):
-            layers[index] = CompressedCacheLayer()
-        elif not sliding:
-            raise ModelError(
-                f"layer {index} of model type {config.model_type!r} keeps its past in a {type(layer).__name__}: only "
-                "full and sliding-window attention can be used, e.g. Llama, Mistral, Qwen2, Qwen3, Phi3 or Gemma"
-            )
-    if not any(isinstance(layer, CompressedCacheLayer) for layer in layers):
-        raise ModelError(
-            f"all {len(layers)} layers of model type {config.model_type!r} have a sliding window and are left alone; 1 "
-            "full layer is needed: set model.config.sliding_window=None if prompt and answer fit into the window of "
-            f"{getattr(config, 'sliding_window', None)} tokens"
-        )
+    for index, window in enumerate(layer_windows(config)):
+        if not slides(window, config):
+            layers[index] = CompressedCacheLayer(window)
     return layers

@@ -111,9 +111,10 @@ def test_a_model_in_training_mode_with_dropout_is_refused(prompt: Tensor) -> Non
 
 
 @torch.no_grad()
-def test_the_sliding_window_reaches_the_context(prompt: Tensor) -> None:
+def test_a_prompt_longer_than_a_sliding_window_is_refused(prompt: Tensor) -> None:
     model = build("mistral", sliding_window=76)
-    with attention_implementation(model), pytest.raises(ModelError, match="sliding window of 76 tokens"):
+    message = "77 tokens exceed the model's sliding window of 76"
+    with attention_implementation(model), pytest.raises(ModelError, match=message):
         model(input_ids=prompt, use_cache=False, attention_context=observer())
 
 

@@ -181,9 +181,6 @@ def test_what_cannot_be_observed_is_refused() -> None:
         observer.attend(0, *(x.expand(2, -1, -1, -1) for x in (query, keys, values)), 0.25)
     with pytest.raises(ModelError, match="32 queries over 33 keys"):
         observer.attend(0, query[:, :, 1:], keys, values, 0.25)
-    with pytest.raises(ModelError, match="window of 32 tokens, the prompt has 33: set max_prompt_tokens to at most 32"):
-        observer.attend(0, query, keys, values, 0.25, sliding_window=32)
-    observer.attend(0, query, keys, values, 0.25, sliding_window=33)
     with pytest.raises(ConfigError, match=r"needs=\['hidden_states'\] cannot be observed"):
         Observer(frozenset({"hidden_states"}), 0, 1, 6, 0, lambda states: None)
     with pytest.raises(ConfigError, match="window_tokens=0 is below 1"):

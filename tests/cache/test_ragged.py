@@ -19,7 +19,7 @@ from cache_cases import (
 from transformers import Cache, DynamicCache
 
 from kvbench.cache.ragged import RaggedCache
-from kvbench.errors import ConfigError, ModelError
+from kvbench.errors import ConfigError
 from kvbench.policies.base import CompressedLayer, LayerStates
 
 
@@ -300,16 +300,6 @@ def test_refusals():
         cache.add_row(Whole(), 5, 0)
     with pytest.raises(ConfigError, match="no multiple"):
         RaggedCache(1, 3, 2, HEAD_DIM, torch.float32)
-
-
-def test_sliding_window_is_refused_before_it_is_exceeded():
-    cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
-    cache.write(0, cache.add_row(Whole(), 5, 3), random_layer(2, 5))
-    new = torch.randn(1, 2, 1, HEAD_DIM)
-    cache.update(new, new, 0)
-    cache.attend(0, new, new, new, 1.0, sliding_window=8)
-    with pytest.raises(ModelError, match="8 prompt and new tokens exceed layer 0's sliding window of 7"):
-        cache.attend(0, new, new, new, 1.0, sliding_window=7)
 
 
 def test_replayed_steps_are_counted_by_the_device():

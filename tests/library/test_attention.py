@@ -45,6 +45,16 @@ def test_a_second_prompt_needs_a_reset(model):
         assert torch.equal(answers(model, prompt(40), cache), first)
 
 
+def test_an_implementation_set_inside_the_block_is_refused_at_the_next_forward(model):
+    expected = model.generate(prompt(40), max_new_tokens=3)
+    message = r"attention implementation 'sdpa' was set inside the compress\(\) block.* set it before the block"
+    with kvbench.compress(model, POLICY):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(ModelError, match=message):
+            model.generate(prompt(40), max_new_tokens=3)
+    assert torch.equal(model.generate(prompt(40), max_new_tokens=3), expected)
+
+
 def test_speculative_decoding_is_refused_on_every_way_in(model):
     with kvbench.compress(model, POLICY) as cache, pytest.raises(ModelError, match="generate without assistant_model"):
         GenerationMixin.generate(

@@ -145,6 +145,19 @@ def test_the_long_form_passes_the_cache():
         assert torch.equal(unbound, expected)
 
 
+def test_a_second_turn_on_a_used_cache_is_refused_and_leaves_it_as_it_is():
+    model, first, second = build("llama"), prompt(40), prompt(10, seed=5)
+    with kvbench.compress(model, Full()) as cache:
+        answer = generate(model, {"input_ids": first}, do_sample=False)
+        for ids in (second, torch.cat([answer, second], 1)):
+            with pytest.raises(ModelError, match=r"past_key_values holds 51 tokens of an earlier turn, 0 are"):
+                generate(model, {"input_ids": ids, "past_key_values": cache}, do_sample=False)
+        assert cache.report().prompt_tokens == (40,)
+        cache.reset()
+        again = generate(model, {"input_ids": first, "past_key_values": cache}, do_sample=False)
+    assert torch.equal(again, answer)
+
+
 @pytest.mark.parametrize("n_tokens", [20, 40], ids=["short factors", "long factors"])
 def test_phi3_with_two_sets_of_frequencies(n_tokens):
     model = build("phi3", **TWO_FREQUENCIES)

@@ -102,12 +102,14 @@ def test_the_report_tells_layers_left_alone():
     assert "in 1 of 3 layers" in str(report)
 
 
-def test_a_model_of_sliding_layers_alone_is_refused_until_its_window_is_lifted():
+def test_a_model_of_sliding_layers_alone_is_compressed_up_to_its_window():
     model, ids = build("mistral", sliding_window=WINDOW), prompt(40)
-    message = r"all 3 layers .* set model\.config\.sliding_window=None .* 16 tokens"
-    with pytest.raises(ModelError, match=message), kvbench.compress(model, H2O(budget=0.4)):
-        pass
-    assert model.config._attn_implementation != "kvbench_compressed"
+    with kvbench.compress(model, H2O(budget=0.5)) as cache:
+        model.generate(prompt(10), max_new_tokens=7, min_new_tokens=7, do_sample=False)
+        assert (cache.report().measured_budget, cache.report().layers_left_alone) == (0.5, ())
+        for n_tokens, new_tokens, seen in ((17, 1, 17), (10, 8, 17)):
+            with pytest.raises(ModelError, match=rf"{seen} tokens exceed the sliding window of 16, which every layer"):
+                model.generate(prompt(n_tokens), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
     model.config.sliding_window = None
     with kvbench.compress(model, H2O(budget=0.4)) as cache:
         model.generate(ids, **GREEDY)
@@ -122,5 +124,8 @@ def test_a_window_as_wide_as_the_context_counts_as_full():  # Phi-3 of 128k toke
         assert torch.equal(wide.generate(**ids, **GREEDY), expected)
     assert cache.report().layers_left_alone == ()
     short = build("phi3", sliding_window=45, max_position_embeddings=45)
-    with kvbench.compress(short, H2O(budget=0.4)), pytest.raises(ModelError, match=r"46 tokens exceed .* window of 45"):
+    with (
+        kvbench.compress(short, H2O(budget=0.4)),
+        pytest.raises(ModelError, match=r"46 tokens exceed the sliding window of 45"),
+    ):
         short.generate(prompt(40), **GREEDY)
