@@ -153,6 +153,9 @@ the run is refused before its first sample: lower `model.max_prompt_tokens`. `co
 alone, which already hold no more than it, and compresses the others; where all layers have one, it compresses all and
 takes prompts and answers up to the window.
 
+**LongRoPE** (Phi-3 of 128k tokens) has two sets of rotary frequencies. A run whose prompts and answers do not all lie
+on one side of `original_max_position_embeddings` is refused: the longest row of a batch would decide for the others.
+
 **Weights.** A folder is refused if its files lack weights of the model, hold weights that the model has not, or hold
 integers in place of numbers, and if it names a `quant_method` that transformers does not know.
 

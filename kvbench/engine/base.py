@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvbench.engine.model_check import check_model, check_windows
+from kvbench.engine.model_check import check_lengths, check_model
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import Policy
 
@@ -136,12 +136,14 @@ class SampleFailure(Exception):
 
 
 def check_jobs(loaded: LoadedModel, jobs: Sequence[Job]) -> None:
-    """Refuse a model that is not supported, or one whose sliding window some job does not fit into.
+    """Refuse a model that is not supported, or jobs longer than it can be asked: see `check_lengths`.
 
     Raises:
         ModelError: with the remedy.
     """
-    check_windows(loaded.model, (len(job.input_ids) + max(job.max_new_tokens, len(job.gold_ids)) - 1 for job in jobs))
+    answers = [max(job.max_new_tokens, len(job.gold_ids)) for job in jobs]
+    ends = [len(job.input_ids) + n_tokens - 1 for job, n_tokens in zip(jobs, answers, strict=True)]
+    check_lengths(loaded.model, [(job.compress_at, end) for job, end in zip(jobs, ends, strict=True)])
 
 
 def never() -> bool:

@@ -3,12 +3,14 @@
 What a configuration tells is refused by name: encoders, other parts than text, layers that keep something else than
 keys and values. What it does not tell (attention of the model's own, position ids that are not heeded, layers that run
 twice) shows in a probe: a few random tokens through our attention, one prefill and some steps, must give the logits of
-the model's own forward pass. Layers with a sliding window are supported up to the window: see `check_windows`.
+the model's own forward pass. What depends on length,
+sliding windows and LongRoPE, is checked with the samples: see `check_lengths`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -108,22 +110,43 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     return [getattr(layer, "sliding_window", None) for layer in layers]
 
 
-def check_windows(model: PreTrainedModel, n_tokens: Iterable[int]) -> None:
-    """Refuse prompts with answers that do not fit into the model's shortest sliding window.
+def check_lengths(model: PreTrainedModel, lengths: Sequence[tuple[int, int]]) -> None:
+    """Refuse samples that do not fit into the model's shortest sliding window, or between two sets of frequencies.
 
     Args:
         model: a model that passes `check_model`.
-        n_tokens: for each sample the tokens that its last query attends to, itself included.
+        lengths: for each sample the tokens that are prefilled, and those that its last query attends to, itself
+            included; all may come to lie in one batch.
 
     Raises:
         ModelError: with the longest of them.
     """
-    window, longest = check_model(model).window_tokens, max(n_tokens, default=0)
-    if window is not None and longest > window:
+    window = check_model(model).window_tokens
+    first, last = zip(*lengths, strict=True) if lengths else ((0,), (0,))
+    if window is not None and max(last) > window:
         raise ModelError(
-            f"{longest} tokens of prompt and answer exceed {type(model).__name__}'s sliding window of {window}: lower "
-            "model.max_prompt_tokens until both fit, or use a model without sliding windows"
+            f"{max(last)} tokens of prompt and answer exceed {type(model).__name__}'s sliding window of {window}: "
+            "lower model.max_prompt_tokens until both fit, or use a model without sliding windows"
         )
+    limit, kind = _frequency_limit(model.config)
+    # A batch goes on to its longest answer, and its longest row decides for all.
+    longest = max(first) + max(end - start for start, end in lengths) if lengths else 0
+    if longest > limit and (kind == "dynamic" or min(first) <= limit):
+        raise ModelError(
+            f"prompts of {min(first)} to {max(first)} tokens with answers up to {longest} have both sets of "
+            f"{type(model).__name__}'s rotary frequencies, which change at {limit} ({kind}): lower "
+            f"model.max_prompt_tokens until all fit into {limit}, or give longer prompts only"
+        )
+
+
+def _frequency_limit(config: PreTrainedConfig) -> tuple[float, str]:
+    """Tokens beyond which rotary frequencies are others, and the kind of rotary embedding that does so."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
+        if (kind := parameters.get("rope_type")) in ("longrope", "dynamic"):
+            fallback = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+            return parameters.get("original_max_position_embeddings") or fallback, kind
+    return math.inf, ""
 
 
 def _is_text_decoder(config: PreTrainedConfig) -> bool:

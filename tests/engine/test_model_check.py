@@ -13,6 +13,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     RobertaConfig,
     RobertaForCausalLM,
 )
@@ -114,6 +116,24 @@ def test_a_window_too_short_ends_a_run_before_its_first_sample(engine, too_long,
     message = f"{n_tokens} tokens of prompt and answer exceed MistralForCausalLM's sliding window of 32: lower model"
     with pytest.raises(ModelError, match=message):
         next(engine.run(loaded(model), [*fits, too_long]))
+
+
+@pytest.mark.parametrize("engine", [FusedEngine(), PlainEngine()], ids=["fused", "plain"])
+def test_two_sets_of_rotary_frequencies_are_never_mixed(engine):
+    """As with Phi-3 of 128k tokens: the longest row of a batch decides for all of it."""
+    rotary = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = build(
+        Phi3Config, Phi3ForCausalLM, sliding_window=None, original_max_position_embeddings=32,
+        rope_parameters={**rotary, "rope_theta": 1e4},
+    )  # fmt: skip
+    for jobs in ([job(0, 28), job(1, 10)], [job(0, 33), job(1, 40, gold=9)]):
+        for result in engine.run(loaded(model), jobs):
+            ids = torch.tensor([jobs[result.index].input_ids])
+            expected = model.generate(ids, do_sample=False, max_new_tokens=5, min_new_tokens=5, eos_token_id=2)
+            assert result.arms[0].token_ids == expected[0, ids.shape[1] :].tolist()
+    for jobs in ([job(0, 20), job(1, 40)], [job(0, 29)], [job(0, 40, compress_at=20)], [job(0, 28), job(1, 9, 24)]):
+        with pytest.raises(ModelError, match=r"both sets of Phi3ForCausalLM's rotary frequencies.* change at 32"):
+            next(engine.run(loaded(model), jobs))
 
 
 @pytest.mark.parametrize("engine", ["fused", "plain"])
