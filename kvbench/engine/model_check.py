@@ -187,13 +187,13 @@ class _Probe(PlainCache):
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, window: int | None) -> ModelFacts:
-    n_layers = int(model.config.num_hidden_layers)
     limits = [window, getattr(model.config, "max_position_embeddings", None)]
     n_tokens = min([PROMPT_TOKENS + STEPS, *(limit for limit in limits if limit is not None and limit > STEPS)])
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, model.config.vocab_size, (1, n_tokens), generator=generator).to(input_device(model))
     probe = _Probe()
     try:
+        n_layers, vocab_size = int(model.config.num_hidden_layers), int(model.config.vocab_size)
+        ids = torch.randint(3, vocab_size, (1, n_tokens), generator=generator).to(input_device(model))
         own = model(input_ids=ids, use_cache=False).logits[0, -STEPS - 1 :].float()
         with quiet(), attention_implementation(model):  # a class that keeps its own is told in one line, here
             prompt = {"input_ids": ids[:, :-STEPS], "use_cache": False, "logits_to_keep": 1}
@@ -218,7 +218,7 @@ def _probe(model: PreTrainedModel, window: int | None) -> ModelFacts:
     tolerance = TOLERANCE.get(model.dtype, 0.15)
     # With 16 bits one token of a mixture of experts may go to another expert: so the median counts.
     distance = float(distances.max() if model.dtype.itemsize > 2 else distances.median())
-    if distance > tolerance:
+    if not distance <= tolerance:  # nor if it is NaN
         _refuse(model, f"its logits differ from those of plain softmax attention by {distance:.1%} of their norm")
     n_query_heads, n_kv_heads, head_dim = probe.shapes.pop()
     shape = {"n_layers": n_layers, "n_query_heads": n_query_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
@@ -233,7 +233,8 @@ def _distances(ours: Tensor, own: Tensor) -> Tensor:
         own: `(n, V)`; where it is not finite the answer is 0: the engines report such samples themselves.
     """
     ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
-    return torch.where(own.isfinite().all(-1), (ours - own).norm(dim=-1) / own.norm(dim=-1), 0.0)
+    ratios = (ours - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=torch.finfo(own.dtype).tiny)
+    return torch.where(own.isfinite().all(-1), ratios, 0.0)
 
 
 def _refuse(model: PreTrainedModel, reason: str, cause: Exception | None = None) -> NoReturn:

@@ -1,6 +1,7 @@
 """The model check: what no configuration tells, when it runs, and what becomes of sliding windows in a run."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,6 +26,7 @@ from kvbench.engine.base import Arm, Job
 from kvbench.engine.fused import FusedEngine
 from kvbench.engine.model_check import check_model
 from kvbench.engine.plain import PlainEngine
+from kvbench.engine.plain_cache import PlainCache
 from kvbench.errors import ModelError
 from kvbench.models.byte_tokenizer import MIN_VOCAB_SIZE, byte_tokenizer
 from kvbench.models.load import LoadedModel
@@ -81,6 +83,16 @@ def test_attention_of_the_model_s_own_is_found():
     model.set_attn_implementation("cooler")
     with pytest.raises(ModelError, match="its logits differ from those of plain softmax attention"):
         check_model(model)
+
+
+@pytest.mark.parametrize("factor", [torch.nan, 1.01])
+def test_whatever_our_attention_gets_wrong_is_found(monkeypatch, factor):
+    add = PlainCache.add
+    monkeypatch.setattr(
+        PlainCache, "add", lambda cache, layer: add(cache, replace(layer, values=layer.values * factor))
+    )
+    with pytest.raises(ModelError, match="LlamaForCausalLM is not supported"):
+        check_model(llama())
 
 
 def test_a_model_is_probed_once_and_again_when_its_configuration_changes(monkeypatch):
