@@ -6,13 +6,17 @@ group `kvbench.policies`, and is called by the command line before Hydra compose
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from kvbench.errors import ConfigError
+from kvbench.fields import Seed, Within
 from kvbench.models.config import ModelConfig
 from kvbench.policies.registry import load_policies
 from kvbench.tasks.names import register_task_names
@@ -26,14 +30,14 @@ class ProtocolConfig:
         compress: "after_question" (the whole prompt is compressed, as in the papers) or "before_question" (only the
             context is compressed; the question is read with the compressed cache).
         seed: seed of everything random in a policy, per sample.
-        gold_tokens: at most this many tokens of the gold answer are teacher-forced for likelihood and KL.
+        gold_tokens: at most this many tokens of the gold answer are teacher-forced for likelihood and KL; 0 skips both.
         max_new_tokens: overrides the task's generation limit; null keeps it.
     """
 
     compress: str = "after_question"
-    seed: int = 0
-    gold_tokens: int = 64
-    max_new_tokens: int | None = None
+    seed: Seed = 0
+    gold_tokens: Annotated[int, Within(0)] = 64
+    max_new_tokens: Annotated[int, Within(1)] | None = None
 
 
 @dataclass
@@ -98,3 +102,21 @@ def register() -> None:
         fields = cast(dict[str, Any], OmegaConf.to_container(node))
         fields["_target_"] = f"{policy.__module__}.{policy.__qualname__}"
         store.store(group="method", name=name, node=fields, provider=policy.__module__)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse words on a command line that Hydra would refuse without saying which.
+
+    Args:
+        arguments: words after the command.
+
+    Raises:
+        ConfigError: if one is no text in UTF-8, or gives a group a value that cannot be the name of an option.
+    """
+    for argument in arguments:
+        if argument.encode("utf-8", "replace") != argument.encode("utf-8", "surrogateescape"):
+            raise ConfigError(f"argument {argument!r} is not UTF-8: give it in that encoding")
+        value = re.fullmatch(r"(\w+)=(null|true|false|[-+.\d]+)", argument)
+        if value and (folder := config_folder() / value[1]).is_dir():
+            options = ", ".join(sorted(path.stem for path in folder.glob("[!_]*.yaml")))
+            raise ConfigError(f"{argument} names no option of {value[1]}: leave it out, or choose one of {options}")

@@ -6,8 +6,10 @@ temporary folder beside the final one, which is then renamed; writers hold a fil
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,17 @@ from filelock import FileLock, Timeout
 from kvbench.errors import DataError
 
 MANIFEST = "kvbench_manifest.json"
+
+
+def file_stem(name: str) -> str:
+    """A file name for any name: unusual characters replaced, made unique again by a short hash if any were."""
+    safe = re.sub(r"[^A-Za-z0-9@,._=+-]", "_", name)[:100]
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def user_path(text: str) -> Path:
+    """The path of a text that may begin with "~" or "~user"; an unknown user's stays as it is, as in a shell."""
+    return Path(os.path.expanduser(text))
 
 
 def cache_folder() -> Path:
@@ -32,11 +45,11 @@ def cache_folder() -> Path:
     named = os.environ.get("KVBENCH_CACHE")
     xdg = os.environ.get("XDG_CACHE_HOME")
     if named:
-        folder = Path(named).expanduser()
+        folder = user_path(named)
     elif xdg and Path(xdg).is_absolute():
         folder = Path(xdg) / "kvbench"
     else:
-        folder = Path("~").expanduser() / ".cache" / "kvbench"
+        folder = user_path("~") / ".cache" / "kvbench"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

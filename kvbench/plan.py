@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from kvbench.config import DataConfig, OutputConfig, ProtocolConfig
 from kvbench.engine.base import Arm, Engine
 from kvbench.errors import ConfigError, KvbenchError
+from kvbench.fields import check_fields, shown
 from kvbench.models.config import ModelConfig
+from kvbench.paths import user_path
 from kvbench.policies.base import Policy
 from kvbench.policies.full import Full
 from kvbench.policies.registry import load_policies, pass_over_backend
@@ -75,15 +77,11 @@ def build_plan(config: DictConfig) -> Plan:
     protocol = config.protocol
     if protocol.compress not in COMPRESS_CHOICES:
         raise ConfigError(f"protocol.compress={protocol.compress!r} is not one of {', '.join(COMPRESS_CHOICES)}")
-    if protocol.gold_tokens < 0:
-        raise ConfigError(f"protocol.gold_tokens={protocol.gold_tokens} is negative: give 0 to skip likelihood and KL")
-    if protocol.max_new_tokens is not None and protocol.max_new_tokens < 1:
-        raise ConfigError(f"protocol.max_new_tokens={protocol.max_new_tokens} is below 1: give null for the task's")
-    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    for group, kind in (("protocol", ProtocolConfig), ("data", DataConfig), ("output", OutputConfig)):
+        check_fields(kind(**plain[group]), group)
     model = ModelConfig.from_mapping(plain["model"])
     task = _instantiate(config.task, "task", Task)
-    if task.limit is not None and task.limit < 1:
-        raise ConfigError(f"task.limit={task.limit} is below 1: give a number of samples, or null for all")
     identity = {
         "model": _model_identity(model),
         "task": _task_identity(task),
@@ -99,7 +97,7 @@ def build_plan(config: DictConfig) -> Plan:
         seed=protocol.seed,
         gold_tokens=protocol.gold_tokens,
         max_new_tokens=protocol.max_new_tokens,
-        output_root=Path(config.output.root).expanduser(),
+        output_root=user_path(config.output.root),
         retry_failed=config.retry_failed,
         identity=identity,
         config=plain,
@@ -112,6 +110,8 @@ def _arms(config: DictConfig) -> tuple[Arm, ...]:
     if config.method is not None:
         policies = [_policy(config.method, "method")]
     else:
+        if not OmegaConf.is_dict(config.arms):
+            raise ConfigError(f"arms={shown(config.arms)} names no arms: choose a set, e.g. arms=paper, or method=h2o")
         policies = [_policy(node, f"arms.{name}") for name, node in config.arms.items() if node is not None]
     if config.budget is not None:
         policies = [p if type(p) is Full else dataclasses.replace(p, budget=config.budget) for p in policies]
@@ -181,7 +181,7 @@ def _instantiate(node: DictConfig, name: str, kind: type) -> Any:
         raise ConfigError(f"{name} names no class (_target_): choose an option of its group, e.g. {name}=...")
     try:
         made = hydra.utils.instantiate(node, _convert_="all")
-    except InstantiationException as error:
+    except Exception as error:  # a class may raise anything; Hydra itself refuses some settings with a TypeError
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, KvbenchError):
             cause = cause.__cause__

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -21,6 +21,7 @@ from kvbench.engine.model_check import check_model
 from kvbench.engine.prefill import prefill
 from kvbench.engine.strands import Strand, forced_strand, generating_strand
 from kvbench.errors import ConfigError
+from kvbench.fields import check_fields
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import CompressedLayer
 from kvbench.policies.full import in_effect
@@ -39,7 +40,7 @@ class FusedEngine(Engine):
         check_every: decode steps between looks at which rows have finished (GPU only).
     """
 
-    kernels: str = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
     cuda_graphs: bool = True
     compile: bool = True
     max_rows: int | None = None
@@ -48,6 +49,7 @@ class FusedEngine(Engine):
 
     def __post_init__(self) -> None:
         """Validate the options."""
+        check_fields(self, "engine")
         if self.max_rows is not None and self.max_rows < 1:
             raise ConfigError(f"engine.max_rows={self.max_rows} is below 1: give a number of rows, or null")
         if not 0.0 < self.memory_ratio <= 1.0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from kvbench.errors import ConfigError
 from kvbench.lm_eval.answers import CompressedAnswers, Continuation, Prompt
 from kvbench.models.config import ModelConfig, model_config_folder, named_config
 from kvbench.models.load import load_model
+from kvbench.paths import user_path
 from kvbench.policies.registry import build_policy
 
 logger = logging.getLogger(__name__)
@@ -192,8 +192,8 @@ def model_config(pretrained: str) -> ModelConfig:
     """The configuration of a model by its name in `configs/model`, its folder, or its name on the hub."""
     if (model_config_folder() / f"{pretrained}.yaml").is_file():
         return named_config(pretrained)
-    if Path(pretrained).expanduser().is_dir():
-        folder = Path(pretrained).expanduser()
+    if user_path(pretrained).is_dir():
+        folder = user_path(pretrained)
         return ModelConfig(name=folder.name, source="local", path=str(folder), chat_format="none")
     return ModelConfig(name=pretrained, source="hub", hub_id=pretrained, chat_format="none")
 

@@ -9,18 +9,21 @@ its name: `source` selects the code that finds the weights, and `path` lets any 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
 from kvbench.errors import ConfigError
+from kvbench.fields import Seed, Within, check_fields
 
 SOURCES = ("wheel", "hub", "local", "random")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHAT_FORMATS = ("template", "llama2", "none")
+DEVICES = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d?))?")
 
 
 @dataclass
@@ -48,10 +51,10 @@ class ModelConfig:
             `[INST]` of `chat_format=llama2` too, which is no special token but ordinary text to that tokenizer.
         seed: seed of the random weights, for source "random"; the fields below are its shape.
         n_layers: number of layers.
-        hidden_size: width of the residual stream.
+        hidden_size: width of the residual stream, a multiple of `n_query_heads`.
         n_query_heads: query heads H.
         n_kv_heads: KV heads H_k; a divisor of `n_query_heads`.
-        head_dim: head dimension D.
+        head_dim: head dimension D, even (rotary positions turn pairs of channels).
         intermediate_size: width of the feed-forward layer.
         vocab_size: vocabulary size, at least that of the byte tokenizer (`byte_tokenizer.MIN_VOCAB_SIZE`).
         max_context_tokens: positions of the random model.
@@ -65,37 +68,41 @@ class ModelConfig:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: Annotated[int, Within(2)] | None = None
     chat_format: str = "template"
     parse_special_tokens: bool = False
     protect_special_tokens: bool = False
-    seed: int = 0
-    n_layers: int = 4
-    hidden_size: int = 64
-    n_query_heads: int = 4
-    n_kv_heads: int = 2
-    head_dim: int = 16
-    intermediate_size: int = 128
-    vocab_size: int = 512
-    max_context_tokens: int = 8192
+    seed: Seed = 0
+    n_layers: Annotated[int, Within(1, 256)] = 4
+    hidden_size: Annotated[int, Within(1, 2**17)] = 64
+    n_query_heads: Annotated[int, Within(1, 1024)] = 4
+    n_kv_heads: Annotated[int, Within(1, 1024)] = 2
+    head_dim: Annotated[int, Within(2, 1024)] = 16
+    intermediate_size: Annotated[int, Within(1, 2**20)] = 128
+    vocab_size: Annotated[int, Within(1, 2**20)] = 512
+    max_context_tokens: Annotated[int, Within(2, 2**24)] = 8192
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         _one_of("source", self.source, SOURCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("chat_format", self.chat_format, CHAT_FORMATS)
         if self.device_map not in (None, "auto"):
             raise ConfigError(f"model.device_map={self.device_map!r} is unknown: use null or auto")
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 2:
-            raise ConfigError(f"model.max_prompt_tokens={self.max_prompt_tokens} is below 2: use null for no limit")
+        if not DEVICES.fullmatch(self.device):
+            raise ConfigError(f"model.device={self.device!r} is unknown: use auto, cpu, cuda or cuda:N")
         if self.effective_source == "hub" and not self.hub_id:
             raise ConfigError("model.source=hub needs model.hub_id=ORGANISATION/MODEL (or model.path=FOLDER)")
         if self.effective_source == "local" and not self.path:
             raise ConfigError("model.source=local needs model.path=FOLDER")
-        if self.n_kv_heads < 1 or self.n_query_heads % self.n_kv_heads:
-            raise ConfigError(
-                f"model.n_query_heads={self.n_query_heads} is no multiple of model.n_kv_heads={self.n_kv_heads}: "
-                "choose a divisor"
-            )
+        for whole, part in (("n_query_heads", "n_kv_heads"), ("hidden_size", "n_query_heads")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ConfigError(
+                    f"model.{whole}={getattr(self, whole)} is no multiple of model.{part}={getattr(self, part)}: "
+                    "choose a divisor"
+                )
+        if self.head_dim % 2:
+            raise ConfigError(f"model.head_dim={self.head_dim} is odd: give an even number")
 
     @property
     def effective_source(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from kvbench.errors import ModelError
 from kvbench.models.config import ModelConfig
@@ -47,7 +47,7 @@ def locate(config: ModelConfig, report: Callable[[str], None]) -> Checkpoint:
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"model {hub_id} has no revision {revision}: choose one listed on {page}, {local}") from error
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
             f"model {hub_id} is not on the hub, or this account may not see it: check the id, accept its licence on "
             f"{page} and run `hf auth login`, {local}"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbench.errors import ConfigError, ModelError
 from kvbench.models import hub, local, random_llama, smollm2
-from kvbench.models.config import ModelConfig
+from kvbench.models.config import DEVICES, ModelConfig
 from kvbench.models.device_map import check_device_map, describe_placement, input_device, spread
 
 
@@ -161,12 +161,11 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ConfigError: if the text is no device, or this machine lacks it.
     """
+    if not DEVICES.fullmatch(device):
+        raise ConfigError(f"device={device!r} is unknown: use auto, cpu, cuda or cuda:N")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is unknown: use auto, cpu, cuda or cuda:N") from error
+    resolved = torch.device(device)
     n_devices = torch.cuda.device_count()
     if resolved.type == "cuda" and (resolved.index or 0) >= n_devices:
         raise ConfigError(f"device={device} asks for a CUDA device, this machine has {n_devices}: use device=cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from kvbench.errors import ModelError
 from kvbench.models.config import ModelConfig
+from kvbench.paths import user_path
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -53,7 +54,7 @@ def locate(config: ModelConfig, report: Callable[[str], None]) -> Checkpoint:
     Raises:
         ModelError: if `path` is no folder.
     """
-    folder = Path(config.path or "").expanduser()
+    folder = user_path(config.path or "")
     if not folder.is_dir():
         raise ModelError(f"model.path={config.path} is no folder: name a folder with config.json and *.safetensors")
     return Checkpoint(folder, str(folder.resolve()))
@@ -149,9 +150,10 @@ def _loading(folder: Path) -> Iterator[None]:
     """What transformers raises over a folder, as one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+    except Exception as error:  # the folder is foreign: what it holds can make transformers raise anything
         raise ModelError(
-            f"model folder {folder} cannot be loaded ({error}): check that it is complete and fits this machine"
+            f"model folder {folder} cannot be loaded ({type(error).__name__}: {error}): check that it is complete and "
+            "fits this machine"
         ) from error
 
 

@@ -7,6 +7,7 @@ the same weights on the same kind of device, and a model of 13 billion parameter
 
 from __future__ import annotations
 
+import psutil
 import torch
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
@@ -37,6 +38,9 @@ def build_random_llama(
         tokenizer: names the special tokens.
         dtype: dtype of the weights.
         device: where the weights are created.
+
+    Raises:
+        ConfigError: if the device has no memory for the weights.
     """
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -56,6 +60,13 @@ def build_random_llama(
     with torch.device("meta"):
         model = LlamaForCausalLM(shape)
     nn.Module.to(model, dtype)
+    weights_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if weights_bytes > free_bytes:  # an operating system may promise more than it has, and end the process later
+        raise ConfigError(
+            f"the weights of model {config.name} take {weights_bytes:,} bytes, {device} has {free_bytes:,}: lower "
+            "model.n_layers, model.hidden_size, model.intermediate_size or model.vocab_size"
+        )
     model.to_empty(device=device)
     # Rotary frequencies are not weights: `to_empty` leaves them undefined, so they are computed again.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=shape).to(device)

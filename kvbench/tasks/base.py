@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from kvbench.errors import ConfigError
+from kvbench.fields import Within, check_fields
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,15 @@ class Task(ABC):
     """
 
     name: str
-    limit: int | None = None
+    limit: Annotated[int, Within(1)] | None = None
+
+    def __post_init__(self) -> None:
+        """Check all fields against their annotations; subclasses extend this.
+
+        Raises:
+            ConfigError: if a value is of the wrong type or out of range.
+        """
+        check_fields(self, "task")
 
     @abstractmethod
     def all_samples(self) -> list[Sample]:
@@ -73,5 +84,18 @@ class Task(ABC):
         """
 
     def samples(self) -> list[Sample]:
-        """The samples to run: all of them, or the first `limit`."""
-        return self.all_samples()[: self.limit]
+        """The samples to run: all of them, or the first `limit`.
+
+        Raises:
+            ConfigError: if two of all samples share data set and id: their records could not be told apart.
+        """
+        samples = self.all_samples()
+        seen: set[tuple[str, str]] = set()
+        for sample in samples:
+            if (sample.dataset, sample.id) in seen:
+                raise ConfigError(
+                    f"sample {sample.id} occurs twice in task {self.name}: give other parameters (or, in a mixture, "
+                    "other names)"
+                )
+            seen.add((sample.dataset, sample.id))
+        return samples[: self.limit]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, DataError
+from kvbench.paths import user_path
 from kvbench.tasks.base import Sample, Task
 from kvbench.tasks.fetched import OFFICIAL_COMMIT, OFFICIAL_SHA256, longbench_folder
 from kvbench.tasks.jsonl import any_field, count_field, read_jsonl, text_field, text_list_field
@@ -125,7 +126,7 @@ class LongBench(Task):
 
     def _rows_file(self) -> Path:
         named = self.root or os.environ.get("KVBENCH_DATA")
-        folder = Path(named).expanduser() if named else longbench_folder()
+        folder = user_path(named) if named else longbench_folder()
         candidates = (folder / f"{self.dataset}.jsonl", folder / "data" / f"{self.dataset}.jsonl")
         for path in candidates:
             if path.is_file():
@@ -137,9 +138,9 @@ class LongBench(Task):
 
     def _official_folder(self) -> Path:
         if self.official is not None:
-            return Path(self.official).expanduser()
+            return user_path(self.official)
         named = self.root or os.environ.get("KVBENCH_DATA")
-        beside = (Path(named).expanduser(), Path(named).expanduser() / "config") if named else ()
+        beside = (user_path(named), user_path(named) / "config") if named else ()
         return (
             next((folder for folder in beside if (folder / "dataset2prompt.json").is_file()), None)
             or longbench_folder() / "config"

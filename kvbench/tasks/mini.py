@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from kvbench.errors import ConfigError
 from kvbench.tasks.base import Sample, Task
 from kvbench.tasks.jsonl import read_jsonl
 
@@ -27,7 +26,6 @@ WORKED = "Question: {question}\nAnswer: {answer}\n\n"
 QUESTION = "Question: {question}\n"
 ANSWER_PREFIX = "Answer:"
 SUMMARY_REQUEST = "Summarise the text in four short sentences."
-KINDS = {"qa": "mini_qa", "summary": "mini_summary"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +37,7 @@ class Mini(Task):
     """
 
     name: str = "mini"
-    kind: str = "all"
-
-    def __post_init__(self) -> None:
-        """Refuse an unknown kind.
-
-        Raises:
-            ConfigError: if there is no such kind.
-        """
-        if self.kind != "all" and self.kind not in KINDS:
-            raise ConfigError(f"kind={self.kind!r} is unknown; known are all, {', '.join(KINDS)}")
+    kind: Literal["all", "qa", "summary"] = "all"
 
     def all_samples(self) -> list[Sample]:
         """One sample for each row, document by document.

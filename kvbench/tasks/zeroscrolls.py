@@ -18,10 +18,11 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal
 
 from kvbench.errors import ConfigError, DataError, printable
+from kvbench.fields import Within
+from kvbench.paths import user_path
 from kvbench.tasks.archive import open_member
 from kvbench.tasks.base import Sample, Task
 from kvbench.tasks.fetched import ZEROSCROLLS_TASKS, zeroscrolls_folder
@@ -48,8 +49,8 @@ class ZeroScrolls(Task):
 
     task: str
     metric: str
-    max_new_tokens: int
-    split: str = "validation"
+    max_new_tokens: Annotated[int, Within(1)]
+    split: Literal["validation", "test"] = "validation"
     export_only: bool = False
     chat: bool = True
     root: str | None = None
@@ -63,14 +64,11 @@ class ZeroScrolls(Task):
         """The split's questions in first-seen order; several rows with one id are one question with several references.
 
         Raises:
-            ConfigError: if task or split are unknown.
+            ConfigError: if the task is unknown.
             DataError: if data is missing or malformed, or a row has no reference and `export_only` is off.
         """
-        if self.task not in ZEROSCROLLS_TASKS or self.split not in SPLITS:
-            raise ConfigError(
-                f"ZeroSCROLLS has no {self.task!r} with split {self.split!r}; tasks are "
-                f"{', '.join(ZEROSCROLLS_TASKS)}; splits {', '.join(SPLITS)}"
-            )
+        if self.task not in ZEROSCROLLS_TASKS:
+            raise ConfigError(f"ZeroSCROLLS has no task.task={self.task!r}: give one of {', '.join(ZEROSCROLLS_TASKS)}")
         self._check_splits()
         samples: dict[str, Sample] = {}
         with self._open(self.split) as (file, name):
@@ -131,7 +129,7 @@ class ZeroScrolls(Task):
     def _open(self, split: str) -> Iterator[tuple[IO[bytes], str]]:
         """The split's rows, open for reading, and what errors call them."""
         named = self.root or os.environ.get("KVBENCH_DATA")
-        folder = Path(named).expanduser() if named else zeroscrolls_folder(self.task)
+        folder = user_path(named) if named else zeroscrolls_folder(self.task)
         path, archive = folder / self.task / f"{split}.jsonl", folder / f"{self.task}.zip"
         if path.is_file():
             try:

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Annotated, Literal
 
-from kvbench.errors import ConfigError
+from kvbench.fields import Seed, Within
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.synthetic.filler import characters_for, generator_for
+from kvbench.tasks.synthetic.filler import LengthTokens, characters_for, check_total, generator_for
 from kvbench.tasks.synthetic.words import CATEGORIES
 
 CHARACTERS_PER_TOKEN = {"invented": 2.02, "categories": 2.7}
@@ -38,24 +39,20 @@ class FewShot(Task):
     """
 
     name: str = "fewshot"
-    lengths: Sequence[int] = (1280,)
-    samples_per_length: int = 20
-    n_classes: int = 4
-    labels: str = "invented"
-    seed: int = 0
+    lengths: Sequence[LengthTokens] = (1280,)
+    samples_per_length: Annotated[int, Within(1, 1_000_000)] = 20
+    n_classes: Annotated[int, Within(2, len(CATEGORIES))] = 4
+    labels: Literal["invented", "categories"] = "invented"
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        """Refuse parameters that make no prompt.
+        """Refuse parameters that make no prompt, or more text than anybody reads.
 
         Raises:
-            ConfigError: if a number or a name is out of range.
+            ConfigError: if a value is of the wrong type or out of range.
         """
-        if self.labels not in CHARACTERS_PER_TOKEN:
-            raise ConfigError(f"labels={self.labels!r} is unknown; known are {', '.join(CHARACTERS_PER_TOKEN)}")
-        if not 2 <= self.n_classes <= len(CATEGORIES):
-            raise ConfigError(f"n_classes={self.n_classes}: ask for 2 to {len(CATEGORIES)}")
-        if self.samples_per_length < 1:
-            raise ConfigError(f"samples_per_length={self.samples_per_length}: ask for at least 1")
+        super().__post_init__()
+        check_total(self.lengths, self.samples_per_length)
 
     def all_samples(self) -> list[Sample]:
         """All samples; the first ones cover every length once, so that a `limit` thins them evenly."""

@@ -14,12 +14,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Annotated
 
 from kvbench.errors import ConfigError
+from kvbench.fields import Within
 
 DULL_CHARACTERS_PER_TOKEN = 4.28
 PROSE_CHARACTERS_PER_TOKEN = 5.0
-MIN_LENGTH_TOKENS = 128
+MAX_TOTAL_TOKENS = 2**28
+"""Tokens of all samples of a task: about a gigabyte of text."""
+
+LengthTokens = Annotated[int, Within(128, 2**20)]
+"""The length of a prompt: a question and some context at least."""
 
 DULL_SENTENCES = (
     "The river runs past the old mill.",
@@ -33,16 +39,22 @@ DULL_SENTENCES = (
 
 
 def characters_for(length_tokens: int, characters_per_token: float) -> int:
-    """Characters that stand for `length_tokens` tokens.
+    """Characters that stand for `length_tokens` tokens."""
+    return round(length_tokens * characters_per_token)
+
+
+def check_total(lengths: Sequence[int], samples_per_length: int) -> None:
+    """Refuse a task whose samples together would fill the memory.
 
     Raises:
-        ConfigError: if `length_tokens` is too short to hold a question and any context.
+        ConfigError: if they have more than `MAX_TOTAL_TOKENS` tokens.
     """
-    if length_tokens < MIN_LENGTH_TOKENS:
+    total = sum(lengths) * samples_per_length
+    if total > MAX_TOTAL_TOKENS:
         raise ConfigError(
-            f"length {length_tokens} tokens is below the {MIN_LENGTH_TOKENS} that a prompt needs: ask for a longer one"
+            f"{len(lengths) * samples_per_length:,} samples with {total:,} tokens in all are more than "
+            f"{MAX_TOTAL_TOKENS:,}: ask for fewer samples or shorter prompts"
         )
-    return round(length_tokens * characters_per_token)
 
 
 def generator_for(*parts: object) -> random.Random:
@@ -67,13 +79,7 @@ def hide(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
         sentences: the hay.
         needles: pairs of a depth in [0, 1] (0: before the first sentence, 1: after the last) and the text to hide;
             needles of equal depth keep their order.
-
-    Raises:
-        ConfigError: if a depth is outside [0, 1].
     """
-    for depth, _ in needles:
-        if not 0.0 <= depth <= 1.0:
-            raise ConfigError(f"depth {depth} is outside [0, 1]: give the needle's place as a fraction of the text")
     pieces = list(sentences)
     for depth, _, needle in sorted(((d, i, n) for i, (d, n) in enumerate(needles)), reverse=True):
         pieces.insert(round(depth * len(sentences)), needle)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from kvbench.errors import ConfigError
+from kvbench.fields import Seed, Within
 from kvbench.tasks.base import Sample, Task
+from kvbench.tasks.synthetic.filler import LengthTokens, check_total
+
+Digits = Annotated[int, Within(2, 100)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,28 +22,25 @@ class NeedleGrid(Task):
         lengths: prompt lengths in tokens, at the fixed ratio of `filler.py`.
         depths: places of what is asked for, 0 at the beginning of the text, 1 at its end.
         samples_per_cell: samples for each pair of length and depth.
-        digits: digits of a number; the first is never 0.
+        digits: digits of a number, at least 2, as the first token may come from the uncompressed prompt; the first
+            digit is never 0.
         seed: seed of everything drawn.
     """
 
-    lengths: Sequence[int] = (1024,)
-    depths: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    samples_per_cell: int = 4
-    digits: int = 5
-    seed: int = 0
+    lengths: Sequence[LengthTokens] = (1024,)
+    depths: Sequence[Annotated[float, Within(0, 1)]] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    samples_per_cell: Annotated[int, Within(1, 1_000_000)] = 4
+    digits: Digits = 5
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        """Refuse parameters that make no prompt.
+        """Refuse parameters that make no prompt, or more text than anybody reads.
 
         Raises:
-            ConfigError: if a number is out of range.
+            ConfigError: if a value is of the wrong type or out of range.
         """
-        if self.digits < 2:
-            raise ConfigError(
-                f"digits={self.digits}: a number needs at least 2, as the first may come from the uncompressed prompt"
-            )
-        if self.samples_per_cell < 1:
-            raise ConfigError(f"samples_per_cell={self.samples_per_cell}: ask for at least 1")
+        super().__post_init__()
+        check_total(self.lengths, len(self.depths) * self.samples_per_cell)
 
     def all_samples(self) -> list[Sample]:
         """All samples; the first ones cover the whole grid once, so that a `limit` thins it evenly."""

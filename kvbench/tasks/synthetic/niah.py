@@ -10,8 +10,9 @@ arXiv:2404.06654) finding any number is not enough. The hay is described in `pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from kvbench.errors import ConfigError
+from kvbench.fields import Within
 from kvbench.tasks.base import Sample
 from kvbench.tasks.synthetic.facts import FACTS
 from kvbench.tasks.synthetic.filler import PROSE_CHARACTERS_PER_TOKEN, characters_for, generator_for, hide
@@ -30,17 +31,7 @@ class NeedleInHaystack(NeedleGrid):
     """
 
     name: str = "niah"
-    n_facts: int = 4
-
-    def __post_init__(self) -> None:
-        """Refuse parameters that make no prompt.
-
-        Raises:
-            ConfigError: if a number is out of range.
-        """
-        super().__post_init__()
-        if not 1 <= self.n_facts <= len(FACTS):
-            raise ConfigError(f"n_facts={self.n_facts}: ask for 1 to {len(FACTS)}")
+    n_facts: Annotated[int, Within(1, len(FACTS))] = 4
 
     def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
         sample_id = f"{self.name}-{self.n_facts}x{self.digits}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"

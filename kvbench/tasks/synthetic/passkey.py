@@ -19,7 +19,7 @@ from kvbench.tasks.synthetic.filler import (
     generator_for,
     hide,
 )
-from kvbench.tasks.synthetic.grid import NeedleGrid
+from kvbench.tasks.synthetic.grid import Digits, NeedleGrid
 
 INSTRUCTION = (
     "There is a pass key hidden in the text below. Find it and remember it, you will be asked for it at the end."
@@ -34,7 +34,7 @@ class PassKey(NeedleGrid):
     """Random keys of `digits` digits, each hidden at its depth in dull filler."""
 
     name: str = "passkey"
-    digits: int = 6
+    digits: Digits = 6
 
     def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
         sample_id = f"{self.name}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"

@@ -1,0 +1,130 @@
+"""Check the fields of a configuration object against their annotations: types, ranges and choices, in one place.
+
+@dataclass(frozen=True)
+class Grid:
+digits: Annotated[int, Within(2, 100)] = 5
+labels: Literal["invented", "categories"] = "invented"
+
+def __post_init__(self) -> None:
+check_fields(self, "task")   # task.digits='abc' is not an integer from 2 to 100: give one, e.g. digits=5
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from kvbench.errors import ConfigError
+
+UNPRINTABLE = ("Cc", "Cs")
+"""Control characters (NUL among them) and lone surrogates: no file name, table or terminal takes them."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number, both ends included; None for no end."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether the number lies in the range."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f" of at least {self.low}" if self.high is None else f" of at most {self.high}"
+        return f" from {self.low} to {self.high}"
+
+
+Seed = Annotated[int, Within(-(2**63), 2**63 - 1)]
+"""What every generator of random numbers takes."""
+
+
+def check_fields(config: Any, group: str) -> None:
+    """Check every field of a dataclass instance.
+
+    Args:
+        config: the instance. Understood are int, float (finite), bool, str (printable), None, `Literal`, sequences,
+            mappings, unions, classes, and `Annotated` with a `Within`; any other annotation lets everything pass.
+        group: what stands before the field's name in messages, e.g. "task".
+
+    Raises:
+        ConfigError: at the first field whose value is not what its annotation says.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, annotation = getattr(config, field.name), hints[field.name]
+        if not _fits(value, annotation):
+            example = _example(field)
+            raise ConfigError(
+                f"{group}.{field.name}={shown(value)} is not {_words(annotation)}: give one"
+                + (f", e.g. {field.name}={example}" if example else "")
+            )
+
+
+def shown(value: Any) -> str:
+    """A value for a message, at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        ranges = [extra for extra in arguments[1:] if isinstance(extra, Within)]
+        return _fits(value, arguments[0]) and all(limits.holds(value) for limits in ranges)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in arguments)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+        )
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
+    if annotation in (int, float):
+        kinds = int if annotation is int else (int, float)
+        return (
+            isinstance(value, kinds)
+            and not isinstance(value, bool)
+            and (annotation is int or abs(value) <= sys.float_info.max)
+        )
+    if annotation is str:
+        return isinstance(value, str) and not any(unicodedata.category(c) in UNPRINTABLE for c in value)
+    return isinstance(value, annotation) if isinstance(annotation, type) else True
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(arguments[0]) + "".join(str(extra) for extra in arguments[1:] if isinstance(extra, Within))
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(choice) for choice in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping, each value {_words(arguments[1])}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list, each entry {_words(arguments[0])}"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "printable text", type(None): "null"}
+    return names.get(annotation) or f"a {getattr(annotation, '__name__', annotation)}"
+
+
+def _example(field: dataclasses.Field[Any]) -> str:
+    """The default as one writes it on the command line; empty if there is none."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is dataclasses.MISSING or value is None or value == "" or value == {}:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(str, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
