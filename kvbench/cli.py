@@ -1,6 +1,6 @@
 """The command line: compose, plan, run, table. See `python -m kvbench --help`.
 
-Exit codes: 0 done, 2 something to mend (one line on standard error), 3 some samples failed, 130 interrupted.
+Exit codes: 0 done, 3 some samples failed, others as in `kvbench.commands`.
 """
 
 from __future__ import annotations
@@ -13,45 +13,36 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from kvbench.config import config_folder, register
-from kvbench.errors import KvbenchError, printable
+from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, command, one_line
+from kvbench.config import check_arguments, config_folder, register
+from kvbench.errors import ConfigError, KvbenchError
 from kvbench.job import Job, JobOutcome
-from kvbench.policies.registry import BACKEND_HAS_GONE
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
 from kvbench.report.summary import summarise
 from kvbench.report.terminal import print_tables
 from kvbench.shards import spell_out_shards
 
-LAUNCHER_EXTRAS = {"submitit": "slurm", "joblib": "joblib"}
-"""Extras that install Hydra's launcher plug-ins, by the beginning of the plug-in's name."""
 
-EXIT_MEND, EXIT_FAILED_SAMPLES, EXIT_INTERRUPTED = 2, 3, 130
-
-
+@command
 def main() -> int:
     """Entry point; returns the exit code."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us whole: we print one line
     job = Job()
+    register()
+    check_arguments(sys.argv[1:])
+    sys.argv[1:] = spell_out_shards(sys.argv[1:])
     try:
-        register()
-        sys.argv[1:] = spell_out_shards(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
-        for outcomes in _by_run(job.outcomes):
-            report(outcomes)
-        refusals = dict.fromkeys(outcome.error for outcome in job.outcomes if outcome.error)
-    except KvbenchError as error:
-        refusals = {str(error): None}
-    except (HydraException, OmegaConfBaseException) as error:
-        refusals = {printable(_one_line(error)): None}
-    except KeyboardInterrupt as error:
-        progress = f" ({error})" if str(error) else ""
-        print(f"kvbench: interrupted{progress}; what was recorded stays, the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except Exception as error:
+        if job.begun or isinstance(error, KvbenchError):
+            raise
+        raise ConfigError(one_line(error)) from error  # Hydra refuses some overrides with a plain ValueError
+    for outcomes in _by_run(job.outcomes):
+        report(outcomes)
+    refusals = dict.fromkeys(outcome.error for outcome in job.outcomes if outcome.error)
     for refusal in refusals:
         print(f"kvbench: {refusal}", file=sys.stderr)
     if refusals:
@@ -100,20 +91,3 @@ def _by_run(outcomes: Sequence[JobOutcome]) -> list[list[JobOutcome]]:
         if not outcome.error:
             runs.setdefault(outcome.folder, []).append(outcome)
     return list(runs.values())
-
-
-def _one_line(error: BaseException) -> str:
-    """Hydra's message in one line, with what it knows of the cause."""
-    parts: list[str] = []
-    current: BaseException | None = error
-    while current is not None:
-        parts.append(" ".join(str(current).split()))
-        current = current.__cause__
-    unique = [part for i, part in enumerate(parts) if part and part not in parts[:i]]
-    line = " <- ".join(unique)
-    if ".backend'. To append to your config" in line:
-        return f"backend{BACKEND_HAS_GONE}"
-    for plug_in, extra in LAUNCHER_EXTRAS.items():
-        if f"Could not load 'hydra/launcher/{plug_in}" in line:
-            return f"the launcher {plug_in} is not installed: pip install 'kvbench[{extra}]'"
-    return line

@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from kvbench.config import config_folder, register
+from kvbench.commands import one_line
+from kvbench.config import check_arguments, config_folder, register
 from kvbench.errors import ConfigError
 from kvbench.plan import Plan, build_plan
 from kvbench.records.folder import identity_hash
@@ -123,11 +124,19 @@ def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:
 
 
 def composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
-    """The configuration that these overrides compose; with `hydra_too` its `hydra` node as well."""
+    """The configuration that these overrides compose; with `hydra_too` its `hydra` node as well.
+
+    Raises:
+        ConfigError: if they compose none.
+    """
     register()
+    check_arguments(overrides)
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return compose("config", overrides=list(overrides), return_hydra_config=hydra_too)
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose("config", overrides=list(overrides), return_hydra_config=hydra_too)
+    except Exception as error:  # Hydra refuses some overrides with a plain ValueError
+        raise ConfigError(one_line(error)) from error
 
 
 def _values(text: str) -> list[str]:

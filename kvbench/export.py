@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import KvbenchError, RecordError
+from kvbench.commands import command
+from kvbench.errors import RecordError
 from kvbench.exports.model_index import export_model_index
 from kvbench.metrics.longbench import DATASETS
 from kvbench.records.environment import environments, refuse_mixture
@@ -201,6 +202,7 @@ EXPORTERS: dict[str, Callable[[Sequence[Path], Path], dict[Path, int]]] = {
 }
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -216,15 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("export"), metavar="DIR", help="default: export")
     parser.add_argument("--mix-environments", action="store_true", help="export answers of several environments too")
     options = parser.parse_args(arguments)
-    try:
-        if not options.mix_environments:
-            records = [record for run in options.runs for record in read_records(run)]
-            calls = [call for run in options.runs for call in read_calls(run)]
-            refuse_mixture(environments(records, calls), "the export", "say that it may with --mix-environments")
-        written = EXPORTERS[options.format](options.runs, options.out)
-    except KvbenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not options.mix_environments:
+        records = [record for run in options.runs for record in read_records(run)]
+        calls = [call for run in options.runs for call in read_calls(run)]
+        refuse_mixture(environments(records, calls), "the export", "say that it may with --mix-environments")
+    written = EXPORTERS[options.format](options.runs, options.out)
     print(json.dumps({str(path): rows for path, rows in written.items()}))
     return 0
 

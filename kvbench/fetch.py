@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from kvbench.errors import KvbenchError
+from kvbench.commands import command
 from kvbench.tasks.fetched import ZEROSCROLLS_TASKS, longbench_folder, zeroscrolls_folder
 
 FETCHERS: dict[str, Callable[[], Path]] = {
@@ -28,6 +28,7 @@ FETCHERS: dict[str, Callable[[], Path]] = {
 GROUPS = {"zeroscrolls": tuple(name for name in FETCHERS if name.startswith("zeroscrolls/"))}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -42,14 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     chosen = parser.parse_args(arguments).names
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    folders: dict[str, str] = {}
-    try:
-        for name in dict.fromkeys(single for word in chosen for single in GROUPS.get(word, (word,))):
-            folders[name] = str(FETCHERS[name]())
-    except KvbenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(folders))
+    wanted = dict.fromkeys(single for word in chosen for single in GROUPS.get(word, (word,)))
+    print(json.dumps({name: str(FETCHERS[name]()) for name in wanted}))
     return 0
 
 

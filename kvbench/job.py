@@ -57,10 +57,12 @@ class Job:
     Attributes:
         outcomes: what the jobs of this call did, in order. In the process that called Hydra this list is complete: its
             own jobs append to it, and `hydra_plugins.kvbench.sweeper` fills in what workers sent back.
+        begun: whether any configuration was composed; an error before that is one of composition.
     """
 
     def __init__(self) -> None:
         self.outcomes: list[JobOutcome] = []
+        self.begun = False
 
     def __call__(self, config: DictConfig) -> JobOutcome | None:
         """Run one composed configuration.
@@ -68,6 +70,7 @@ class Job:
         Returns:
             What it did; None if a former job of this process was refused, for there a sweep ends.
         """
+        self.begun = True
         if any(outcome.error for outcome in self.outcomes):
             return None
         try:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from kvbench.commands import command
 from kvbench.errors import KvbenchError
 from kvbench.experiments import ExperimentPart, experiment_names, experiment_parts, table_spec
 from kvbench.plan import Plan
@@ -28,8 +29,6 @@ from kvbench.report.figures import write_figures
 from kvbench.report.published import read_published
 from kvbench.report.tables import write_table
 from kvbench.run import run_plan
-
-EXIT_MEND, EXIT_INTERRUPTED = 2, 130
 
 
 def merged_plans(parts: Sequence[ExperimentPart]) -> list[Plan]:
@@ -91,6 +90,7 @@ def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[
     return written
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done (tasks left out included: they are named), 2 something to mend."""
     options = _parser().parse_args(arguments)
@@ -101,21 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides.append(f"data.root={options.data}")
     if options.official:
         overrides.append(f"data.official={options.official}")
-    try:
-        parts = [
-            part
-            for name in options.experiment or experiment_names()
-            for part in experiment_parts(name, options.model, options.limit, overrides, options.prompt_tokens)
-        ]
-        left_out = 0 if options.rebuild else run_missing(parts, console)
-        for path in write_all(parts, options.results, _make_options(options)):
-            print(path)
-    except KvbenchError as error:
-        print(f"kvbench: {error}", file=sys.stderr)
-        return EXIT_MEND
-    except KeyboardInterrupt:
-        print("kvbench: interrupted; what was recorded stays, the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    parts = [
+        part
+        for name in options.experiment or experiment_names()
+        for part in experiment_parts(name, options.model, options.limit, overrides, options.prompt_tokens)
+    ]
+    for name in ("tables", "figures"):
+        (options.results / name).mkdir(parents=True, exist_ok=True)  # what cannot be written is told before it is run
+    left_out = 0 if options.rebuild else run_missing(parts, console)
+    for path in write_all(parts, options.results, _make_options(options)):
+        print(path)
     if left_out:
         console.print(f"{left_out} tasks left out, see above")
     return 0

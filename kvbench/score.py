@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from kvbench.errors import DataError, KvbenchError
+from kvbench.commands import command
+from kvbench.errors import DataError
 from kvbench.metrics import Metric, get_metric
 from kvbench.metrics.averages import Average, kvmerger_average, longbench_averages
 from kvbench.metrics.environment import check_environment
@@ -182,6 +183,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point.
 
@@ -192,14 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 after an error the user can mend.
     """
     options = _parse(arguments)
-    try:
-        scores = score_folder(options.folder, options.e, options.code_metric)
-        result = official_result(scores)
-        if options.write:
-            _write_result(options.folder / "result.json", result)
-    except KvbenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    scores = score_folder(options.folder, options.e, options.code_metric)
+    result = official_result(scores)
+    if options.write:
+        _write_result(options.folder / "result.json", result)
     console = Console(soft_wrap=False)
     console.print(_score_table(scores, options.e))
     if not options.e:

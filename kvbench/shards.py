@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from kvbench.errors import ConfigError
 from kvbench.tasks.base import Sample
 
+MAX_SHARDS = 1000
 REMEDY = "give shard=I/N with I from 1 to N, e.g. shard=2/8, or with -m shard=range(8) for all eight"
 
 
@@ -39,7 +40,7 @@ class Shard:
         Raises:
             ConfigError: if it is not of that form, or there is no such part.
         """
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if match is None:
             raise ConfigError(f"shard={text!r} does not say which part of how many: {REMEDY}")
         number, count = int(match[1]), int(match[2])
@@ -86,10 +87,10 @@ def spell_out_shards(arguments: Sequence[str]) -> list[str]:
 
 
 def _spelled_out(argument: str) -> str:
-    match = re.fullmatch(r"shard=range\((\d{1,6})\)", argument.replace(" ", ""))
+    match = re.fullmatch(r"shard=range\((.*)\)", argument.replace(" ", ""))
     if match is None:
         return argument
-    count = int(match[1])
-    if count == 0:
-        raise ConfigError(f"shard=range(0) is no shard at all: {REMEDY}")
+    count = int(match[1]) if re.fullmatch(r"\d{1,6}", match[1], re.ASCII) else 0
+    if not 1 <= count <= MAX_SHARDS:
+        raise ConfigError(f"{argument} does not name a number of shards from 1 to {MAX_SHARDS}: {REMEDY}")
     return "shard=" + ",".join(str(Shard(number, count)) for number in range(1, count + 1))

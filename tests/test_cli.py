@@ -26,7 +26,8 @@ def kvbench(*arguments: str, folder, env=None):
 def one_line_error(arguments, folder, monkeypatch, capfd) -> str:
     """The same in this process: importing torch anew for each of these cases would take minutes."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["kvbench", *arguments])
+    flags = [word for word in arguments if word == "-m"]  # argparse wants them before the overrides
+    monkeypatch.setattr(sys, "argv", ["kvbench", *flags, *(word for word in arguments if word != "-m")])
     assert main() == 2
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err
@@ -112,7 +113,31 @@ def test_help_and_cfg_need_no_model(tmp_path):
         (["protocol.compress=never"], ["never", "after_question"]),
         (["task.lengths=[9000]"], ["16384"]),
         (["output.root=/proc/none"], ["/proc/none", "output.root"]),
-        (["task.limit=0"], ["task.limit=0"]),
+        (["task.limit=0"], ["task.limit=0", "an integer of at least 1 or null"]),
+        (["task.limit=abc"], ["task.limit='abc'", "an integer of at least 1 or null"]),
+        (["task.lengths=abc"], ["task.lengths='abc'", "a list", "128", "lengths=[1024]"]),
+        (["task.digits=100000"], ["task.digits=100000", "from 2 to 100", "digits=6"]),
+        (["task.name=7"], ["task.name=7", "printable text"]),
+        (["engine.max_rows=abc"], ["engine.max_rows='abc'", "integer"]),
+        (["engine.kernels=abc"], ["engine.kernels='abc'", "auto, torch, triton"]),
+        (["method=h2o", "method.budget=true"], ["budget=True", "(0, 1]"]),
+        (["protocol.gold_tokens=-1"], ["protocol.gold_tokens=-1", "at least 0"]),
+        (["protocol.max_new_tokens=0"], ["protocol.max_new_tokens=0", "at least 1 or null"]),
+        (["method=null"], ["method=null", "leave it out", "kvmerger"]),
+        (["arms=null"], ["arms=null", "paper"]),
+        (["model=5"], ["model=5", "tiny-random"]),
+        (["~model"], ["model"]),
+        (["model.device=meta"], ["model.device='meta'", "cuda:N"]),
+        (["model.hidden_size=-1"], ["model.hidden_size=-1", "from 1 to 131072", "hidden_size=64"]),
+        (["model.hidden_size=66"], ["model.hidden_size=66", "model.n_query_heads=4", "divisor"]),
+        (["model.head_dim=0"], ["model.head_dim=0", "from 2 to 1024"]),
+        (["model.head_dim=15"], ["model.head_dim=15", "even"]),
+        (["model.n_layers=256", "model.hidden_size=131072"], ["the weights of model tiny-random", "model.n_layers"]),
+        (["-m", "task=glob(nope*)"], ["task=glob(nope*)", "matches nothing"]),
+        (["-m", "shard=range(9999999)"], ["shard=range(9999999)", "from 1 to 1000"]),
+        (["-m", "shard=range(1,9999999)"], ["shard=range(1,9999999)", "from 1 to 1000"]),
+        (["-m", "protocol.seed=range(9999999)"], ["protocol.seed=range(9999999)", "10,000"]),
+        (["-m", "protocol.seed=range(200)", "task.seed=range(200)"], ["40,000 jobs", "10,000"]),
         (["model.path=/nowhere"], ["/nowhere"]),
         (["shard=9/8"], ["9/8", "1 to 8", "shard=2/8"]),
         (["shard=3"], ["'3'", "shard=2/8"]),

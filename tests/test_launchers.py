@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from kvbench.cli import EXIT_FAILED_SAMPLES, EXIT_MEND, main
+from kvbench.cli import main
+from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND
 from kvbench.config import config_folder, register
 from kvbench.records.read import read_calls, read_records
 
@@ -135,7 +136,7 @@ def test_every_launcher_composes(name):
 
 @pytest.mark.parametrize(("name", "extra"), [("submitit_slurm", "slurm"), ("joblib", "joblib")])
 def test_a_missing_plug_in_is_answered_with_its_extra(name, extra):
-    from kvbench.cli import _one_line
+    from kvbench.commands import one_line
 
     error = ValueError(f"In 'hydra/launcher/x': Could not load 'hydra/launcher/{name}'.\nConfig search path: a")
-    assert f"pip install 'kvbench[{extra}]'" in _one_line(error)
+    assert f"pip install 'kvbench[{extra}]'" in one_line(error)

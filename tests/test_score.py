@@ -130,7 +130,7 @@ def test_bad_data_is_one_line_and_exit_code_2(tmp_path, capsys, name, text, argu
     assert main([str(tmp_path), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ")
+    assert captured.err.startswith("kvbench: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
 

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import KvbenchError
-
-EXIT_MEND = 2
+from kvbench.commands import command
 
 
 def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[str], folder: Path) -> Path:
@@ -28,12 +26,14 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
     from kvbench.analysis.collect import THRESHOLDS, WINDOW_QUERIES, measure_samples
     from kvbench.experiments import composed
     from kvbench.models.load import load_model
+    from kvbench.paths import file_stem
     from kvbench.plan import build_plan
     from kvbench.records.environment import describe_environment
 
     plans = [
         build_plan(composed([f"model={model}", f"task={task}", f"task.limit={limit}", *overrides])) for task in tasks
     ]
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before it is measured
     loaded = load_model(plans[0].model)
     measured: list[dict[str, Any]] = []
     for plan in plans:
@@ -47,12 +47,12 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
         "torch": environment["packages"]["torch"], "transformers": environment["packages"]["transformers"],
         "samples": measured,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{loaded.name}.json"
+    path = folder / f"{file_stem(loaded.name)}.json"
     path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
     return path
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m kvbench.analysis", description=(__doc__ or "").splitlines()[0])
@@ -65,17 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--override", nargs="*", default=[], help="further settings, e.g. data.root=DIR")
     commands.add_parser("draw", help="CSV and figures from the measurements alone")
     options = parser.parse_args(arguments)
-    try:
-        if options.command == "measure":
-            print(measure(options.model, options.task, options.limit, options.override, options.folder))
-        else:
-            from kvbench.analysis.draw import write_all
+    if options.command == "measure":
+        print(measure(options.model, options.task, options.limit, options.override, options.folder))
+    else:
+        from kvbench.analysis.draw import write_all
 
-            for path in write_all(options.folder):
-                print(path)
-    except KvbenchError as error:
-        print(f"kvbench: {error}", file=sys.stderr)
-        return EXIT_MEND
+        for path in write_all(options.folder):
+            print(path)
     return 0
 
 

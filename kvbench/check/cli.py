@@ -14,12 +14,13 @@ from rich.text import Text
 from kvbench.check.rule import BROKEN, NOT_RUN, PASSED, Report
 from kvbench.check.rules import check_policy
 from kvbench.check.target import policy_from
-from kvbench.errors import KvbenchError
+from kvbench.commands import command
 
-EXIT_BROKEN, EXIT_MEND = 1, 2
+EXIT_BROKEN = 1
 _MARKS = {PASSED: ("ok", "green"), BROKEN: ("BROKEN", "bold red"), NOT_RUN: ("not run", "dim")}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -36,11 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", metavar="option=value", help="options of the method")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
     words = parser.parse_args(arguments)
-    try:
-        report = check_policy(policy_from(words.target, words.options))
-    except KvbenchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_MEND
+    report = check_policy(policy_from(words.target, words.options))
     if words.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
     else:

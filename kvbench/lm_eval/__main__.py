@@ -2,22 +2,17 @@
 
 import sys
 
-from kvbench.errors import KvbenchError
+from kvbench.commands import command
 from kvbench.lm_eval import register
 
-EXIT_MEND = 2
 
-
+@command
 def main() -> int:
     """Register the model and hand over to `lm_eval`; returns 2 after an error that the user can mend."""
-    try:
-        register()
-        from lm_eval.__main__ import cli_evaluate  # only here: `register` says so if the package is missing
+    register()
+    from lm_eval.__main__ import cli_evaluate  # only here: `register` says so if the package is missing
 
-        cli_evaluate()
-    except KvbenchError as error:
-        print(f"kvbench: {error}", file=sys.stderr)
-        return EXIT_MEND
+    cli_evaluate()
     return 0
 
 

@@ -20,20 +20,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from kvbench.commands import EXIT_FAILED_SAMPLES, command
+from kvbench.errors import RecordError
 from kvbench.progress.view import draw
 from kvbench.progress.watch import RunProgress, RunWatch, find_runs
 
-EXIT_MEND, EXIT_FAILED_SAMPLES = 2, 3
 
-
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     watches = {run: RunWatch(run) for run in find_runs(options.run)}
     if not watches:
         named = ", ".join(map(str, options.run))
-        print(f"kvbench: no run folder at or below {named}: name a run folder, or output.root", file=sys.stderr)
-        return EXIT_MEND
+        raise RecordError(f"no run folder at or below {named}: name a run folder, or output.root")
     if options.once:
         found = _look(watches)
         Console(width=None if sys.stdout.isatty() else 120).print(draw(found))

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvbench.errors import KvbenchError, RecordError
+from kvbench.commands import command
+from kvbench.errors import RecordError
 from kvbench.report.html import render_report
 
-EXIT_MEND = 2
 
-
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -24,15 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mix-environments", action="store_true", help="let answers of several stand side by side")
     options = parser.parse_args(arguments)
     output = options.output or (options.runs[0] / "report.html" if len(options.runs) == 1 else Path("report.html"))
+    page = render_report(options.runs, options.mix_environments)
     try:
-        page = render_report(options.runs, options.mix_environments)
-        try:
-            output.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
-        except OSError as error:
-            raise RecordError(f"{output} cannot be written ({error.strerror}): name another with --output") from error
-    except KvbenchError as error:
-        print(f"kvbench: {error}", file=sys.stderr)
-        return EXIT_MEND
+        output.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
+    except OSError as error:
+        raise RecordError(f"{output} cannot be written ({error.strerror}): name another with --output") from error
     print(output)
     return 0
 

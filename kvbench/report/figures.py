@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvbench.paths import file_stem
 from kvbench.report.cells import Table
 from kvbench.report.summary import ArmSummary, RecordDict, aggregate_score, summarise
 
@@ -64,7 +65,7 @@ def write_figures(table: Table, folder: Path) -> list[Path]:
         for name, draw in figure_functions().items():
             figure = draw(table)
             if figure is not None:
-                paths += save(figure, folder / f"{table.spec.name}-{table.spec.model}-{name}")
+                paths += save(figure, folder / f"{table.spec.name}-{file_stem(table.spec.model)}-{name}")
     return paths
 
 

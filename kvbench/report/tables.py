@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvbench.paths import file_stem
 from kvbench.report.cells import AVERAGE_OF_NINE, Cell, Column, Table
 from kvbench.report.csv_latex import cells_csv, latex, pairs_csv
 from kvbench.report.published import Published
@@ -35,7 +36,7 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     texts = {".md": markdown(table), ".csv": cells_csv(table), "-pairs.csv": pairs_csv(table), ".tex": latex(table)}
     paths = []
     for suffix, text in texts.items():
-        path = folder / f"{table.spec.name}-{table.spec.model}{suffix}"
+        path = folder / f"{table.spec.name}-{file_stem(table.spec.model)}{suffix}"
         path.write_text(text, encoding="utf-8", newline="\n")
         paths.append(path)
     return paths

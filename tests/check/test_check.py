@@ -134,7 +134,7 @@ def test_json_is_one_document(capsys):
 def test_what_cannot_be_checked_is_one_line_and_exit_code_2(words, message, capsys):
     assert main(words) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ")
+    assert err.startswith("kvbench: ")
     assert message in err
     assert err.count("\n") == 1
 

@@ -93,7 +93,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
         assert main(["model-index", *words]) == 2
         err = capsys.readouterr().err.strip().splitlines()
         assert message in err[-1]
-        assert err[-1].startswith("error: ")
+        assert err[-1].startswith("kvbench: ")
 
 
 def test_exporting_twice_does_not_double_results(tmp_path):

@@ -35,5 +35,5 @@ def test_errors_are_one_line_and_exit_code_2(capsys, monkeypatch):
     assert fetch.main(["smollm2-135m"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.strip().splitlines()[-1] == "error: no network [really]"
+    assert captured.err.strip().splitlines()[-1] == "kvbench: no network [really]"
     assert fetch.main(["unknown"]) == 2

@@ -65,10 +65,10 @@ def fetch(hub: HubServer, cache: Path, *names: str, **more: str) -> tuple[int, s
 
 
 def error_line(err: str) -> str:
-    """The one line that starts with "error:"; nothing may follow it, and no traceback come before."""
+    """The one line that starts with "kvbench:"; nothing may follow it, and no traceback come before."""
     assert "Traceback" not in err
     last = err.strip().splitlines()[-1]
-    assert last.startswith("error: "), err
+    assert last.startswith("kvbench: "), err
     return last
 
 

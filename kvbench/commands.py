@@ -1,0 +1,175 @@
+"""What all commands have in common: how they end, and that no output can break them.
+
+    @command
+    def main(arguments: Sequence[str] | None = None) -> int: ...
+
+Exit codes: what `main` returns; 2 for something to mend, told in one line on standard error; 130 for Ctrl-C; 141 if the
+reader of standard output is gone (`| head -1`), as a shell reports of any tool that SIGPIPE ended.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TextIO
+
+from kvbench.errors import KvbenchError, printable
+
+EXIT_MEND, EXIT_FAILED_SAMPLES, EXIT_INTERRUPTED, EXIT_NO_READER = 2, 3, 130, 128 + signal.SIGPIPE
+LAUNCHER_EXTRAS = {"submitit": "slurm", "joblib": "joblib"}
+"""Extras that install Hydra's launcher plug-ins, by the beginning of the plug-in's name."""
+
+P = ParamSpec("P")
+
+
+class OutputError(KvbenchError):
+    """Standard output cannot be written."""
+
+
+class NoReader(BaseException):
+    """Whoever read standard output is gone; no `except Exception` on the way to the end may hold this up."""
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate the `main` of a command: errors that the user can mend become one line and an exit code."""
+
+    @functools.wraps(main)
+    def run(*arguments: P.args, **options: P.kwargs) -> int:
+        streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = _Output(_open(sys.stdout, 1)), _Notes(_open(sys.stderr, 2))
+        try:
+            try:
+                code = _exit_code(main, *arguments, **options)
+            except SystemExit:  # argparse's --help
+                if code := _exit_code(sys.stdout.flush):
+                    return code
+                raise
+            return _exit_code(sys.stdout.flush) or code
+        finally:
+            sys.stdout, sys.stderr = streams
+
+    return run
+
+
+def mendable(error: Exception) -> str | None:
+    """The one line for an error that the user can mend; None for a defect of the project.
+
+    Besides our own errors, those are Hydra's and OmegaConf's, and whatever the system says about a named file.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, KvbenchError):
+        return str(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return one_line(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        problem = f"{error.filename} cannot be used ({error.strerror}): check the path, its permissions and free space"
+        return printable(problem)
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """Hydra's message in one line, with what it knows of the cause."""
+    parts: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        parts.append(" ".join(str(current).split()))
+        current = current.__cause__
+    unique = [part for i, part in enumerate(parts) if part and part not in parts[:i]]
+    line = " <- ".join(unique)
+    if ".backend'. To append to your config" in line:
+        from kvbench.policies.registry import BACKEND_HAS_GONE  # late: not every command loads torch
+
+        return f"backend{BACKEND_HAS_GONE}"
+    for plug_in, extra in LAUNCHER_EXTRAS.items():
+        if f"Could not load 'hydra/launcher/{plug_in}" in line:
+            return f"the launcher {plug_in} is not installed: pip install 'kvbench[{extra}]'"
+    return printable(line)
+
+
+def _exit_code(act: Callable[P, int | None], *arguments: P.args, **options: P.kwargs) -> int:
+    try:
+        return act(*arguments, **options) or 0
+    except NoReader:
+        return EXIT_NO_READER
+    except KeyboardInterrupt as error:
+        progress = f" ({error})" if str(error) else ""
+        print(f"kvbench: interrupted{progress}; what was recorded stays, the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        line = mendable(error)
+        if line is None:
+            raise
+        print(f"kvbench: {line}", file=sys.stderr)
+        return EXIT_MEND
+
+
+class _Output:
+    """Standard output. What its encoding lacks becomes an escape that JSON reads too; failures are told apart."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"
+        return self._try(self._stream.write, text.encode(encoding, "kvbench").decode(encoding))
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except OSError as error:
+            self._give_up()
+            if isinstance(error, BrokenPipeError):
+                raise NoReader from None
+            raise OutputError(
+                f"standard output cannot be written ({error.strerror}): nothing that was recorded or written to files "
+                "is lost; free space, or send the output elsewhere, and run the same command again"
+            ) from None
+
+    def _give_up(self) -> None:
+        """Send what is left to nowhere: Python would try to write it once more at its end, and complain."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+class _Notes(_Output):
+    """Standard error. A run that can no longer say how far it is goes on all the same."""
+
+    def _try(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except OSError:
+            self._give_up()
+            return 0
+
+
+def _open(stream: TextIO | None, descriptor: int) -> TextIO:
+    """The stream; for one that was closed (`>&-`), nowhere, so that no file is opened under its number."""
+    if stream is not None:
+        return stream
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != descriptor:
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+    return os.fdopen(descriptor, "w", encoding="utf-8", closefd=False)
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error("kvbench", _escape)
