@@ -60,7 +60,7 @@ def check_fields(config: Any, group: str) -> None:
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         value, annotation = getattr(config, field.name), hints[field.name]
-        if not _fits(value, annotation):
+        if not fits(value, annotation) or not _printable(value):
             example = _example(field)
             raise ConfigError(
                 f"{group}.{field.name}={shown(value)} is not {_words(annotation)}: give one"
@@ -77,21 +77,22 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is what an annotation says; see `check_fields` for what is understood."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         ranges = [extra for extra in arguments[1:] if isinstance(extra, Within)]
-        return _fits(value, arguments[0]) and all(limits.holds(value) for limits in ranges)
+        return fits(value, arguments[0]) and all(limits.holds(value) for limits in ranges)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in arguments)
+        return any(fits(value, choice) for choice in arguments)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
-            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
         )
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
+        return isinstance(value, (list, tuple)) and all(fits(item, arguments[0]) for item in value)
     if annotation in (int, float):
         kinds = int if annotation is int else (int, float)
         return (
@@ -99,9 +100,13 @@ def _fits(value: Any, annotation: Any) -> bool:
             and not isinstance(value, bool)
             and (annotation is int or abs(value) <= sys.float_info.max)
         )
-    if annotation is str:
-        return isinstance(value, str) and not any(unicodedata.category(c) in UNPRINTABLE for c in value)
-    return isinstance(value, annotation) if isinstance(annotation, type) else True
+    return isinstance(value, annotation) if annotation is not Any and isinstance(annotation, type) else True
+
+
+def _printable(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_printable, value))
+    return not (isinstance(value, str) and any(unicodedata.category(c) in UNPRINTABLE for c in value))
 
 
 def _words(annotation: Any) -> str:

@@ -89,6 +89,28 @@ def test_a_task_without_data_is_named_and_left_out(tmp_path, capsys):
     assert "left out:" in capsys.readouterr().err
 
 
-def test_something_to_mend_is_one_line(capsys):
-    assert paper.main(["--experiment", "nope"]) == 2
-    assert capsys.readouterr().err.startswith("kvbench: experiment 'nope' is unknown")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--experiment", "nope"], "experiment 'nope' is unknown"),
+        (["--experiment", "needle", "--model", "nope"], "Could not find 'model/nope' Available options"),
+        (["--experiment", "needle", "--override", "arms=null"], "arms=null names no option of arms"),
+        (["--experiment", "needle", "--limit", "0"], "task.limit=0 is not an integer of at least 1"),
+        (["--experiment", "needle", "--results", "/proc/none"], "/proc/none cannot be used"),
+    ],
+)
+def test_something_to_mend_is_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(paper, "run_plan", None)  # told before anything runs
+    assert paper.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("kvbench: ")
+    assert words in line
+
+
+def test_a_model_name_with_a_slash_gets_its_tables_all_the_same(tmp_path, capsys):
+    settings = [f"output.root={tmp_path / 'runs'}", "model.name='org/m'", "model.n_layers=1", *SMALL]
+    arguments = ["--experiment", "needle", "--model", "tiny-random", "--limit", "1", "--results", str(tmp_path)]
+    assert paper.main([*arguments, "--override", *settings]) == 0
+    written = [Path(line) for line in capsys.readouterr().out.split()]
+    assert written
+    assert all(path.is_file() and "org_m-" in path.name for path in written)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from kvbench.errors import KvbenchError
+from kvbench.commands import command
 from kvbench.models.config import named_config
 from kvbench.models.load import LOCATORS
 from kvbench.models.local import Checkpoint, check_folder
@@ -45,6 +45,7 @@ def prepare(name: str, report: Callable[[str], None]) -> dict[str, str | None]:
     return {"name": name, "folder": str(checkpoint.folder), "source": checkpoint.source}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -58,17 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="a file of configs/model, without .yaml")
     name = parser.parse_args(arguments).name
     console = Console(stderr=True)
-    try:
-        with console.status(f"preparing {name}") as status:
+    with console.status(f"preparing {name}") as status:
 
-            def report(message: str) -> None:
-                console.print(f"{name}: {message}", highlight=False, markup=False)
-                status.update(Text(message))
+        def report(message: str) -> None:
+            console.print(f"{name}: {message}", highlight=False, markup=False)
+            status.update(Text(message))
 
-            prepared = prepare(name, report)
-    except KvbenchError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
+        prepared = prepare(name, report)
     print(json.dumps(prepared))
     return 0
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import stat
 import zipfile
@@ -97,16 +98,18 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(archive) as file:
             yield file
-    # NotImplementedError: zipfile's word for a compression method it does not know, which a damaged byte can name
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    # NotImplementedError: zipfile's word for a format version it does not know, which a damaged byte can name
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{archive} does not exist") from None
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a damaged offset, before the beginning
+            raise
         raise DataError(f"{archive} is damaged or cut short ({error}); remove it and fetch it again") from None
-    except FileNotFoundError:
-        raise DataError(f"{archive} does not exist") from None
 
 
 def _checked(file: zipfile.ZipFile, archive: Path, limits: Limits) -> list[zipfile.ZipInfo]:
     """The archive's plain files, after all checks that need no unpacking."""
-    members = [member for member in file.infolist() if not member.is_dir()]
+    members = [member for member in file.infolist() if not member.filename.endswith("/")]  # is_dir trips over ""
     if len(members) > limits.members:
         raise DataError(f"{archive} has {len(members)} files, the limit is {limits.members}: not a data set archive")
     total_bytes = sum(member.file_size for member in members)
@@ -116,13 +119,18 @@ def _checked(file: zipfile.ZipFile, archive: Path, limits: Limits) -> list[zipfi
     for member in members:
         name = member.filename
         if not _stays_inside(name):
-            raise DataError(f"{archive} has a file named {name!r}, which leaves the folder: refused")
+            raise DataError(f"{archive} has a file named {name!r}, which is empty or leaves the folder: refused")
         # The upper half holds the Unix mode where a Unix tool made the archive, else 0.
         kind = stat.S_IFMT(member.external_attr >> 16)
         if kind not in (0, stat.S_IFREG):
             raise DataError(f"{archive} has {name!r}, which is a link or a special file: refused")
         if member.flag_bits & 0x1:
             raise DataError(f"{archive} has {name!r}, which is encrypted: refused")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(  # a damaged byte can name any, and LZMA may then ask for 4 GiB
+                f"{archive} has {name!r} packed by method {member.compress_type}: only stored and deflated files are "
+                "read (methods 0 and 8), pack it anew with zip"
+            )
         if member.file_size > limits.small_bytes and member.file_size > limits.ratio * member.compress_size:
             raise DataError(
                 f"{archive} has {name!r} of {member.file_size} bytes packed into {member.compress_size}, more than "
@@ -135,10 +143,11 @@ def _checked(file: zipfile.ZipFile, archive: Path, limits: Limits) -> list[zipfi
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a member's name is a relative path without ".." on Unix and on Windows."""
+    """Whether a member's name is a relative path, not empty and without "..", on Unix and on Windows."""
     windows = PureWindowsPath(name)
     return not (
-        PurePosixPath(name).is_absolute()
+        not name
+        or PurePosixPath(name).is_absolute()
         or windows.drive
         or windows.root
         or ".." in windows.parts  # splits at both kinds of slash

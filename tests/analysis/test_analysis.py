@@ -57,6 +57,28 @@ def test_measure_then_draw(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"} == files
 
 
+def test_a_name_with_a_slash_gets_a_file_all_the_same(tmp_path, capsys):
+    measure = ["measure", "--model", "tiny-random", "--task", "passkey", "--limit", "1"]
+    settings = ["--override", "task.lengths=[128]", "model.n_layers=1", "model.name='org/m'"]
+    assert main(["--folder", str(tmp_path), *measure, *settings]) == 0
+    (path,) = tmp_path.iterdir()
+    assert str(path) == capsys.readouterr().out.strip()
+    assert path.name.startswith("org_m-")
+    assert json.loads(path.read_text())["model"] == "org/m"
+
+
+def test_what_cannot_be_measured_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        (["--folder", str(tmp_path), "measure", "--model", "nope"], "Could not find 'model/nope'"),
+        (["--folder", str(tmp_path / "file" / "x"), "measure", "--model", "tiny-random"], "file/x cannot be used"),
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("kvbench: ")
+        assert words in line
+
+
 def test_nothing_measured_is_one_line(tmp_path, capsys):
     assert main(["--folder", str(tmp_path), "draw"]) == 2
     assert capsys.readouterr().err.startswith("kvbench: no measurements")

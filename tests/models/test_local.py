@@ -225,6 +225,27 @@ def test_a_configuration_that_is_none_is_one_line(folder, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {"hidden_size": "big"}),
+        ("config.json", {"num_hidden_layers": "two"}),
+        ("config.json", {"max_position_embeddings": None}),
+        ("tokenizer_config.json", []),
+        ("tokenizer_config.json", "text"),
+        ("generation_config.json", []),
+    ],
+)
+def test_words_for_numbers_and_lists_for_objects_are_one_line(folder, name, content):
+    path = folder / name
+    if isinstance(content, dict):
+        content = {**json.loads(path.read_text()), **content}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"cannot be loaded .*check that it is complete") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_tokenizer_with_its_own_code_does_not_run_it(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}

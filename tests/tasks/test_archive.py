@@ -97,6 +97,22 @@ def test_encrypted_members_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, archive, "encrypted")
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, 99])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_only_the_common_ways_of_packing_are_read(tmp_path: Path, method: int, damaged: bool) -> None:
+    """zipfile lets LZMAError and bzip2's nameless OSError through, and LZMA may ask for 4 GiB."""
+    archive = tmp_path / "x.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED if method == 99 else method) as file:
+        file.writestr("a.jsonl", b"{}" * 100)
+    content = bytearray(archive.read_bytes())
+    directory = content.rindex(b"PK\x01\x02")
+    content[directory + 10 : directory + 12] = method.to_bytes(2, "little")
+    if damaged:
+        content[44:60] = b"\xff" * 16
+    archive.write_bytes(content)
+    refused(tmp_path, archive, f"packed by method {method}.* pack it anew with zip")
+
+
 def test_one_member_can_be_read_in_place(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "x.zip", ("t/test.jsonl", b"1\n2\n"))
     with open_member(archive, ("test.jsonl", "t/test.jsonl")) as (file, name):
