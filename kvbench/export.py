@@ -31,7 +31,7 @@ from kvbench.errors import RecordError
 from kvbench.exports.model_index import export_model_index
 from kvbench.metrics.longbench import DATASETS
 from kvbench.records.environment import environments, refuse_mixture
-from kvbench.records.read import read_calls, read_config, read_records
+from kvbench.records.read import model_name, read_calls, read_records
 from kvbench.tasks.fetched import LONGBENCH_E_DATASETS, ZEROSCROLLS_TEST_QUESTIONS
 
 ZEROSCROLLS_PREFIX = "zeroscrolls_"
@@ -78,7 +78,7 @@ def groups_of(runs: Sequence[Path], official_rows: dict[str, int]) -> list[Group
     grouped: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     seen: set[str] = set()
     for run in runs:
-        model = str(read_config(run).get("model", {}).get("name", "model"))
+        model = model_name(run)
         for record in read_records(run):
             seen.add(record["dataset"])
             if record["dataset"] not in official_rows:

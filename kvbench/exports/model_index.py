@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from kvbench import __version__
 from kvbench.errors import RecordError
 from kvbench.metrics.longbench import DATASETS
-from kvbench.records.read import read_config, read_records
+from kvbench.records.read import model_name, read_records
 from kvbench.report.summary import ArmSummary, RecordDict, summarise
 from kvbench.tasks.fetched import (
     LONGBENCH_E_DATASETS,
@@ -138,7 +138,7 @@ def _by_model(runs: Sequence[Path]) -> dict[str, dict[str, list[RecordDict]]]:
     found: dict[str, dict[str, list[RecordDict]]] = {}
     seen: dict[tuple[str, str, str, str], Path] = {}
     for run in runs:
-        model = str(read_config(run).get("model", {}).get("name", "model"))
+        model = model_name(run)
         for record in read_records(run):
             key = (model, record["dataset"], record["sample"], record["arm"])
             if seen.setdefault(key, run) != run:

@@ -226,3 +226,9 @@ def _rows(run: Path, name: str) -> Iterator[dict[str, Any]]:
             row = parsed(line)
             if isinstance(row, dict):
                 yield row
+
+
+def model_name(run: Path) -> str:
+    """Name of the model in the run's `config.json`; "model" if it says none."""
+    model = read_config(run).get("model")
+    return str(model.get("name", "model")) if isinstance(model, dict) else "model"

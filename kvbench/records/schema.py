@@ -7,11 +7,12 @@ refuses records from a newer version and says so.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
+
+from kvbench.fields import fits
 
 SCHEMA_VERSION = 1
 
@@ -122,36 +123,13 @@ def checked(line: Any) -> dict[str, Any] | None:
             if spec.default is MISSING and spec.default_factory is MISSING:
                 return None
             record[spec.name] = spec.default if spec.default_factory is MISSING else spec.default_factory()
-        kind, _, optional = str(spec.type).partition(" | ")
-        if not (_CHECKS[kind](record[spec.name]) or (optional and record[spec.name] is None)):
+        if not fits(record[spec.name], _annotations()[spec.name]):
             return None
+    if record["score"] is not None:
+        record["parts"] = {"score": record["score"], **record["parts"]}  # metrics average the parts
     return record
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "str": _is_text,
-    "int": _is_integer,
-    "float": _is_number,
-    "list[str]": _list_of(_is_text),
-    "list[int]": _list_of(_is_integer),
-    "list[float]": _list_of(_is_number),
-    "dict[str, float]": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
-    "dict[str, Any]": lambda value: isinstance(value, dict),
-}
-"""By annotation of `Record`."""
+@cache
+def _annotations() -> dict[str, Any]:
+    return get_type_hints(Record)

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvbench.records.read import read_config, read_environments, read_prompts, read_records, record_files
+from kvbench.records.read import model_name, read_environments, read_prompts, read_records, record_files
 from kvbench.report.browser import browser_samples
 from kvbench.report.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.report.checksums import data_checksums
@@ -56,7 +56,7 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
     """
     by_model: dict[str, list[Path]] = {}
     for run in runs:
-        by_model.setdefault(_model_name(run), []).append(run)
+        by_model.setdefault(model_name(run), []).append(run)
     tables = [_table(model, group, mix_environments) for model, group in by_model.items()]
     samples: list[dict[str, Any]] = []
     for table, group in zip(tables, by_model.values(), strict=True):
@@ -80,11 +80,6 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
         style_hash=_csp_hash(css),
         script_hash=_csp_hash(script),
     )
-
-
-def _model_name(run: Path) -> str:
-    model = read_config(run).get("model")
-    return str(model.get("name", "model")) if isinstance(model, dict) else "model"
 
 
 def _table(model: str, runs: Sequence[Path], mix_environments: bool) -> Table:

@@ -83,7 +83,7 @@ def spoil(path: Path, random: Random) -> str:
 
 def test_no_file_of_a_run_ends_in_a_traceback(whole, tmp_path, record_property) -> None:
     random, tally = generator("records"), Tally()
-    names = ["config.json", "environment.json", "calls.jsonl", "prompts.jsonl", *["records"] * 6]
+    names = ["config.json", "calls.jsonl", "prompts.jsonl", *["records"] * 6]
     for number in range(CASES):
         run = tmp_path / str(number)
         shutil.copytree(whole, run)
