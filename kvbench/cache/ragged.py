@@ -424,6 +424,8 @@ class RaggedCache(Cache):
         columns["position_ids"] = torch.tensor([[row.position + row.new_tokens] for row in self._rows])
         for device, tables in self._tables.items():
             tables.fill(**columns)
+            if choose_backend(self.backend, device) == "torch":  # steppers are kernels, and triton may be missing
+                continue
             for policy in policies:
                 if policy.steps and type(policy) not in self._steppers[device]:
                     self._steppers[device][type(policy)] = find_rows_stepper(

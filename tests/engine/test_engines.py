@@ -1,5 +1,7 @@
 """The fused engine against the plain one, and both against transformers' own greedy decoding."""
 
+import sys
+
 import pytest
 import torch
 
@@ -127,6 +129,13 @@ def test_stop_tokens_end_an_answer_but_not_before_the_minimum(loaded):
     assert answers[0] == answers[1]
     assert len(answers[0]) > first
     assert stop not in answers[0][: first + 1]
+
+
+def test_a_cpu_without_triton_runs_every_method(loaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.startswith("kvbench.") and name.endswith("_triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert len(by_index(FusedEngine().run(loaded, jobs(1)))[0].arms) == len(ARMS)
 
 
 def test_one_new_token_needs_no_decoding(loaded):
