@@ -57,44 +57,74 @@ def encode_contained(
         )
     marked, places = text, list[int]()
     if data is not None:
-        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in text)
+        held = set(text)
+        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in held)
         while found := [
             m.start() for m in spellings_in(marked, tokenizer) if m.end() > data[0] and m.start() < data[1]
         ]:
-            stand_in = next(unused)  # a second round only where one spelling lies within another
+            stand_in = next(unused, None)  # a second round only where one spelling lies within another
+            if stand_in is None:
+                raise ModelError(
+                    f"data that spells special tokens holds all {len(PRIVATE_USE)} characters of the private use area, "
+                    "by one of which they are kept text: set model.protect_special_tokens=true to rewrite such text"
+                )
             characters = list(marked)
             for place in found:
                 characters[place] = stand_in
             marked = "".join(characters)
             places += found
     # `verbose=False`: no warning about texts above the context; they are cut or refused by the caller.
-    encoding = tokenizer(marked, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
-    ids, spans = list(encoding["input_ids"]), [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
-    for place in sorted(places, reverse=True):
-        _put_back(tokenizer, text, place, ids, spans)
+    encoded = tokenizer(
+        marked,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )[0]
+    ids, spans = encoded.ids, encoded.offsets
     if places:
+        ids, spans = _put_back(tokenizer, text, sorted(places), ids, spans)
         _check(tokenizer, ids, spans, data or (0, 0))
     return ids, [end for _, end in spans]
 
 
 def _put_back(
-    tokenizer: PreTrainedTokenizerBase, text: str, place: int, ids: list[int], spans: list[tuple[int, int]]
-) -> None:
-    """Replace the tokens that hold the stand-in at `place` by those of the original characters."""
-    held = [i for i, (start, end) in enumerate(spans) if start <= place < end]
-    if not held:
-        raise ModelError(
-            f"tokenizer {type(tokenizer).__name__} drops characters of the private use area, by which special tokens "
-            "in data are kept text: set model.protect_special_tokens=true to rewrite such text"
-        )
-    start, end = min(spans[i][0] for i in held), max(spans[i][1] for i in held)
-    alone = tokenizer.convert_tokens_to_ids(text[place])
-    if (start, end) != (place, place + 1) or not isinstance(alone, int) or alone == tokenizer.unk_token_id:
-        new = list(tokenizer.encode(text[start:end], add_special_tokens=False))
-    else:
-        new = [alone]
-    ids[held[0] : held[-1] + 1] = new
-    spans[held[0] : held[-1] + 1] = [(start, end)] * len(new)
+    tokenizer: PreTrainedTokenizerBase, text: str, places: list[int], ids: list[int], spans: list[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Replace the tokens that hold the stand-ins at `places` (ascending) by those of the original characters.
+
+    One pass over the tokens, and one call of the tokenizer for each different text that is put back.
+    """
+    new_ids, new_spans = list[int](), list[tuple[int, int]]()
+    encoded: dict[str, list[int]] = {}
+    token, n_tokens, covered = 0, len(ids), 0
+    for place in places:
+        if place < covered:  # within what was put back for an earlier place
+            continue
+        first = token
+        while token < n_tokens and not spans[token][0] <= place < spans[token][1]:
+            token += 1
+        new_ids += ids[first:token]
+        new_spans += spans[first:token]
+        if token == n_tokens:
+            raise ModelError(
+                f"tokenizer {type(tokenizer).__name__} drops characters of the private use area, by which special "
+                "tokens in data are kept text: set model.protect_special_tokens=true to rewrite such text"
+            )
+        start, covered = spans[token]
+        while token < n_tokens and spans[token][0] < covered and spans[token][1] > start:
+            covered = max(covered, spans[token][1])
+            token += 1
+        original = text[start:covered]
+        if original not in encoded:
+            alone = tokenizer.convert_tokens_to_ids(original)
+            if len(original) > 1 or not isinstance(alone, int) or alone == tokenizer.unk_token_id:
+                encoded[original] = list(tokenizer.encode(original, add_special_tokens=False))
+            else:
+                encoded[original] = [alone]
+        new_ids += encoded[original]
+        new_spans += [(start, covered)] * len(encoded[original])
+    return new_ids + ids[token:], new_spans + spans[token:]
 
 
 def _check(

@@ -72,7 +72,9 @@ def encode_sample(sample: Sample, loaded: PreparedModel) -> EncodedPrompt:
     if loaded.protect_special_tokens:
         sample = replace(sample, prompt=protect(sample.prompt, loaded))
     limit = _prompt_limit(sample, loaded)
-    prompt_ids = _encode(loaded, sample.prompt, (0, len(sample.prompt)), add_special_tokens=True)[0]
+    prompt_ids: list[int] = []  # without a limit nothing is cut, and only the wrapped prompt is tokenized
+    if limit is not None:
+        prompt_ids = _encode(loaded, sample.prompt, (0, len(sample.prompt)), add_special_tokens=True)[0]
     if limit is None or len(prompt_ids) <= limit:
         encoded = _encode_wrapped(sample, loaded, _Cut(sample.prompt, sample.question_start, 0))
     elif sample.truncation == "middle":

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_like import llama_like_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from kvbench.errors import ModelError
 from kvbench.models.byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
-from kvbench.models.contain import encode_contained, special_tokens, spellings_in
+from kvbench.models.contain import PRIVATE_USE, _put_back, encode_contained, special_tokens, spellings_in
 from kvbench.models.prompt import encode_sample, encode_text
 from kvbench.tasks.base import Sample
 
@@ -101,6 +102,75 @@ def test_a_hostile_row_opens_no_turn_of_the_default_model(smollm2):
 
 def test_a_reference_answer_is_data_too(tiny_gqa):
     assert controls(tiny_gqa.tokenizer, encode_text(f"yes{EOS}", tiny_gqa)) == []
+
+
+class Counting:
+    """A tokenizer that counts what it is asked: calls and characters."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls, self.characters = tokenizer, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        self.calls, self.characters = self.calls + 1, self.characters + len(text)
+        return self.tokenizer(text, **options)
+
+    def encode(self, text, **options):
+        self.calls, self.characters = self.calls + 1, self.characters + len(text)
+        return self.tokenizer.encode(text, **options)
+
+
+class Reads(list):
+    """A list that counts how many of its items are read one by one."""
+
+    n_read = 0
+
+    def __getitem__(self, index):
+        self.n_read += not isinstance(index, slice)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, LLAMA], ids=["bytes", "llama"])
+@pytest.mark.parametrize("n_spellings", [100, 1000])
+def test_repeated_spellings_are_put_back_in_one_pass(tokenizer, n_spellings):
+    """Work is counted: one call of the tokenizer beyond the few that differ, and each token read a few times."""
+    text = f"{tokenizer.eos_token} " * n_spellings
+    counting = Counting(tokenizer)
+    encode_contained(counting, text, (0, len(text)), add_special_tokens=False)
+    assert counting.calls <= 3
+    assert counting.characters <= len(text) + 10
+    places = [match.start() for match in spellings_in(text, tokenizer)]
+    marked = "".join("\ue000" if index in set(places) else letter for index, letter in enumerate(text))
+    encoded = tokenizer(marked, add_special_tokens=False)[0]
+    spans = Reads(encoded.offsets)
+    _put_back(tokenizer, text, places, encoded.ids, spans)
+    assert spans.n_read <= 8 * len(spans)
+
+
+def test_a_row_that_holds_every_stand_in_is_refused_in_one_line():
+    text = EOS + "".join(map(chr, PRIVATE_USE))
+    with pytest.raises(ModelError, match="holds all 6400 characters of the private use area"):
+        encode_contained(BYTES, text, (0, len(text)), add_special_tokens=False)
+
+
+def test_a_token_added_after_the_data_stays():
+    """An EOS that the tokenizer adds lies at characters (0, 0), though behind a stand-in."""
+    tokenizer = llama_like_tokenizer()
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    ids, _ = encode_contained(tokenizer, "<s>" * 3, (0, 9), add_special_tokens=True)
+    assert controls(tokenizer, ids) == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+
+
+def test_an_uncut_prompt_is_tokenized_once(tiny_gqa):
+    tokenizer = Counting(tiny_gqa.tokenizer)
+    loaded = replace(tiny_gqa, tokenizer=tokenizer, max_prompt_tokens=None)
+    prompt = "long row " * 100
+    encoded = encode_sample(sample(prompt, truncation="refuse"), loaded)
+    assert prompt in encoded.prompt_text
+    assert tokenizer.characters < 1.5 * len(prompt)
 
 
 def test_a_template_that_rewrites_a_spelling_is_refused(tiny_gqa):
