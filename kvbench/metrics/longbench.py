@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from kvbench.metrics.base import BestAnswerMetric
-from kvbench.metrics.lcs import lcs_length
+from kvbench.metrics.lcs import check_pairs, lcs_length
 from kvbench.metrics.rouge_l import rouge_l
 from kvbench.metrics.text import (
     chinese_words,
@@ -152,6 +152,7 @@ def code_sim(prediction: str, answer: str) -> float:
         Score in [0, 1], a whole percentage.
     """
     line = first_code_line(prediction)
+    check_pairs(len(line) * len(answer))  # difflib looks at up to so many, and again in the gaps of what it finds
     return _whole_percent(line, answer, difflib.SequenceMatcher(None, line, answer).ratio())
 
 

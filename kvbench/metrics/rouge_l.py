@@ -10,7 +10,7 @@ It is not the ROUGE-L of the package `rouge_score`: no lower-casing, no stemming
 
 from __future__ import annotations
 
-from kvbench.metrics.lcs import lcs_items, match_masks
+from kvbench.metrics.lcs import lcs_words
 
 
 def split_sentences(text: str) -> list[list[str]]:
@@ -40,18 +40,15 @@ def rouge_l(prediction: str, reference: str) -> float:
     Returns:
         F-measure in [0, 1); 0.0 if either text has no sentence. Equal texts score 0.999999995 (the package adds 1e-8 to
         the denominator).
+
+    Raises:
+        MetricError: if the texts are too long for an exact score (`lcs.check_pairs`).
     """
     predicted = split_sentences(prediction)
     referenced = split_sentences(reference)
     if not predicted or not referenced:
         return 0.0
-    masks = [match_masks(sentence) for sentence in predicted]
-    hits = {
-        word
-        for sentence in referenced
-        for other, other_masks in zip(predicted, masks, strict=True)
-        for word in lcs_items(sentence, other, other_masks)
-    }
+    hits = lcs_words(referenced, predicted)
     recall = len(hits) / len({word for sentence in referenced for word in sentence})
     precision = len(hits) / len({word for sentence in predicted for word in sentence})
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))

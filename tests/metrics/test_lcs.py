@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvbench.metrics.lcs import lcs_items, lcs_length, match_masks
+from kvbench.errors import MetricError
+from kvbench.metrics import lcs
+from kvbench.metrics.lcs import lcs_length, lcs_words
 
 
 def table_lcs(first, second):
@@ -25,24 +27,52 @@ def table_lcs(first, second):
     return items[::-1]
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text("abc", max_size=12), st.text("abcd", max_size=12))
-def test_same_items_as_the_table(first, second):
-    expected = table_lcs(first, second)
-    assert lcs_items(first, second) == expected
-    assert lcs_items(first, second, match_masks(second)) == expected
-    assert lcs_length(first, second) == len(expected)
+SENTENCES = st.lists(st.text("abc", max_size=8), max_size=6)
+
+
+@settings(max_examples=500, deadline=None)
+@given(SENTENCES, st.lists(st.text("abcd", max_size=8), max_size=6))
+def test_same_words_as_the_tables_of_all_pairs(first, second):
+    expected = {item for a in first for b in second for item in table_lcs(a, b)}
+    assert lcs_words(first, second) == expected
+    assert [lcs_length(a, b) for a in first for b in second] == [len(table_lcs(a, b)) for a in first for b in second]
 
 
 @pytest.mark.parametrize("width", [63, 64, 65, 200])
 def test_wide_rows(width):
     generator = random.Random(width)
-    first = [generator.randrange(9) for _ in range(150)]
-    second = [generator.randrange(9) for _ in range(width)]
-    assert lcs_items(first, second) == table_lcs(first, second)
+    for n_items in (9, 80):
+        first = [str(generator.randrange(n_items)) for _ in range(150)]
+        second = [str(generator.randrange(n_items)) for _ in range(width)]
+        assert lcs_words([first], [second]) == set(table_lcs(first, second))
 
 
 def test_ties_drop_the_second_sequence():
     # Both "a" and "b" are longest; dropping from the second sequence first leaves "b".
-    assert lcs_items("ab", "ba") == ["b"]
-    assert lcs_items("ba", "ab") == ["a"]
+    assert lcs_words(["ab"], ["ba"]) == {"b"}
+    assert lcs_words(["ba"], ["ab"]) == {"a"}
+
+
+def test_a_text_of_many_sentences_is_one_integer(monkeypatch):
+    """Work is counted in rows: one a word of the first text, however many sentences the second has."""
+    n_rows, next_row = 0, lcs._next_row
+
+    def counted(*arguments):
+        nonlocal n_rows
+        n_rows += 1
+        return next_row(*arguments)
+
+    monkeypatch.setattr(lcs, "_next_row", counted)
+    first = [("x", "y", "w", str(n)) for n in range(200)]
+    second = [("w", "x", "y", str(n)) for n in range(200)]  # "w" is never taken, so no sentence can be left out early
+    assert lcs_words(first, second) == {"x", "y", *map(str, range(200))}
+    assert n_rows <= 4 * 200
+
+
+def test_too_long_texts_are_refused_unless_they_are_done_early(monkeypatch):
+    monkeypatch.setattr(lcs, "MAX_PAIRS", 1000)
+    for compare in (lambda: lcs_length("a" * 100, "b" * 100), lambda: lcs_words(["ab" * 50], ["ba" * 50])):
+        with pytest.raises(MetricError, match=r"^scoring one .* takes 10,\d+ pairs .* limit of 1,000: shorten"):
+            compare()
+    assert lcs_words([("a",)] * 1000, [("a",)] * 1000) == {"a"}
+    assert lcs_words([(str(n), "a") for n in range(1000)], [("a",)]) == {"a"}

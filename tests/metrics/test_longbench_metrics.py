@@ -122,3 +122,8 @@ def test_punctuation_list_has_upstream_gaps():
 def test_normalize_answer():
     assert normalize_answer(" The  cat's\tan hat, A.") == "cats hat"
     assert normalize_answer("theatre") == "theatre"
+
+
+def test_code_lines_too_long_for_difflib_are_refused():
+    with pytest.raises(MetricError, match="takes 22,500,000,000 pairs"):
+        get_metric("code_sim").score("a" * 150_000, ["b" * 150_000], (), "lcc")

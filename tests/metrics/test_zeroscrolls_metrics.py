@@ -1,9 +1,15 @@
+import itertools
 import math
+import re
+import tracemalloc
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from kvbench.metrics import get_metric
-from kvbench.metrics.zeroscrolls import TASKS, concordance, exp_similarity, geometric_mean
+from kvbench.metrics.zeroscrolls import _PERCENTAGE, TASKS, concordance, exp_similarity, geometric_mean
 
 DOC_PREDICTIONS = ["red boat in harbour", "the crew sleeps", "nothing"]
 DOC_ANSWERS = [["red boat in harbour"], ["the crew", "crew sleeps well tonight"], ["everything"]]
@@ -41,6 +47,41 @@ def test_hand_computed(metric, prediction, answers, expected):
     assert get_metric(metric).score(prediction, answers, (), "any") == {"score": pytest.approx(expected, abs=1e-12)}
 
 
+@given(st.text("1٣.%a ", max_size=14))
+def test_the_percentage_is_upstream_s(text):
+    upstream = re.search(r"(\d+\.?\d*)%", text)
+    found = _PERCENTAGE.search(text)
+    assert (found and (found.group(1), found.span())) == (upstream and (upstream.group(1), upstream.span()))
+
+
+def test_digits_without_a_sign_are_read_once():
+    """Upstream's pattern looks at every way to split them: 10**14 steps here."""
+    assert exp_similarity("9" * 100_000, "5%") == 0.0
+
+
+@given(st.permutations(list(range(12))), st.permutations(list(range(12))))
+def test_concordance_counts_pairs(predicted, gold):
+    pairs = list(itertools.combinations([predicted.index(number) for number in gold], 2))
+    expected = sum(first < second for first, second in pairs) / len(pairs)
+    assert concordance(str(predicted), str(gold)) == expected
+
+
+def test_concordance_holds_no_pairs():
+    ids = ",".join(map(str, range(2000)))
+    tracemalloc.start()
+    try:
+        assert concordance(ids, ids) == 1.0
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000  # two million pairs take more than 100 MB
+    finally:
+        tracemalloc.stop()
+
+
+@given(*[st.lists(st.sampled_from(["to", "be", "Or", "not", ",", "é"]), max_size=25).map(" ".join)] * 2)
+def test_rouge_l_is_that_of_the_package(answer, prediction):
+    score = get_metric("zs_rouge").score(prediction, [answer], (), "qmsum")
+    assert score["rougeL"] == RougeScorer(["rougeL"]).score(answer, prediction)["rougeL"].fmeasure
+
+
 def test_rouge_takes_the_best_answer_for_each_type():
     # Against the first answer 0.8, 2/3 and 0.8; against the second 1, 0 and 1/3.
     score = get_metric("zs_rouge").score("x1 x2 x3", ["x1 x2", "x3 x2 x1"], (), "squality")
@@ -51,8 +92,6 @@ def test_rouge_takes_the_best_answer_for_each_type():
 
 
 def test_rouge_is_google_rouge_without_stemming():
-    from rouge_score.rouge_scorer import RougeScorer
-
     metric = get_metric("zs_rouge")
     answer, prediction = "The crews discussed harbours.", "the crew discusses harbours, naïve 東京"
     score = metric.score(prediction, [answer], (), "qmsum")
