@@ -1,6 +1,7 @@
 # Two commands need nothing else on a fresh machine with Python 3.11 and a package index:
 #   make demo   the comparison on the default model
 #   make test   lint, types, tests, documentation
+# make test-integrations runs the tests of lm_eval, kvpress and Chromium, the first two in environments of their own.
 # The paper's tables and figures into results/, running what is missing (all of it needs weights, data and a GPU):
 #   make paper-tables MODEL=smollm2-135m LIMIT=10 PROMPT=1500 DATA=DIR OFFICIAL=DIR2
 #   make paper-tables EXPERIMENT="longbench needle" MODEL=llama2-7b-chat SET="output.root=runs"
@@ -10,7 +11,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo paper-tables test lint types unit docs install clean
+LM_EVAL := .venv-lm-eval
+KVPRESS := .venv-kvpress
+
+.PHONY: test-integrations test-lm-eval test-kvpress test-chromium demo paper-tables test lint types unit docs install clean
 
 install: $(STAMP)
 
@@ -47,6 +51,33 @@ docs: $(STAMP)
 	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 test: lint types unit docs
+
+test-integrations: test-lm-eval test-kvpress test-chromium
+
+$(LM_EVAL)/.installed: pyproject.toml constraints.txt constraints-lm-eval.txt
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(LM_EVAL)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(LM_EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --constraint constraints-lm-eval.txt \
+	  pytest pytest-randomly --editable ".[lm_eval]"
+	touch $@
+
+# kvpress wants a transformers older than ours, so kvbench itself is not installed here but imported from this folder.
+$(KVPRESS)/.installed: requirements-kvpress.txt
+	$(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(KVPRESS)/bin/python -m pip install --quiet --requirement requirements-kvpress.txt
+	touch $@
+
+# What is missing is skipped with its reason, and fails where CI=true (tests/conftest.py).
+test-lm-eval: $(LM_EVAL)/.installed
+	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=lm_eval $(LM_EVAL)/bin/python -m pytest -m integration tests/lm_eval
+
+test-kvpress: $(KVPRESS)/.installed
+	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=kvpress $(KVPRESS)/bin/python -m pytest tests/docs/test_kvpress_page.py
+
+test-chromium: $(STAMP)
+	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=chromium $(BIN)/python -m pytest -m integration tests/report
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

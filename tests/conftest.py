@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in report.user_properties:
             if name == "faults" and report.when == "call":
                 terminalreporter.write_line(f"faults: {report.nodeid.rpartition('::')[2]}: {value}")
+
+
+INTEGRATIONS = {
+    "lm_eval": lambda: importlib.util.find_spec("lm_eval") is not None and importlib.util.find_spec("lm_eval.api"),
+    "kvpress": lambda: importlib.util.find_spec("kvpress"),
+    "chromium": lambda: any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose integration is not here, and say so; in `make test-integrations` fail where CI is true."""
+    for marker in item.iter_markers("integration"):
+        (name,) = marker.args
+        if not INTEGRATIONS[name]():
+            reason = f"{name} is not here: run `make test-integrations`, which has a place for it"
+            if os.environ.get("KVBENCH_INTEGRATION") == name and os.environ.get("CI") == "true":
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub: a slow failure would hide a missing fixture

@@ -79,23 +79,23 @@ def lcs_words(first: Iterable[Sequence[str]], second: Iterable[Sequence[str]]) -
     Raises:
         MetricError: if the texts are too long (`check_pairs`); what is no longer needed does not count.
     """
-    first, second = list(dict.fromkeys(map(tuple, first))), list(dict.fromkeys(map(tuple, second)))
-    common = {word for sentence in first for word in sentence} & {word for sentence in second for word in sentence}
+    sentences, others = dict.fromkeys(map(tuple, first)), dict.fromkeys(map(tuple, second))
+    common = {word for sentence in sentences for word in sentence} & {word for other in others for word in other}
     places: dict[str, list[int]] = {word: [] for word in common}
     tops, guards, width = [], [0], 1
     # The walk always drops a word of `second` that `first` lacks.
-    for sentence in dict.fromkeys(tuple(word for word in sentence if word in common) for sentence in second):
-        for place, word in enumerate(sentence, start=width):
+    for other in dict.fromkeys(tuple(word for word in other if word in common) for other in others):
+        for place, word in enumerate(other, start=width):
             places[word].append(place)
-        width += len(sentence) + 1
+        width += len(other) + 1
         guards.append(width - 1)
-        if sentence:
+        if other:
             tops.append(width - 2)
     everything = ((1 << width) - 1) ^ _bits(guards, width)
     ends = _bits(tops, width)
     taken: set[str] = set()
     n_pairs = 0
-    for sentence in first:
+    for sentence in sentences:
         if (common & set(sentence)) <= taken:
             continue  # nothing that this sentence could add
         n_pairs += len(sentence) * width

@@ -1,6 +1,5 @@
 """docs/kvpress.md: the press on the page, inside kvpress. Needs kvpress, hence a transformers older than ours."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -13,10 +12,7 @@ from kvbench.models.config import named_config
 from kvbench.models.load import load_model
 from kvbench.policies.base import LayerStates
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("kvpress") is None,
-    reason="kvpress is not installed: docs/kvpress.md names the versions that this test needs",
-)
+pytestmark = pytest.mark.integration("kvpress")
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kvpress.md"
 N_CONTEXT, N_QUESTION, N_NEW = 60, 5, 10

@@ -11,7 +11,7 @@ from kvbench.lm_eval import register
 from kvbench.lm_eval.__main__ import main
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None and importlib.util.find_spec("lm_eval.api") is not None
-needs_harness = pytest.mark.skipif(not INSTALLED, reason="lm_eval is not installed: pip install 'kvbench[lm_eval]'")
+needs_harness = pytest.mark.integration("lm_eval")
 
 DOCUMENTS = [
     {
