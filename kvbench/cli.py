@@ -5,7 +5,6 @@ Exit codes: 0 done, 3 some samples failed, others as in `kvbench.commands`.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import hydra
 from rich.console import Console
 
+from kvbench import strict_json
 from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, command, one_line
 from kvbench.config import check_arguments, config_folder, register
 from kvbench.errors import ConfigError, KvbenchError
@@ -81,7 +81,7 @@ def report(outcomes: Sequence[JobOutcome]) -> None:
         **({"notes": notes} if notes else {}),
         "arms": [summary.to_dict() for summary in summarise(records)],
     }
-    print(json.dumps(document, ensure_ascii=False), flush=True)
+    print(strict_json.dumps(document, ensure_ascii=False), flush=True)
 
 
 def _by_run(outcomes: Sequence[JobOutcome]) -> list[list[JobOutcome]]:

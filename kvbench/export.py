@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import os
 import re
 import sys
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvbench import strict_json
 from kvbench.commands import command
 from kvbench.errors import RecordError
 from kvbench.exports.model_index import export_model_index
@@ -128,7 +128,7 @@ def export_longbench(runs: Sequence[Path], out: Path) -> dict[Path, int]:
             }
             for record in group.records
         )
-        _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(path, "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         written[path] = len(group.records)
     return written
 
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calls = [call for run in options.runs for call in read_calls(run)]
         refuse_mixture(environments(records, calls), "the export", "say that it may with --mix-environments")
     written = EXPORTERS[options.format](options.runs, options.out)
-    print(json.dumps({str(path): rows for path, rows in written.items()}))
+    print(strict_json.dumps({str(path): rows for path, rows in written.items()}))
     return 0
 
 

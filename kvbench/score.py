@@ -11,7 +11,6 @@ JSON. Equal to LongBench/eval.py at commit 2e00731f to the last decimal, whichev
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from kvbench import strict_json
 from kvbench.commands import command
 from kvbench.errors import DataError
 from kvbench.metrics import Metric, get_metric
@@ -42,7 +42,7 @@ class DatasetScore:
         dataset: name of the data set.
         metric: name of the metric.
         rows: number of scored rows (per bucket for LongBench-E).
-        score: unrounded score on the 0..100 scale, or one for each length bucket for LongBench-E (NaN if empty).
+        score: unrounded score on the 0..100 scale, or one for each length bucket for LongBench-E (NaN if empty; null in JSON).
         official: the same as the official script rounds it.
     """
 
@@ -133,7 +133,7 @@ def official_result(scores: Sequence[DatasetScore]) -> dict[str, float | dict[st
 
 def _write_result(path: Path, result: dict[str, float | dict[str, float]]) -> None:
     try:
-        path.write_text(json.dumps(result, ensure_ascii=False, indent=4), encoding="utf-8")
+        path.write_text(strict_json.dumps(result, ensure_ascii=False, indent=4), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}); leave out --write or copy the folder") from error
 
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.e:
         unrounded = {score.dataset: score.score for score in scores if isinstance(score.score, float)}
         console.print(_average_table((*longbench_averages(unrounded), kvmerger_average(unrounded))))
-    print(json.dumps(result, ensure_ascii=False))
+    print(strict_json.dumps(result, ensure_ascii=False))
     return 0
 
 

@@ -8,12 +8,12 @@ python -m kvbench.analysis draw        # keys, compression, uniformity: CSV and 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvbench import strict_json
 from kvbench.commands import command
 
 
@@ -48,7 +48,7 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
         "samples": measured,
     }  # fmt: skip
     path = folder / f"{file_stem(loaded.name)}.json"
-    path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    path.write_text(strict_json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvbench import strict_json
 from kvbench.check.rule import BROKEN, NOT_RUN, PASSED, Report
 from kvbench.check.rules import check_policy
 from kvbench.check.target import policy_from
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = parser.parse_args(arguments)
     report = check_policy(policy_from(words.target, words.options))
     if words.json:
-        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        print(strict_json.dumps(report.to_dict(), ensure_ascii=False))
     else:
         show(report, Console(width=None if sys.stdout.isatty() else 120))
     return 0 if report.passed else EXIT_BROKEN

@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 nothing to watch, 3 (with --once) some samples failed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from kvbench import strict_json
 from kvbench.commands import EXIT_FAILED_SAMPLES, command
 from kvbench.errors import RecordError
 from kvbench.progress.view import draw
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.once:
         found = _look(watches)
         Console(width=None if sys.stdout.isatty() else 120).print(draw(found))
-        print(json.dumps([{**asdict(run), "complete": run.complete} for run in found], ensure_ascii=False))
+        print(strict_json.dumps([{**asdict(run), "complete": run.complete} for run in found], ensure_ascii=False))
         return EXIT_FAILED_SAMPLES if any(arm.n_failed for run in found for arm in run.arms) else 0
     try:
         with Live(draw(_look(watches)), console=Console(), refresh_per_second=4) as live:

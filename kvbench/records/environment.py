@@ -5,7 +5,6 @@ Bug reports paste it: `python -m kvbench.records.environment`.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kvbench import __version__
+from kvbench import __version__, strict_json
 from kvbench.errors import RecordError
 
 PACKAGES = (
@@ -138,4 +137,4 @@ def _commit() -> str | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(describe_environment(), indent=2))
+    print(strict_json.dumps(describe_environment(), indent=2))

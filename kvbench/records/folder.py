@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from kvbench import strict_json
 from kvbench.errors import RecordError
 from kvbench.records.read import read_config, read_prompts, read_records
 from kvbench.records.schema import Record
@@ -93,7 +94,7 @@ class RunFolder:
         content = {**self.identity, "config": config}
         try:
             with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+                file.write(strict_json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, target)
