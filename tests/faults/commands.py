@@ -133,7 +133,7 @@ def serve(folder: Path) -> Iterator[Server]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(timeout=60)
+        process.wait(timeout=600)
 
 
 def wait_until(condition: Any, command: Command, every_s: float = 0.003, timeout_s: float = 300.0) -> bool:

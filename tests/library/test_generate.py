@@ -111,7 +111,7 @@ def test_streaming_from_a_thread_of_its_own():
     policy = H2O(budget=0.4)
     expected = compressed(model, policy, {"input_ids": ids}, do_sample=False)
     with kvbench.compress(model, policy) as cache:
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600)
         thread = threading.Thread(
             target=model.generate, kwargs={"input_ids": ids, "streamer": streamer, "do_sample": False, **LONG}
         )

@@ -38,7 +38,17 @@ def answers(loaded: LoadedModel, engine: FusedEngine | PlainEngine) -> list[tupl
         engine.run(loaded, jobs(2 if isinstance(engine, FusedEngine) else 1)), key=lambda result: result.index
     )
     assert all(isinstance(result, JobResult) for result in results)
-    return [(arm.arm.key, arm.token_ids, arm.gold_nll, arm.kl, arm.slots_per_layer) for r in results for arm in r.arms]
+    return [arm for result in results for arm in result.arms]
+
+
+def assert_same(found: list, expected: list) -> None:
+    """The same tokens and slots; likelihoods up to the last bits: the order of a sum hangs on how memory is aligned."""
+    assert [(a.arm.key, a.token_ids, a.slots_per_layer) for a in found] == [
+        (a.arm.key, a.token_ids, a.slots_per_layer) for a in expected
+    ]
+    for arm, wanted in zip(found, expected, strict=True):
+        assert arm.gold_nll == pytest.approx(wanted.gold_nll, abs=1e-5)
+        assert arm.kl == pytest.approx(wanted.kl, abs=1e-5)
 
 
 @pytest.mark.parametrize(("engine", "embedding"), [(FusedEngine(), "disk"), (PlainEngine(), "cpu")])
@@ -54,7 +64,7 @@ def test_layers_on_two_devices_answer_token_for_token(engine, embedding, tiny_gq
     devices = {parameter.device.type for parameter in loaded.model.model.layers[1].parameters()}
     assert devices == {"meta"}  # between calls the layer is on the disk
     assert loaded.device == torch.device("cpu")
-    assert answers(loaded, engine) == expected
+    assert_same(answers(loaded, engine), expected)
 
 
 def test_auto_places_a_checkpoint_and_a_random_model_where_there_is_room(tiny_gqa, tmp_path):
@@ -62,8 +72,8 @@ def test_auto_places_a_checkpoint_and_a_random_model_where_there_is_room(tiny_gq
     tiny_gqa.tokenizer.save_pretrained(tmp_path)
     expected = answers(tiny_gqa, FusedEngine())
     stored = load_model(named_config("local", path=str(tmp_path), device_map="auto", chat_format="none"))
-    assert answers(stored, FusedEngine()) == expected
-    assert answers(load_model(named_config("tiny-random", device_map="auto")), FusedEngine()) == expected
+    assert_same(answers(stored, FusedEngine()), expected)
+    assert_same(answers(load_model(named_config("tiny-random", device_map="auto")), FusedEngine()), expected)
 
 
 def test_layers_that_would_have_to_leave_the_gpus_are_refused():

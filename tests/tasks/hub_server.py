@@ -79,7 +79,7 @@ def serve() -> Iterator[HubServer]:
             if hub.stall_after_bytes is not None:
                 self.wfile.write(content[start : hub.stall_after_bytes])
                 self.wfile.flush()
-                hub.release.wait(30)
+                hub.release.wait(600)
                 self.close_connection = True
                 return
             self.wfile.write(content[start:])
