@@ -42,7 +42,8 @@ class DatasetScore:
         dataset: name of the data set.
         metric: name of the metric.
         rows: number of scored rows (per bucket for LongBench-E).
-        score: unrounded score on the 0..100 scale, or one for each length bucket for LongBench-E (NaN if empty; null in JSON).
+        score: unrounded score on the 0..100 scale, or one for each length bucket for LongBench-E (if empty NaN, in JSON
+            null).
         official: the same as the official script rounds it.
     """
 

@@ -71,7 +71,7 @@ def test_length_buckets(folder, capsys):
     assert result["trec"]["0-4k"] == 100.0
     assert result["trec"]["4-8k"] == 50.0
     assert result["trec"]["8k+"] is None
-    assert '"8k+": NaN' in output
+    assert '"8k+": null' in output
     assert "1 / 1 / 1" in output
 
 
