@@ -5,6 +5,7 @@ Bug reports paste it: `python -m kvbench.records.environment`.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess

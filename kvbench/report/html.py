@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from kvbench import strict_json
 from kvbench.records.read import model_name, read_environments, read_prompts, read_records, record_files
 from kvbench.report.browser import browser_samples
 from kvbench.report.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
@@ -140,7 +140,7 @@ def _run_view(run: Path) -> dict[str, Any]:
             for dataset, checksum in data_checksums(read_records(run), read_prompts(run)).items()
         ),
         "config": (run / "config.json").read_text(encoding="utf-8", errors="replace").strip(),
-        "environment": "\n".join(json.dumps(environment, indent=2) for environment in environments),
+        "environment": "\n".join(strict_json.dumps(environment, indent=2) for environment in environments),
     }
 
 
