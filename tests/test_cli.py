@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -68,9 +69,9 @@ def test_a_second_call_computes_nothing_and_says_the_same(smoke):
     assert "loading" not in again.stderr
 
 
-def test_a_named_method_adds_one_arm_to_the_run(smoke):
+def test_a_named_method_adds_one_arm_to_the_run(smoke, tmp_path):
     folder, first = smoke
-    result = kvbench(*SMOKE, "method=h2o", "budget=0.2", folder=folder)
+    result = kvbench(*SMOKE, "method=h2o", "budget=0.2", folder=shutil.copytree(folder, tmp_path / "copy"))
     document = json.loads(result.stdout.splitlines()[-1])
     assert document["run"] == json.loads(first.stdout.splitlines()[-1])["run"]
     assert "h2o@0.2" in [arm["arm"] for arm in document["arms"]]
