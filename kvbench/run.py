@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvbench.engine.base import Arm, ArmResult, Job, JobResult, SampleFailure
 from kvbench.engine.failures import failure_reason
-from kvbench.errors import DataError, KvbenchError, printable
+from kvbench.errors import DataError, printable
 from kvbench.interrupts import interruptible
 from kvbench.metrics import get_metric
 from kvbench.metrics.environment import check_environment
@@ -218,8 +218,6 @@ def _scored(
     identity = _identity(sample, arm.arm, result.index, making)
     try:
         record = _record(loaded, sample, prompt, result, arm, identity)
-    except KvbenchError:
-        raise
     except Exception as error:
         return _failed(identity, f"metric {sample.metric} raised {failure_reason(error)}")
     numbers = {**record.parts, "gold_nll": record.gold_nll, "kl": record.kl}

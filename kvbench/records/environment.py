@@ -91,10 +91,11 @@ def doubts(records: Sequence[Mapping[str, Any]], calls: Iterable[Mapping[str, An
         calls: the calls of their runs.
         n_left_out: answers that were left out: see `kvbench.records.read.read_answers`.
     """
+    found = environments(records, calls)
     lines = []
-    if text := mixture(environments(records, calls)):
+    if text := mixture(found):
         lines.append(f"Answers of several environments stand side by side: {text}.")
-    if n_unverified := sum(not record["call"] for record in records):
+    if n_unverified := sum(n for n, fields in found if not fields):
         lines.append(f"{n_unverified} of {len(records)} answers are unverified: {UNVERIFIED}.")
     if n_left_out:
         lines.append(f"{n_left_out} answers of an earlier text, model or method are left out.")
