@@ -33,6 +33,7 @@ def run_child(order: dict[str, Any]) -> NoReturn:
         order: "arguments" (words after the command), "folder" (working directory), "stdout" and "stderr" (files);
             optionally "file_limit_bytes" (larger files cannot be written), "no_network" (a file to which every attempt
             to reach another machine is written, before it is refused), "environment" (variables to set),
+            "dies_at_open" (a file's name and a count: kill -9 when it is opened for the so-manieth time to append),
             "online" (undo HF_HUB_OFFLINE) and "broken_metric" (what the metric `needle` does instead of its work; see
             `break_metric`).
     """
@@ -45,6 +46,8 @@ def run_child(order: dict[str, Any]) -> NoReturn:
     if "no_network" in order:
         refuse_network(order["no_network"])
     os.environ.update(order.get("environment", {}))
+    if "dies_at_open" in order:
+        die_at_open(*order["dies_at_open"])
     if "online" in order:
         constants.HF_HUB_OFFLINE = False  # read once, at import
     if "broken_metric" in order:
@@ -65,6 +68,20 @@ def break_metric(kind: str) -> None:
         return math.nan if kind == "nan" else "good"
 
     registry._metrics()["needle"] = BestAnswerMetric("needle", "broken on purpose", needle)
+
+
+def die_at_open(name: str, count: int) -> None:
+    """Kill this process when a file of that name is opened by `os.open` for the `count`-th time."""
+    n_left = count
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal n_left
+        if event == "open" and arguments[1] is None and str(arguments[0]).endswith(name):
+            n_left -= 1
+            if n_left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
 
 
 def refuse_network(log: str) -> None:

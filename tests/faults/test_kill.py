@@ -56,19 +56,19 @@ def counts(root: Path) -> Counter[str]:
     )
 
 
-def wait_for_the_moment(generator: random.Random, aim: str, command: Command, root: Path, usual_s: float) -> None:
+def wait_for_the_moment(
+    generator: random.Random, aim: str, command: Command, root: Path, usual_s: tuple[float, float]
+) -> None:
     """Wait until the moment of the kill, random within the phase aimed at; the command may end before."""
     before = counts(root)
     if aim == "start":
-        time.sleep(generator.uniform(0.0, 0.4 * usual_s))
+        time.sleep(generator.uniform(0.0, 0.9 * usual_s[0]))
     elif aim == "prompts":
-        wait_until(lambda: size(root, "*/calls.jsonl") > before["call_bytes"], command)
-        # All of them are written within a millisecond or so.
-        wait_until(lambda: size(root, "*/prompts.jsonl") > before["prompt_bytes"], command, every_s=0.0001)
+        wait_until(lambda: False, command)  # it kills itself: all are written within a millisecond or so
     elif aim == "decode":
         wait_until(lambda: size(root, "*/calls.jsonl") > before["call_bytes"], command)
         left = 1.0 - before["rows"] / (N_SAMPLES * N_ARMS)  # a resumed run takes less time
-        time.sleep(generator.uniform(0.0, 0.4 * usual_s * left))
+        time.sleep(generator.uniform(0.0, 0.6 * usual_s[1] * left))
     else:
         more = generator.randrange(4000)
         wait_until(lambda: size(root, "*/records/*.jsonl") > before["record_bytes"] + more, command)
@@ -76,20 +76,24 @@ def wait_for_the_moment(generator: random.Random, aim: str, command: Command, ro
 
 
 def phase(before: Counter[str], after: Counter[str]) -> str:
-    """What a killed command had been doing, told by what it left behind."""
+    """What a killed command had been doing, told by what it left behind: a call is noted right before the prompts."""
+    if after["call_bytes"] == before["call_bytes"]:
+        return "start"
     if after["prompts"] < N_SAMPLES:
-        return "prompts" if after["prompt_bytes"] > before["prompt_bytes"] else "start"
-    if after["record_bytes"] > before["record_bytes"]:
-        return "records" if after["rows"] % N_ARMS or after["half_lines"] else "decode"
-    return "decode" if after["prompt_bytes"] > before["prompt_bytes"] else "start"
+        return "prompts"
+    grown = after["record_bytes"] > before["record_bytes"]
+    return "records" if grown and (after["rows"] % N_ARMS or after["half_lines"]) else "decode"
 
 
 def test_killed_at_50_random_moments_and_resumed(cli: Server, tmp_path: Path, record_property) -> None:
     undisturbed = tmp_path / "undisturbed"
+    cli.run([*RUN, f"output.root={tmp_path / 'first'}"], tmp_path)  # reads files that the next ones find in memory
     began = time.monotonic()
-    plain = cli.run([*RUN, f"output.root={undisturbed}"], tmp_path)
-    usual_s = time.monotonic() - began
-    assert plain.code == 0, plain.stderr
+    plain = cli.start([*RUN, f"output.root={undisturbed}"], tmp_path)
+    assert wait_until(lambda: size(undisturbed, "*/calls.jsonl"), plain), plain.stderr
+    called = time.monotonic()
+    assert plain.wait() == 0, plain.stderr
+    usual_s = called - began, time.monotonic() - called  # until the call is noted, and from there to the end
     expected_rows = rows(undisturbed)
     expected_files = written_tables(undisturbed, tmp_path / "tables")
     assert len(expected_rows) == N_SAMPLES * N_ARMS
@@ -100,15 +104,18 @@ def test_killed_at_50_random_moments_and_resumed(cli: Server, tmp_path: Path, re
     n_runs = n_half_lines = 0
     lost: set[tuple[str, str, str]] = set()
     while kills.total() < KILLS or not all(kills.values()):
-        assert n_runs < 4 * KILLS, kills
         root, seen = tmp_path / f"run{n_runs}", dict[tuple[str, str, str], dict]()
         while True:
+            assert kills.total() < 4 * KILLS, kills
             before = counts(root)
-            command = cli.start([*RUN, f"output.root={root}"], tmp_path)
             possible = [name for name in PHASES if name != "prompts" or before["prompts"] < N_SAMPLES]
             rarest = min(kills[name] for name in possible)
             aim = generator.choice([name for name in possible if kills[name] <= rarest + 9])
-            if kills.total() < KILLS or not all(kills.values()):
+            going_on = kills.total() < KILLS or not all(kills.values())
+            prompt = generator.randint(1, max(1, N_SAMPLES - before["prompts"]))
+            limits = {"dies_at_open": ("prompts.jsonl", prompt)} if going_on and aim == "prompts" else {}
+            command = cli.start([*RUN, f"output.root={root}"], tmp_path, **limits)
+            if going_on:
                 wait_for_the_moment(generator, aim, command, root, usual_s)
                 command.send(signal.SIGKILL)
             code = command.wait()
