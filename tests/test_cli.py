@@ -120,6 +120,8 @@ def test_help_and_cfg_need_no_model(tmp_path):
         (["task.digits=100000"], ["task.digits=100000", "from 2 to 100", "digits=6"]),
         (["task.name=7"], ["task.name=7", "printable text"]),
         (["engine.max_rows=abc"], ["engine.max_rows='abc'", "integer"]),
+        (["engine.max_rows=1000000000"], ["1000000000", "from 1 to 65536"]),
+        (["engine.memory_ratio=0"], ["engine.memory_ratio=0", "above 0"]),
         (["engine.kernels=abc"], ["engine.kernels='abc'", "auto, torch, triton"]),
         (["method=h2o", "method.budget=true"], ["budget=True", "(0, 1]"]),
         (["protocol.gold_tokens=-1"], ["protocol.gold_tokens=-1", "at least 0"]),

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import psutil
 import torch
@@ -21,7 +21,7 @@ from kvbench.engine.model_check import check_model
 from kvbench.engine.prefill import prefill
 from kvbench.engine.strands import Strand, forced_strand, generating_strand
 from kvbench.errors import ConfigError
-from kvbench.fields import check_fields
+from kvbench.fields import Within, check_fields
 from kvbench.models.load import LoadedModel
 from kvbench.policies.base import CompressedLayer
 from kvbench.policies.full import in_effect
@@ -43,19 +43,15 @@ class FusedEngine(Engine):
     kernels: Literal["auto", "torch", "triton"] = "auto"
     cuda_graphs: bool = True
     compile: bool = True
-    max_rows: int | None = None
-    memory_ratio: float = 0.8
-    check_every: int = 8
+    max_rows: Annotated[int, Within(1, 65_536)] | None = None
+    memory_ratio: Annotated[float, Within(0, 1)] = 0.8
+    check_every: Annotated[int, Within(1)] = 8
 
     def __post_init__(self) -> None:
         """Validate the options."""
         check_fields(self, "engine")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ConfigError(f"engine.max_rows={self.max_rows} is below 1: give a number of rows, or null")
-        if not 0.0 < self.memory_ratio <= 1.0:
-            raise ConfigError(f"engine.memory_ratio={self.memory_ratio} is not in (0, 1]")
-        if self.check_every < 1:
-            raise ConfigError(f"engine.check_every={self.check_every} is below 1")
+        if self.memory_ratio == 0.0:
+            raise ConfigError("engine.memory_ratio=0 leaves no memory: give a share above 0, e.g. memory_ratio=0.8")
 
     def run(
         self, loaded: LoadedModel, jobs: Sequence[Job], stopping: Callable[[], bool] = never
