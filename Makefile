@@ -71,13 +71,13 @@ $(KVPRESS)/.installed: requirements-kvpress.txt
 
 # What is missing is skipped with its reason, and fails where CI=true (tests/conftest.py).
 test-lm-eval: $(LM_EVAL)/.installed
-	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=lm_eval $(LM_EVAL)/bin/python -m pytest -m integration tests/lm_eval
+	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=lm_eval $(LM_EVAL)/bin/python -m pytest -m integration tests/integrations
 
 test-kvpress: $(KVPRESS)/.installed
 	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=kvpress $(KVPRESS)/bin/python -m pytest tests/docs/test_kvpress_page.py
 
 test-chromium: $(STAMP)
-	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=chromium $(BIN)/python -m pytest -m integration tests/report
+	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=chromium $(BIN)/python -m pytest -m integration tests/results
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,17 +6,17 @@
         model.generate(**inputs, max_new_tokens=64)
 
 Importing the package loads nothing else. `compress`, `CompressedCache` and the class of every method under
-`kvbench.policies` are imported when they are first used.
+`kvbench.methods` are imported when they are first used.
 """
 
 import importlib
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvbench.library.cache import CompressedCache
-    from kvbench.library.compress import compress
-    from kvbench.policies.kvmerger import KVMerger
+    from kvbench.methods.kvmerger import KVMerger
+    from kvbench.runtime.compressed_cache import CompressedCache
+    from kvbench.runtime.generate import compress
 
 try:
     __version__ = version("kvbench")
@@ -26,21 +26,17 @@ except PackageNotFoundError:  # running from a source tree that was never instal
 __all__ = ["CompressedCache", "KVMerger", "__version__", "compress"]
 
 
-def _homes() -> dict[str, str]:
-    """Module of each name that is imported on demand: methods are found by the entry points that register them."""
-    homes = {"CompressedCache": "kvbench.library.cache", "compress": "kvbench.library.compress"}
-    for entry_point in entry_points(group="kvbench.policies"):
-        if entry_point.module.startswith("kvbench.policies."):
-            homes[entry_point.attr] = entry_point.module
-    return homes
+def _home(name: str) -> Any:
+    """The object of a name that is imported on demand, or None."""
+    if name in ("CompressedCache", "compress"):
+        return getattr(importlib.import_module("kvbench.runtime.generate"), name)
+    from kvbench.methods.registry import load_policies
+
+    return {policy.__name__: policy for policy in load_policies().values()}.get(name)
 
 
 def __getattr__(name: str) -> Any:
-    home = None if name.startswith("_") else _homes().get(name)
-    if home is None:
+    found = None if name.startswith("_") else _home(name)
+    if found is None:
         raise AttributeError(f"module 'kvbench' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_homes()})
+    return found

@@ -21,8 +21,8 @@ from kvbench.errors import ConfigError, KvbenchError
 from kvbench.job import Job, JobOutcome
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
-from kvbench.report.summary import summarise
-from kvbench.report.terminal import print_tables
+from kvbench.results.summary import summarise
+from kvbench.results.terminal import print_tables
 from kvbench.shards import spell_out_shards
 
 

@@ -84,7 +84,7 @@ def one_line(error: BaseException) -> str:
     unique = [part for i, part in enumerate(parts) if part and part not in parts[:i]]
     line = " <- ".join(unique)
     if ".backend'. To append to your config" in line:
-        from kvbench.policies.registry import BACKEND_HAS_GONE  # late: not every command loads torch
+        from kvbench.methods.registry import BACKEND_HAS_GONE  # late: not every command loads torch
 
         return f"backend{BACKEND_HAS_GONE}"
     for plug_in, extra in LAUNCHER_EXTRAS.items():

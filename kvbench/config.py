@@ -17,8 +17,8 @@ from omegaconf import MISSING, OmegaConf
 
 from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within
+from kvbench.methods.registry import load_policies
 from kvbench.models.config import ModelConfig
-from kvbench.policies.registry import load_policies
 from kvbench.tasks.names import register_task_names
 
 

@@ -2,7 +2,7 @@
 
 Everything that derives from `KvbenchError` ends a command with that one line and exit code 2, never with a traceback;
 any other exception is a defect of the project and keeps its traceback. The exception: what a policy, a metric or the
-model raises while one sample is computed fails that sample alone (`kvbench.engine.failures`).
+model raises while one sample is computed fails that sample alone (`kvbench.runtime.failures`).
 """
 
 import unicodedata

@@ -19,7 +19,7 @@ from kvbench.config import check_arguments, config_folder, register
 from kvbench.errors import ConfigError
 from kvbench.plan import Plan, build_plan
 from kvbench.records.folder import identity_hash
-from kvbench.report.cells import ExpectedArm, ExpectedColumn, TableSpec
+from kvbench.results.cells import ExpectedArm, ExpectedColumn, TableSpec
 
 TRUNCATING = ("longbench/", "zeroscrolls/")  # tasks that define how a prompt is cut; others refuse a longer prompt
 

@@ -28,10 +28,10 @@ from typing import Any
 from kvbench import strict_json
 from kvbench.commands import command
 from kvbench.errors import RecordError
-from kvbench.exports.model_index import export_model_index
 from kvbench.metrics.longbench import DATASETS
 from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.read import model_name, read_calls, read_records
+from kvbench.results.model_index import export_model_index
 from kvbench.tasks.fetched import LONGBENCH_E_DATASETS, ZEROSCROLLS_TEST_QUESTIONS
 
 ZEROSCROLLS_PREFIX = "zeroscrolls_"

@@ -24,10 +24,10 @@ from kvbench.commands import command
 from kvbench.errors import KvbenchError
 from kvbench.experiments import ExperimentPart, experiment_names, experiment_parts, table_spec
 from kvbench.plan import Plan
-from kvbench.report.cells import build_table
-from kvbench.report.figures import write_figures
-from kvbench.report.published import read_published
-from kvbench.report.tables import write_table
+from kvbench.results.cells import build_table
+from kvbench.results.figures import write_figures
+from kvbench.results.published import read_published
+from kvbench.results.tables import write_table
 from kvbench.run import run_plan
 
 

@@ -13,14 +13,14 @@ import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kvbench.config import DataConfig, OutputConfig, ProtocolConfig
-from kvbench.engine.base import Arm, Engine
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.fields import check_fields, shown
+from kvbench.methods.base import Policy
+from kvbench.methods.full import Full
+from kvbench.methods.registry import load_policies, pass_over_backend
 from kvbench.models.config import ModelConfig
 from kvbench.paths import user_path
-from kvbench.policies.base import Policy
-from kvbench.policies.full import Full
-from kvbench.policies.registry import load_policies, pass_over_backend
+from kvbench.runtime.engine import Arm, Engine
 from kvbench.shards import Shard
 from kvbench.tasks.base import Task
 

@@ -16,8 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kvbench.engine.base import Arm, ArmResult, Job, JobResult, SampleFailure
-from kvbench.engine.failures import failure_reason
 from kvbench.errors import DataError, printable
 from kvbench.interrupts import interruptible
 from kvbench.metrics import get_metric
@@ -25,11 +23,13 @@ from kvbench.metrics.environment import check_environment
 from kvbench.models.load import LoadedModel, PreparedModel, load_weights, prepare_model
 from kvbench.models.prompt import EncodedPrompt, encode_sample, encode_text
 from kvbench.plan import Plan
-from kvbench.provenance import Making, making_of
 from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.folder import RunFolder
+from kvbench.records.provenance import Making, making_of
 from kvbench.records.read import read_calls
 from kvbench.records.schema import Record
+from kvbench.runtime.engine import Arm, ArmResult, Job, JobResult, SampleFailure
+from kvbench.runtime.failures import failure_reason
 from kvbench.tasks.base import Sample
 
 

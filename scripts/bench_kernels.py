@@ -26,9 +26,9 @@ import decode_kernels
 import torch
 from torch import Tensor
 
-from kvbench.attention.column_sums_triton import KernelConfig, column_sums_triton, default_config
-from kvbench.attention.fused_forward import forward_with_log_sum_exp
-from kvbench.attention.observe import observe
+from kvbench.ops.column_sums_triton import KernelConfig, column_sums_triton, default_config
+from kvbench.ops.fused_forward import forward_with_log_sum_exp
+from kvbench.runtime.observe import observe
 
 Row = dict[str, Any]
 Producer = Callable[[torch.device], Iterator[Row]]

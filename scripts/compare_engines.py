@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from kvbench.engine.base import Arm, ArmResult, Engine, Job, JobResult, model_shape
-from kvbench.engine.fused import FusedEngine
-from kvbench.engine.plain import PlainEngine
 from kvbench.errors import BudgetError
+from kvbench.methods.full import Full
+from kvbench.methods.registry import build_policy, load_policies
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.policies.full import Full
-from kvbench.policies.registry import build_policy, load_policies
+from kvbench.runtime.engine import Arm, ArmResult, Engine, Job, JobResult, model_shape
+from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.plain import PlainEngine
 
 OPTIONS = {  # a random model has 18 layers, so that methods that leave three whole can meet a budget of 0.2
     "model": "tiny-random", "n_layers": 18, "methods": list(load_policies()), "budgets": [0.5, 0.2],

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.attention import decode, decode_triton
-from kvbench.attention.decode import RaggedLayer
-from kvbench.cache.ragged import RaggedCache
-from kvbench.policies.base import CompressedLayer, Policy
-from kvbench.policies.cam import CaM
-from kvbench.policies.full import Full
-from kvbench.policies.h2o import H2O
+from kvbench.methods.base import CompressedLayer, Policy
+from kvbench.methods.cam import CaM
+from kvbench.methods.full import Full
+from kvbench.methods.h2o import H2O
+from kvbench.ops import ragged_decode as decode
+from kvbench.ops import ragged_decode_triton as decode_triton
+from kvbench.ops.ragged_decode import RaggedLayer
+from kvbench.runtime.cache import RaggedCache
 
 Row = dict[str, Any]
 LIMITS = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kvbench.check import check_policy
 from kvbench.check.page import conformance_page
-from kvbench.policies.registry import build_policy, load_policies
+from kvbench.methods.registry import build_policy, load_policies
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "conformance.md"
 

@@ -15,11 +15,11 @@ import time
 import psutil
 import torch
 
-from kvbench.engine.base import Arm, Job, JobResult
-from kvbench.engine.fused import FusedEngine
+from kvbench.methods.registry import build_policy
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.policies.registry import build_policy
+from kvbench.runtime.engine import Arm, Job, JobResult
+from kvbench.runtime.fused import FusedEngine
 
 ARMS = (("full", {}), ("h2o", {"budget": 0.5}), ("cam", {"budget": 0.35}), ("kvmerger_bias", {"budget": 0.5}))
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kvbench.engine.model_check import check_model, layer_windows
 from kvbench.errors import ModelError
+from kvbench.runtime.model_check import check_model, layer_windows
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 WINDOW_TOKENS = 16
@@ -143,7 +143,7 @@ def page() -> str:
 INTRODUCTION = """# Models
 
 A model is checked once before anything is measured with it, by one check for both engines and `compress()`
-(`kvbench.engine.model_check`). What its configuration tells is refused by name: encoders, parts other than text, layers
+(`kvbench.runtime.model_check`). What its configuration tells is refused by name: encoders, other parts, layers
 that keep something else than keys and values. Then twelve random tokens and four steps through our attention must give
 the logits of the model's own forward pass, which finds what no configuration tells. A refusal is one line, exit code 2,
 before the first sample.

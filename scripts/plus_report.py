@@ -14,8 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvbench.report.comparisons import Comparison, compare_arms
-from kvbench.report.statistics import Scores
+from kvbench.results.comparisons import Comparison, compare_arms
+from kvbench.results.statistics import Scores
 
 Line = Mapping[str, str]
 PERCENT = 100.0  # comparisons are on the 0..100 scale

@@ -25,16 +25,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvbench.attention.interface import attention_implementation
-from kvbench.engine.base import Arm, Job, model_shape
-from kvbench.engine.fork import LayerFork
-from kvbench.engine.prefill import prefill
+from kvbench.methods.base import CompressedLayer
+from kvbench.methods.full import Full
+from kvbench.methods.registry import build_policy
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.prompt import encode_sample
-from kvbench.policies.base import CompressedLayer
-from kvbench.policies.full import Full
-from kvbench.policies.registry import build_policy
+from kvbench.runtime.attention import attention_implementation
+from kvbench.runtime.engine import Arm, Job, model_shape
+from kvbench.runtime.fork import LayerFork
+from kvbench.runtime.prefill import prefill
 from kvbench.tasks.base import Task
 from kvbench.tasks.synthetic.fewshot import FewShot
 from kvbench.tasks.synthetic.niah import NeedleInHaystack

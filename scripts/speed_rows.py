@@ -15,17 +15,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from speed_timing import Row, copy_bandwidth, peak_bytes, reset_peak, take_turns
 
-from kvbench.cache.ragged import RaggedCache
-from kvbench.engine.base import Arm, Job, model_shape
-from kvbench.engine.decode import DecodeLoop
-from kvbench.engine.fork import LayerFork
-from kvbench.engine.fused import FusedEngine
-from kvbench.engine.prefill import prefill
-from kvbench.engine.strands import generating_strand
 from kvbench.errors import ConfigError
+from kvbench.methods.base import CompressedLayer
 from kvbench.models.config import model_config_folder
 from kvbench.models.load import LoadedModel
-from kvbench.policies.base import CompressedLayer
+from kvbench.runtime.cache import RaggedCache
+from kvbench.runtime.decode import DecodeLoop
+from kvbench.runtime.engine import Arm, Job, model_shape
+from kvbench.runtime.fork import LayerFork
+from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.prefill import prefill
+from kvbench.runtime.strands import generating_strand
 
 LONG_TOKENS = 65_536  # from here on one repeat is enough: a run takes many seconds
 

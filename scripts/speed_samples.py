@@ -18,11 +18,11 @@ import torch
 from speed_rows import Setting, prefill_row
 from speed_timing import Row, peak_bytes, say, take_turns
 
-from kvbench.engine.base import Arm, JobResult
-from kvbench.engine.fused import FusedEngine
 from kvbench.errors import KvbenchError
 from kvbench.models.config import ModelConfig
 from kvbench.models.load import LOCATORS, resolve_dtype
+from kvbench.runtime.engine import Arm, JobResult
+from kvbench.runtime.fused import FusedEngine
 
 PRESSES = {
     "full": None,

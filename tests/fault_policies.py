@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 
 HUGE = 1 << 50
 """Elements of a tensor that no machine can allocate."""

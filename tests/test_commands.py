@@ -16,7 +16,7 @@ from kvbench.errors import DataError
 
 COMMANDS = [
     "kvbench.cli", "kvbench.paper", "kvbench.score", "kvbench.export", "kvbench.fetch", "kvbench.report.__main__",
-    "kvbench.progress.__main__", "kvbench.check.cli", "kvbench.analysis.__main__", "kvbench.lm_eval.__main__",
+    "kvbench.progress", "kvbench.check.cli", "kvbench.analysis", "kvbench.lm_eval",
     "kvbench.models.fetch",
 ]  # fmt: skip
 RUN = [

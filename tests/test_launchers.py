@@ -27,7 +27,7 @@ BROKEN = """
 import os
 from dataclasses import dataclass
 from typing import ClassVar
-from kvbench.policies.h2o import H2O
+from kvbench.methods.h2o import H2O
 
 @dataclass(frozen=True, kw_only=True)
 class Broken(H2O):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import kvbench
-from kvbench.policies.registry import load_policies
+from kvbench.methods.registry import load_policies
 
 
 def test_importing_the_package_imports_no_library():

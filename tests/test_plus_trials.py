@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbench.engine.base import Arm, Job, JobResult
-from kvbench.engine.fused import FusedEngine
+from kvbench.methods.full import Full
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.policies.full import Full
+from kvbench.runtime.engine import Arm, Job, JobResult
+from kvbench.runtime.fused import FusedEngine
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

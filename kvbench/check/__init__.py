@@ -1,4 +1,4 @@
-"""Conformance check of a compression method: does a policy keep the contract of `kvbench/policies/base.py`?
+"""Conformance check of a compression method: does a policy keep the contract of `kvbench/methods/base.py`?
 
     python -m kvbench.check h2o                                       an installed method
     python -m kvbench.check my_methods.newest:Newest sinks=4          a class in a file, with options

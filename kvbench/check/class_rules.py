@@ -17,7 +17,7 @@ from kvbench.check.rule import Broken
 from kvbench.check.subject import Subject
 from kvbench.config import config_folder
 from kvbench.errors import BudgetError, ConfigError, KvbenchError
-from kvbench.policies.base import Policy
+from kvbench.methods.base import Policy
 
 DECORATOR = "decorate the class with @dataclass(frozen=True, kw_only=True)"
 
@@ -50,7 +50,7 @@ def has_name(subject: Subject) -> str:
 def needs_can_be_met(subject: Subject) -> str:
     """`needs` names only what a prefill can observe, and a window has a size."""
     policy = subject.policy
-    remedy = "see `needs` and `window_tokens` in kvbench/policies/base.py, or compute scores from keys and values"
+    remedy = "see `needs` and `window_tokens` in kvbench/methods/base.py, or compute scores from keys and values"
     if not isinstance(policy.needs, frozenset):
         raise Broken(f"needs is a {type(policy.needs).__name__}", "write it as frozenset({...})")
     try:

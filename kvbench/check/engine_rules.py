@@ -8,14 +8,14 @@ import torch
 
 from kvbench.check.rule import Broken
 from kvbench.check.subject import Subject
-from kvbench.engine.base import Arm, Engine, Job, JobResult
-from kvbench.engine.fused import FusedEngine
-from kvbench.engine.plain import PlainEngine
 from kvbench.errors import BudgetError
+from kvbench.methods.base import Policy
+from kvbench.methods.full import Full
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.policies.base import Policy
-from kvbench.policies.full import Full
+from kvbench.runtime.engine import Arm, Engine, Job, JobResult
+from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.plain import PlainEngine
 
 MODEL_LAYERS = 8
 TOLERANCE_NATS = 2e-4

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from kvbench.attention.observe import Observer
-from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.runtime.observe import Observer
 
 BUDGETS = (0.1, 0.2, 0.35, 0.5, 1.0)
 N_LAYERS = 32

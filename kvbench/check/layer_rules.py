@@ -7,7 +7,7 @@ import torch
 from kvbench.check.inputs import HEAD_DIM, Case
 from kvbench.check.rule import Broken, NotRun, describe
 from kvbench.check.subject import Subject
-from kvbench.policies.base import CompressedLayer
+from kvbench.methods.base import CompressedLayer
 
 
 def compresses(subject: Subject) -> str:
@@ -169,4 +169,4 @@ def full_budget(subject: Subject) -> str:
 
 
 def _whole(case: Case) -> str:
-    return f"return the layer as it is if budget_tokens >= {case.n_tokens} (whole_layer in kvbench/policies/full.py)"
+    return f"return the layer as it is if budget_tokens >= {case.n_tokens} (whole_layer in kvbench/methods/full.py)"

@@ -14,11 +14,9 @@ from torch import Tensor
 from kvbench.check.inputs import SEED, Case, copy_of, tensors_of
 from kvbench.check.rule import Broken
 from kvbench.check.subject import Subject
-from kvbench.policies.base import CompressedLayer
+from kvbench.methods.base import CompressedLayer
 
-SEEDED = (
-    "draw from a torch.Generator seeded with layer.seed and layer.layer_index, or from kvbench.policies.counter_rng"
-)
+SEEDED = "draw from a torch.Generator seeded with layer.seed and layer.layer_index, or from kvbench.ops.counter_rng"
 
 
 def deterministic(subject: Subject) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvbench.check import class_rules, engine_rules, layer_rules, pure_rules, step_rules
 from kvbench.check.rule import Report, Rule, apply_rules
 from kvbench.check.subject import Subject
-from kvbench.policies.base import Policy
+from kvbench.methods.base import Policy
 
 _SOUND = ("shapes", "dtypes", "lengths")
 _PURE = ("inputs", "deterministic", "generators")

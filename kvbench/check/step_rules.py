@@ -10,7 +10,7 @@ from kvbench.check.inputs import Case, bring_token, decode_slots
 from kvbench.check.pure_rules import generator_states, same, seeded_globals
 from kvbench.check.rule import Broken, NotRun, describe
 from kvbench.check.subject import Subject
-from kvbench.policies.base import DecodeSlots
+from kvbench.methods.base import DecodeSlots
 
 N_STEPS = 24
 

@@ -10,7 +10,7 @@ import torch
 
 from kvbench.check.inputs import BUDGETS, N_LAYERS, Case, cases, copy_of, layer_states
 from kvbench.errors import BudgetError, ConfigError
-from kvbench.policies.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy
 
 
 class Subject:

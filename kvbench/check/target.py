@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from kvbench.errors import ConfigError
-from kvbench.policies.base import Policy
-from kvbench.policies.registry import build_policy
+from kvbench.methods.base import Policy
+from kvbench.methods.registry import build_policy
 
 
 def policy_from(target: str, settings: Sequence[str] = ()) -> Policy:
@@ -63,5 +63,5 @@ def _policy_class(target: str) -> type[Policy]:
             "directory or installed"
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Policy)):
-        raise ConfigError(f"{target} is not a subclass of kvbench.policies.base.Policy: derive it from that class")
+        raise ConfigError(f"{target} is not a subclass of kvbench.methods.base.Policy: derive it from that class")
     return kind

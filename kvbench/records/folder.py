@@ -8,7 +8,7 @@
         shards/2-of-8/      the same files without config.json, from calls with shard=2/8
 
 A second call with the same definition finds the same folder and computes only what is missing, or was made by another
-text, model or method (`kvbench.provenance`); what was recorded is never overwritten. Every shard appends to
+text, model or method (`kvbench.records.provenance`); what was recorded is never overwritten. Every shard appends to
 files of its own: on a network file system two machines that append to one file can overwrite each other's lines.
 """
 

@@ -55,7 +55,7 @@ class Record:
         engine: engine settings and what was really used (kernels, batch rows, notes such as a halved batch).
         meta: the sample's `meta` (length and depth of a needle, category, ...).
         call: id of the call that made it (`calls.jsonl`); this and the hashes are empty in records of earlier versions.
-        question_sha256: what was asked; see `kvbench.provenance`, as for the next two.
+        question_sha256: what was asked; see `kvbench.records.provenance`, as for the next two.
         model_sha256: what answered.
         method_sha256: what compressed.
         recorded_at: when the record was made, seconds since 1970.

@@ -13,8 +13,8 @@ from wrong_policies import Newest, Stepper
 from kvbench.check import RULES, check_policy
 from kvbench.check.cli import main
 from kvbench.check.page import conformance_page, conformance_row
-from kvbench.policies.base import Policy
-from kvbench.policies.registry import build_policy, load_policies
+from kvbench.methods.base import Policy
+from kvbench.methods.registry import build_policy, load_policies
 
 report_of = cache(check_policy)  # several tests look at the same report
 CONFORMANCE = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
@@ -122,10 +122,10 @@ def test_json_is_one_document(capsys):
     [
         (["h20"], "unknown method 'h20': choose one of"),
         (["nowhere.at_all:Policy"], "nowhere.at_all:Policy cannot be loaded"),
-        (["kvbench.policies.h2o:H3O"], "cannot be loaded"),
-        (["kvbench.policies.h2o:math"], "is not a subclass of kvbench.policies.base.Policy"),
-        (["kvbench.policies.h2o:H2O", "sinks=4"], "unknown option sinks for kvbench.policies.h2o:H2O: choose among"),
-        (["kvbench.policies.base:Policy"], "cannot be built"),
+        (["kvbench.methods.h2o:H3O"], "cannot be loaded"),
+        (["kvbench.methods.h2o:math"], "is not a subclass of kvbench.methods.base.Policy"),
+        (["kvbench.methods.h2o:H2O", "sinks=4"], "unknown option sinks for kvbench.methods.h2o:H2O: choose among"),
+        (["kvbench.methods.base:Policy"], "cannot be built"),
         (["h2o", "recent_share=2"], "recent_share=2 is not in"),
         (["h2o", "recent_share"], "cannot be read: write name=value"),
         (["h2o", "recent_share=0.1,0.2"], "gives several values"),

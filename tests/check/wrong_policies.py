@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.policies.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 
 
 def newest(layer: LayerStates, n_slots: int) -> CompressedLayer:

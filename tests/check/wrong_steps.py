@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from wrong_policies import Stepper
 
-from kvbench.policies.base import DecodeSlots
+from kvbench.methods.base import DecodeSlots
 
 
 @dataclass(frozen=True, kw_only=True)

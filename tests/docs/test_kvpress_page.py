@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbench.engine.base import Arm, Job
-from kvbench.engine.plain import PlainEngine
+from kvbench.methods.base import LayerStates
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.policies.base import LayerStates
+from kvbench.runtime.engine import Arm, Job
+from kvbench.runtime.plain import PlainEngine
 
 pytestmark = pytest.mark.integration("kvpress")
 

@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from kvbench.check import RULES, check_policy
 from kvbench.check.cli import main as check
 from kvbench.cli import main
-from kvbench.policies.registry import build_policy
+from kvbench.methods.registry import build_policy
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from commands import RUN, Command, Server, complete_lines, rows, wait_until
 
 from kvbench.records.read import read_prompts, read_records
-from kvbench.report.cells import ExpectedArm, ExpectedColumn, TableSpec, build_table
-from kvbench.report.summary import summarise
-from kvbench.report.tables import write_table
-from kvbench.report.text import DETAIL_HEADER
+from kvbench.results.cells import ExpectedArm, ExpectedColumn, TableSpec, build_table
+from kvbench.results.summary import summarise
+from kvbench.results.tables import write_table
+from kvbench.results.text import DETAIL_HEADER
 
 KILLS = 50
 SEED = 20261124

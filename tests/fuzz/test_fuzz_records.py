@@ -18,14 +18,14 @@ from verdicts import CASES, NASTY, Tally, generator, shown
 
 from kvbench.experiments import composed
 from kvbench.export import export_longbench
-from kvbench.exports.model_index import export_model_index
 from kvbench.plan import build_plan
-from kvbench.progress.view import draw
-from kvbench.progress.watch import RunWatch
 from kvbench.records.read import read_calls, read_prompts, read_records
-from kvbench.report.html import render_report
-from kvbench.report.summary import summarise
-from kvbench.report.terminal import print_tables
+from kvbench.results.html import render_report
+from kvbench.results.model_index import export_model_index
+from kvbench.results.progress_view import draw
+from kvbench.results.progress_watch import RunWatch
+from kvbench.results.summary import summarise
+from kvbench.results.terminal import print_tables
 from kvbench.run import run_plan
 
 

@@ -8,14 +8,14 @@ import torch
 from transformers.utils import logging
 
 import kvbench
-from kvbench.engine.base import Arm, Job, SampleFailure
-from kvbench.engine.fused import FusedEngine
-from kvbench.engine.model_check import layer_windows
-from kvbench.engine.plain import PlainEngine
 from kvbench.errors import ModelError
+from kvbench.methods.full import Full
 from kvbench.models.byte_tokenizer import byte_tokenizer
 from kvbench.models.load import LoadedModel
-from kvbench.policies.full import Full
+from kvbench.runtime.engine import Arm, Job, SampleFailure
+from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.model_check import layer_windows
+from kvbench.runtime.plain import PlainEngine
 
 SPEC = importlib.util.spec_from_file_location(
     "model_table", Path(__file__).resolve().parents[2] / "scripts" / "model_table.py"

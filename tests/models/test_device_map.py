@@ -6,14 +6,14 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from kvbench.engine.base import Arm, Job, JobResult
-from kvbench.engine.fused import FusedEngine
-from kvbench.engine.plain import PlainEngine
 from kvbench.errors import ModelError
+from kvbench.methods.registry import build_policy
 from kvbench.models.config import named_config
 from kvbench.models.device_map import check_device_map, describe_placement, input_device
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.policies.registry import build_policy
+from kvbench.runtime.engine import Arm, Job, JobResult
+from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.plain import PlainEngine
 
 METHODS = [("full", 1.0), ("h2o", 0.5), ("cam", 0.5), ("kvmerger_bias", 0.5)]
 

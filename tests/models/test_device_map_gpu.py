@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 
-from kvbench.engine.base import Arm, Job, JobResult
-from kvbench.engine.fused import FusedEngine
+from kvbench.methods.registry import build_policy
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.policies.registry import build_policy
+from kvbench.runtime.engine import Arm, Job, JobResult
+from kvbench.runtime.fused import FusedEngine
 
 pytestmark = [
     pytest.mark.gpu,

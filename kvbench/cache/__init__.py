@@ -1,1 +1,0 @@
-"""Storage for the compressed caches of all rows of a decode batch."""

@@ -1,0 +1,52 @@
+"""The tasks of the lm-evaluation-harness (EleutherAI, package `lm_eval`) with a compressed cache.
+
+    pip install "kvbench[lm_eval]"
+    python -m kvbench.lm_eval --model kvbench --tasks gsm8k \
+        --model_args pretrained=smollm2-135m,method=kvmerger,budget=0.5
+
+The command is the harness's own `lm_eval`, with one model more: lm_eval 0.4.13 finds models in a table of its own and
+looks for no entry points, so whoever starts it has to register others first. A script does the same with
+`kvbench.lm_eval.register()`, before `lm_eval.simple_evaluate(model="kvbench", ...)`.
+
+What is compressed, and what is not, says `kvbench.integrations.lm_eval_answers`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from kvbench.commands import command
+from kvbench.errors import ConfigError
+
+MODEL_NAME = "kvbench"
+
+
+def register() -> None:
+    """Make the model `kvbench` known to the harness of this process; may be called repeatedly.
+
+    Raises:
+        ConfigError: if the harness is not installed.
+    """
+    try:
+        from lm_eval.api.registry import register_model
+    except ImportError as error:
+        raise ConfigError(
+            f'the package lm_eval cannot be imported ({error}): pip install "kvbench[lm_eval]" (0.4.13 or later)'
+        ) from error
+    from kvbench.integrations.lm_eval_model import CompressedCacheLM  # its base class is the harness's
+
+    register_model(MODEL_NAME)(CompressedCacheLM)
+
+
+@command
+def main() -> int:
+    """Register the model and hand over to `lm_eval`; returns 2 after an error that the user can mend."""
+    register()
+    from lm_eval.__main__ import cli_evaluate  # only here: `register` says so if the package is missing
+
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

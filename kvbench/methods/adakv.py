@@ -1,0 +1,117 @@
+"""AdaKV: divide a layer's slots among its heads by where the high scores are, whatever scores the keys.
+
+Source: Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference"
+(NeurIPS 2025, arXiv 2407.11550), algorithm 1 and its safeguard; official code FFY0/AdaKV. The scores of all heads of a
+layer are pooled, the best H_k * b of them are counted per head, and a head gets `b * floor_share` slots for certain and
+its share of the others in proportion to its count. Heads then keep their own best, and become ragged.
+
+Deviations: the official code rounds every head's number, so that the total may be off by a few; here the remainders
+decide (largest first, ties: the lower head), and the total is exact. Its `normalize` switch is not offered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.errors import ConfigError
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.options import require_number
+from kvbench.methods.scored import ScoredPolicy, protect_first, take_slots
+from kvbench.methods.snapkv import SnapKV
+from kvbench.ops.segments import largest_by_recency
+
+PAPERS_BASE = SnapKV()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaKV(Policy):
+    """Ragged heads over the scores of another method; one selection at the end of the prompt.
+
+    Attributes:
+        base: the method whose scores, protected tokens and layer budgets are used; its own `budget` is not.
+        floor_share: share of its average slots that every head gets for certain; 1 is the base method.
+    """
+
+    base: ScoredPolicy = PAPERS_BASE
+    floor_share: float = 0.2
+
+    name: ClassVar[str] = "adakv"
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        super().__post_init__()
+        if not isinstance(self.base, ScoredPolicy):
+            raise ConfigError(
+                f"base={self.base!r} scores no keys: give a method of kvbench.methods.scored, e.g. "
+                "base._target_=kvbench.methods.snapkv.SnapKV"
+            )
+        require_number("floor_share", self.floor_share, 0.0, 1.0)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the base method needs."""
+        return self.base.needs
+
+    @property
+    def window_tokens(self) -> int:
+        """The base method's window."""
+        return self.base.window_tokens
+
+    @property
+    def minimum_tokens(self) -> int:
+        """The base method's minimum."""
+        return self.base.minimum_tokens
+
+    def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
+        """The base method's layer budgets for this budget; over PyramidKV, layers and heads both differ."""
+        return dataclasses.replace(self.base, budget=self.budget).layer_budgets(n_tokens, n_layers)
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        """Keep each head's best, as many as its share; see `Policy.compress`.
+
+        Args:
+            layer: has to provide what `needs` says.
+            budget_tokens: slots per KV head on average.
+
+        Returns:
+            Slots in the order of positions, with `lengths` that sum to `H_k * budget_tokens`.
+        """
+        first, last = self.base.first_tokens, self.base.last_tokens
+        n_tokens, device = layer.n_tokens, layer.keys.device
+        scores = self.base.scores(layer)
+        lengths = first + last + self.head_slots(scores[:, first : n_tokens - last], budget_tokens - first - last)
+        kept = torch.ones_like(scores, dtype=torch.bool)
+        older = protect_first(scores, first)[:, : n_tokens - last]
+        kept[:, : n_tokens - last] = largest_by_recency(older, lengths.unsqueeze(1) - last)
+        positions = torch.where(kept, torch.arange(n_tokens, device=device), n_tokens).sort(1).values
+        positions = positions[:, : int(lengths.max())].clamp_max(n_tokens - 1)
+        return take_slots(layer, positions, lengths)
+
+    def head_slots(self, scores: Tensor, average: int) -> Tensor:
+        """Divide slots among heads.
+
+        Args:
+            scores: `(H_k, n)` fp32 of the tokens that compete.
+            average: b, slots per head to be divided, at most n.
+
+        Returns:
+            `(H_k,)` int64, at most n each, summing to `H_k * average`.
+        """
+        n_heads = scores.shape[0]
+        total = n_heads * average
+        floor = math.floor(round(self.floor_share * average, 9))
+        pooled = scores.flip(1).T.flatten()  # by position from the last, then head: a stable sort keeps that for ties
+        winners = pooled.sort(descending=True, stable=True).indices[:total].remainder(n_heads)
+        counts = (winners == torch.arange(n_heads, device=scores.device).unsqueeze(1)).sum(1)
+        shares = counts * (total - n_heads * floor)  # times 1 / total, in integers
+        slots = shares // max(total, 1)
+        left = total - n_heads * floor - slots.sum()
+        order = shares.remainder(max(total, 1)).sort(descending=True, stable=True).indices
+        slots[order] += torch.arange(n_heads, device=scores.device) < left
+        return floor + slots

@@ -1,0 +1,73 @@
+"""D2O: H2O with sinks; of the evicted tokens, those similar enough to a kept one are recalled and merged into it.
+
+Source: Wan et al., "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language
+Models" (ICLR 2025, arXiv 2406.13035); official code AIoT-MLSys-Lab/d2o. The base keeps 4 first tokens, the heavy
+hitters by accumulated attention, and a recent window. An evicted token's nearest kept token is the one with the highest
+cosine u of the keys; it merges if u is at least the mean of these cosines, the threshold's first value. A kept token
+becomes the mean of itself and all `u_e k_e` that join it, for keys and values alike; as in the code, the weights do not
+sum to one. The first two layers and the last stay whole.
+
+Deviations: it fires once, at the end of the prompt (there: at the first new token, then at every one, with a moving
+average of the threshold); each head has its own threshold (there: a mean over heads of tokens that differ between
+heads); the other layers share what is left of the budget evenly. The official code divides it by the variance of the
+attention in each layer, which is known only after all layers have run, whereas a layer here is compressed while it is
+at hand and no prompt's full cache is ever held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvbench.methods.base import CompressedLayer, LayerStates
+from kvbench.methods.budgets import with_whole_layers
+from kvbench.methods.evict_and_merge import EvictAndMerge, nearest_kept, sum_by_slot, tokens_at
+from kvbench.methods.options import reduce_groups, require_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class D2O(EvictAndMerge):
+    """Heavy hitters with recall of similar tokens; the options of `EvictAndMerge`, and these.
+
+    Attributes:
+        whole_first_layers: first layers left uncompressed; their slots count towards the budget.
+        whole_last_layers: last layers left uncompressed, likewise.
+    """
+
+    whole_first_layers: int = 2
+    whole_last_layers: int = 1
+
+    name: ClassVar[str] = "d2o"
+    needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        super().__post_init__()
+        require_count("whole_first_layers", self.whole_first_layers, minimum=0)
+        require_count("whole_last_layers", self.whole_last_layers, minimum=0)
+
+    def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
+        """Give whole layers all T slots and spread the rest evenly; see `Policy.layer_budgets`."""
+        return with_whole_layers(self, n_tokens, n_layers, self.whole_first_layers, self.whole_last_layers)
+
+    def scores(self, layer: LayerStates) -> Tensor:
+        """Accumulated attention of each token; see `EvictAndMerge.scores`. Needs `column_sums`."""
+        if layer.column_sums is None:
+            raise ValueError(f"{self.name} needs column_sums, which the prefill did not provide")
+        return reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
+
+    def merge_evicted(self, layer: LayerStates, kept: CompressedLayer, evicted: Tensor) -> CompressedLayer:
+        """Average the recalled tokens into their nearest kept ones; see `EvictAndMerge.merge_evicted`."""
+        cosines, slots = nearest_kept(layer.keys, kept.positions, evicted)
+        recalled = cosines >= cosines.mean(1, keepdim=True)
+        weights = (cosines * recalled).unsqueeze(-1)
+        n_slots = kept.keys.shape[1]
+        members = 1.0 + sum_by_slot(recalled.float().unsqueeze(-1), slots, n_slots)
+
+        def averaged(states: Tensor, own: Tensor) -> Tensor:
+            joined = sum_by_slot(tokens_at(states, evicted) * weights, slots, n_slots)
+            return ((own.float() + joined) / members).to(own.dtype)
+
+        return CompressedLayer(averaged(layer.keys, kept.keys), averaged(layer.values, kept.values), kept.positions)

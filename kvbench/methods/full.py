@@ -1,0 +1,46 @@
+"""The full cache: every prompt token kept, the baseline of every table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kvbench.errors import ConfigError
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+
+
+def whole_layer(layer: LayerStates) -> CompressedLayer:
+    """Return the layer uncompressed (sharing memory): T slots per KV head at their own positions."""
+    positions = torch.arange(layer.n_tokens, device=layer.keys.device)
+    return CompressedLayer(layer.keys, layer.values, positions.expand(layer.n_kv_heads, -1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Policy):
+    """Keep all keys and values; while decoding the cache grows by one slot per new token."""
+
+    name: ClassVar[str] = "full"
+
+    def __post_init__(self) -> None:
+        """Refuse any budget but 1: nothing would be left out, so the number would mislead."""
+        super().__post_init__()
+        if self.budget != 1.0:
+            raise ConfigError(f"budget={self.budget:g} with method full, which keeps everything: set budget to 1.0")
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        """Return the layer as it is; see `Policy.compress`."""
+        return whole_layer(layer)
+
+
+def in_effect(policy: Policy) -> Policy:
+    """The policy that runs in place of one: at budget 1 every method keeps everything, while decoding, too.
+
+    Args:
+        policy: any policy. One whose budget decides nothing (`exact_budget` is false) runs at any budget.
+
+    Returns:
+        `Full()` at budget 1, else the policy itself.
+    """
+    return Full() if policy.budget == 1.0 and policy.exact_budget else policy

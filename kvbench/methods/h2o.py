@@ -1,0 +1,133 @@
+"""H2O, the heavy-hitter oracle: keep the tokens that attracted most attention, and the most recent ones.
+
+Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models" (NeurIPS
+2023). The official code holds four variants that differ; this is the one that really drops
+(FMInference/H2O, `h2o_hf/utils_real_drop/modify_llama.py`): one selection at the end of the prompt, then one eviction
+after each new token, at original positions. Three deliberate deviations: scores are summed in fp32 (there: fp16), sizes
+are shares of the budget (there: absolute numbers), and selection is per KV head with a choice of reduction over its
+query heads (there: no grouped-query attention; the authors' later version in llama-recipes takes the first query
+head).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.methods.options import GROUP_REDUCTIONS, reduce_groups, require_bool, require_choice, require_number
+from kvbench.methods.rows import RowsStepper
+from kvbench.ops import selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    """Heavy hitters plus a recent window, of constant size while decoding.
+
+    Slots are ordered [heavy, recent], prompt positions ascending in both. While decoding, the recent slots are a ring:
+    the token that leaves the window before new token `step_index` is in ring slot `step_index mod recent`.
+
+    Attributes:
+        recent_share: share of the kept slots that holds the most recent tokens; the rest holds heavy hitters.
+        normalise_by_count: divide each score by the number of queries that could see its key (the flavour of kvpress'
+            ObservedAttention); H2O itself ranks by the plain sum, which favours early tokens.
+        group_reduce: how the query heads of a KV head share one score: "mean" (same ranks as the sum), "max" or
+            "first".
+    """
+
+    recent_share: float = 0.5
+    normalise_by_count: bool = False
+    group_reduce: str = "mean"
+
+    name: ClassVar[str] = "h2o"
+    needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
+    steps: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        super().__post_init__()
+        require_number("recent_share", self.recent_share, 0.0, 1.0, include_low=False)
+        require_bool("normalise_by_count", self.normalise_by_count)
+        require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
+
+    @property
+    def minimum_tokens(self) -> int:
+        """Four: below that, one of the halves holds a single token."""
+        return 4
+
+    def split(self, n_slots: int) -> tuple[int, int]:
+        """Divide a layer's slots into (heavy, recent); recent is the floor of its share, but at least 1."""
+        recent = max(1, math.floor(round(self.recent_share * n_slots, 9)))
+        return n_slots - recent, recent
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        """Keep the heavy hitters among the older tokens and the recent window.
+
+        Args:
+            layer: needs `column_sums`.
+            budget_tokens: slots per KV head.
+
+        Returns:
+            `budget_tokens` slots per KV head; state "scores" `(H_k, m)` fp32, attention mass summed over all queries so
+            far, and with `normalise_by_count` also "counts" `(H_k, m)` fp32, the queries that saw each slot.
+        """
+        if layer.column_sums is None:
+            raise ValueError("h2o needs column_sums, which the prefill did not provide")
+        scores = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
+        ranks = scores / layer.query_counts if self.normalise_by_count else scores
+        operations = selection_operations(layer.kernels)
+        positions = operations.heavy_and_recent(ranks, *self.split(budget_tokens))
+        keys, values, kept_scores = operations.keep_slots(layer.keys, layer.values, scores, positions)
+        state = {"scores": kept_scores}
+        if self.normalise_by_count:
+            state["counts"] = (layer.n_tokens - positions).float()
+        return CompressedLayer(keys, values, positions, state=state)
+
+    def step(self, slots: DecodeSlots, attention: Tensor) -> None:
+        """Count the new token's attention, then evict the weakest of the heavy slots and the token leaving the window.
+
+        The leaving token wins a tie (it is the more recent one); among heavy slots the first of equals goes. Device
+        operations only: nothing is read back to the host.
+        """
+        n_slots = slots.keys.shape[1] - 1
+        heavy, recent = self.split(n_slots)
+        scores = slots.state["scores"]
+        scores += reduce_groups(attention, slots.keys.shape[0], self.group_reduce)
+        ranks = scores
+        if self.normalise_by_count:
+            slots.state["counts"] += 1.0
+            ranks = scores / slots.state["counts"]
+        leaving = (heavy + slots.step_index.remainder(recent)).reshape(1)
+        per_slot = [slots.keys, slots.values, *slots.state.values()]
+        if heavy:
+            weakest = ranks[:, :heavy].min(dim=1, keepdim=True)
+            wins = ranks.index_select(1, leaving) >= weakest.values
+            target = torch.where(wins, weakest.indices, leaving)  # a loser moves onto itself and is overwritten below
+            for tensor in per_slot:
+                index = target.reshape(target.shape + (1,) * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
+                tensor.scatter_(1, index, tensor.index_select(1, leaving))
+        for tensor in per_slot:
+            tensor.index_copy_(1, leaving, tensor[:, n_slots:].clone())
+
+    @classmethod
+    def rows_stepper(
+        cls, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device
+    ) -> RowsStepper:
+        """Make the version of `step` that serves all rows of this policy in one launch (arguments: `RowsStepper`)."""
+        from kvbench.ops.h2o_step_triton import H2ORowsStepper  # imports triton, which a CPU may lack
+
+        return H2ORowsStepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)
+
+
+def selection_operations(kernels: str) -> ModuleType:
+    """The module that selects and copies slots, kernels or their torch twin (see `LayerStates.kernels`)."""
+    if kernels == "torch":
+        return selection
+    from kvbench.ops import selection_triton  # imports triton, which a CPU may lack
+
+    return selection_triton

@@ -1,0 +1,107 @@
+"""KeepKV: an evicted token joins the kept token with the most similar key, and its vote stays with it as a bias.
+
+Source: Tian et al., "KeepKV: Achieving Periodic Lossless KV Cache Compression for Efficient LLM Inference" (AAAI 2026,
+arXiv 2504.09936); official code kkvcache/KeepKV, `utils_hh/modify_llama_oursk.py`. A slot that stands for p tokens
+has p electoral votes: log(p) is added to its logits. Tokens merge with weights w = p s, where s estimates from the last
+queries the unnormalised attention exp(q.k) that a token gets; evicted tokens below the similarity threshold go.
+
+What follows the code and not the paper: the merged key is the plain convex mixture (the paper scales it further, which
+others found harmful; T0nyN1/kv-cache-merging-limits measured +0.37 LongBench points for keys left in place against
+-9.75 for the scaled ones, at 5 %; `merge_keys=False` leaves them in place).
+
+Deviations: s is the mean softmax probability of a fixed window of queries, instead of the mean of exp(q.k) over a
+window of a tenth of the prompt: each query's own normaliser keeps the ratio of two tokens and cannot overflow. One
+merge at the end of the prompt (there: also after every new token), layers share the budget evenly, and query heads of a
+group share votes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import CompressedLayer, LayerStates
+from kvbench.methods.evict_and_merge import EvictAndMerge, nearest_kept, sum_by_slot, tokens_at
+from kvbench.methods.options import reduce_groups, require_bool, require_count, require_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepKV(EvictAndMerge):
+    """Merging with votes; the options of `EvictAndMerge`, and these.
+
+    Attributes:
+        threshold: cosine of the keys at and above which an evicted token merges, in [-1, 1].
+        observation_tokens: last prompt queries that score the tokens and estimate their weights.
+        distance_weight: weight of the last of these queries in the scores, the first one's being 1; linear between.
+        merge_keys: false leaves the kept keys as they are and merges values and votes only.
+    """
+
+    threshold: float = 0.8
+    observation_tokens: int = 32
+    distance_weight: float = 1.2
+    merge_keys: bool = True
+
+    name: ClassVar[str] = "keepkv"
+    needs: ClassVar[frozenset[str]] = frozenset({"window_attention"})
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        super().__post_init__()
+        require_number("threshold", self.threshold, -1.0, 1.0)
+        require_count("observation_tokens", self.observation_tokens, minimum=1)
+        require_number("distance_weight", self.distance_weight, 0.0, float("inf"), include_high=False)
+        require_bool("merge_keys", self.merge_keys)
+
+    @property
+    def window_tokens(self) -> int:
+        """The observation window."""
+        return self.observation_tokens
+
+    def window(self, layer: LayerStates) -> Tensor:
+        """Attention of the last queries, `(H_k, min(W, T), T)` fp32, reduced over the query heads of a group."""
+        if layer.window_attention is None:
+            raise ValueError(f"{self.name} needs window_attention, which the prefill did not provide")
+        return reduce_groups(
+            layer.window_attention[:, -self.observation_tokens :].float(), layer.n_kv_heads, self.group_reduce
+        )
+
+    def scores(self, layer: LayerStates) -> Tensor:
+        """Attention from the window's queries, later queries weighted a little more; see `EvictAndMerge.scores`."""
+        window = self.window(layer)
+        weights = torch.linspace(1.0, self.distance_weight, window.shape[1], device=window.device)
+        return (window * weights.unsqueeze(-1)).sum(1)
+
+    def attention_estimates(self, layer: LayerStates) -> Tensor:
+        """s: mean attention of each token over the window's queries that can see it, `(H_k, T)` fp32, above 0."""
+        window = self.window(layer)
+        seen_by = layer.query_counts.clamp_max(window.shape[1])
+        return window.sum(1) / seen_by + torch.finfo(torch.float32).tiny
+
+    def merge_evicted(self, layer: LayerStates, kept: CompressedLayer, evicted: Tensor) -> CompressedLayer:
+        """Mix similar tokens into their slots by weight and count their votes; see `EvictAndMerge.merge_evicted`.
+
+        Returns:
+            Slots with `bias`, the logarithm of the votes.
+        """
+        cosines, slots = nearest_kept(layer.keys, kept.positions, evicted)
+        joins = cosines >= self.threshold
+        estimates = self.attention_estimates(layer)
+        joining = estimates.gather(1, evicted) * joins
+        staying = estimates.gather(1, kept.positions).unsqueeze(-1)
+        n_slots = kept.keys.shape[1]
+        sums = sum_by_slot(torch.stack([joining, joins.float()], -1), slots, n_slots)
+        total, votes = staying + sums[..., :1], 1.0 + sums[..., 1]
+
+        def mixed(states: Tensor, own: Tensor) -> Tensor:
+            joined = sum_by_slot(tokens_at(states, evicted) * joining.unsqueeze(-1), slots, n_slots)
+            return ((own.float() * staying + joined) / total).to(own.dtype)
+
+        return CompressedLayer(
+            mixed(layer.keys, kept.keys) if self.merge_keys else kept.keys,
+            mixed(layer.values, kept.values),
+            kept.positions,
+            bias=votes.log(),
+        )

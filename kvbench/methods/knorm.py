@@ -1,0 +1,57 @@
+"""Knorm: keep the keys of smallest L2 norm; no attention is needed at all.
+
+Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression" (EMNLP 2024, arXiv
+2406.11430); KnormPress of NVIDIA/kvpress. Keys of low norm tend to receive much attention, and the rotary embedding
+does not change a norm. It fires once; while decoding the cache grows.
+
+The defaults are kvpress': every layer, no protected tokens. Zefan-Cai/KVCache-Factory leaves the first two layers whole
+(`whole_first_layers=2`); `recent_tokens` makes a fair comparison with methods that protect a recent window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvbench.methods.base import LayerStates
+from kvbench.methods.budgets import with_whole_layers
+from kvbench.methods.options import require_count
+from kvbench.methods.scored import ScoredPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knorm(ScoredPolicy):
+    """Low-norm keys; one selection at the end of the prompt.
+
+    Attributes:
+        recent_tokens: last tokens that are always kept.
+        whole_first_layers: first layers left uncompressed; their slots count towards the budget.
+    """
+
+    recent_tokens: int = 0
+    whole_first_layers: int = 0
+
+    name: ClassVar[str] = "knorm"
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        super().__post_init__()
+        require_count("recent_tokens", self.recent_tokens, minimum=0)
+        require_count("whole_first_layers", self.whole_first_layers, minimum=0)
+
+    @property
+    def last_tokens(self) -> int:
+        """The recent window."""
+        return self.recent_tokens
+
+    def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
+        """Give whole layers all T slots and spread the rest evenly; see `Policy.layer_budgets`."""
+        if not self.whole_first_layers:
+            return super().layer_budgets(n_tokens, n_layers)
+        return with_whole_layers(self, n_tokens, n_layers, self.whole_first_layers, 0)
+
+    def scores(self, layer: LayerStates) -> Tensor:
+        """Negative L2 norm of each key, `(H_k, T)` fp32."""
+        return -layer.keys.float().norm(dim=-1)

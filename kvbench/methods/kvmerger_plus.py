@@ -1,0 +1,149 @@
+"""KVMerger Plus: what works best in our own trials; keep by two opinions, then let the kept slots absorb the rest.
+
+No paper describes this method; `docs/findings.md` has the trials behind it, also those that failed. Three parts:
+
+1. A quarter of the slots goes to the last tokens. Of the others a third goes to what the question asks for: votes of
+   the prompt's last few queries, pooled along the tokens so that a chosen token brings its neighbours (SnapKV, arXiv
+   2404.14469, with a narrower window and a wider kernel).
+2. The others go to what the text needs to go on: the mean attention a key received, once over all queries that could
+   see it and once over the last few hundred (H2O, arXiv 2306.14048, without its favour for early tokens).
+3. Dropped tokens are not averaged into neighbours as in KVMerger (arXiv 2407.08454). Instead the kept values, and on
+   request a bias, are refitted until the last queries get the output they had (`kvbench.ops.refit`).
+
+It fires once, at the end of the prompt; while decoding the cache grows. Keys are never changed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from kvbench.errors import ConfigError
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.full import whole_layer
+from kvbench.methods.options import (
+    GROUP_REDUCTIONS,
+    reduce_groups,
+    require_choice,
+    require_count,
+    require_number,
+)
+from kvbench.ops.refit import kept_mass, refit_bias, refit_values
+from kvbench.ops.segments import largest_by_recency
+
+REFITS = ("values", "both", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVMergerPlus(Policy):
+    """Keep what question and text look at, and refit the kept values to the attention of the last queries.
+
+    Attributes:
+        recent_share: share of the kept slots that holds the most recent tokens, at least one.
+        question_share: share of the other slots that the question's votes fill; attention to the text fills the rest.
+        question_queries: last prompt queries that vote. A question is short: wider windows let the text before it
+            outvote it.
+        kernel_tokens: width of the pooling of those votes, odd; 1 does not pool. An answer is several tokens long and
+            stands next to the words that the question repeats.
+        text_queries: last prompt queries whose mean attention is one half of the text's score.
+        refit: "values" (same bytes as eviction), "both" values and a bias (4 bytes more a slot), or "none".
+        refit_queries: last prompt queries to which slots are refitted.
+        ridge: how much corrections are shrunk, in units of a query's mean squared attention.
+        group_reduce: how the query heads of a KV head share one score: "mean", "max" or "first".
+    """
+
+    recent_share: float = 0.25
+    question_share: float = 0.33
+    question_queries: int = 16
+    kernel_tokens: int = 13
+    text_queries: int = 256
+    refit: str = "values"
+    refit_queries: int = 64
+    ridge: float = 0.03
+    group_reduce: str = "mean"
+
+    name: ClassVar[str] = "kvmerger_plus"
+    needs: ClassVar[frozenset[str]] = frozenset({"column_sums", "window_attention"})
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        super().__post_init__()
+        for option in ("question_queries", "kernel_tokens", "text_queries", "refit_queries"):
+            require_count(option, getattr(self, option), minimum=1)
+        if self.kernel_tokens % 2 == 0:
+            raise ConfigError(f"kernel_tokens={self.kernel_tokens} is even: give an odd width, so that it has a middle")
+        require_number("recent_share", self.recent_share, 0.0, 1.0)
+        require_number("question_share", self.question_share, 0.0, 1.0)
+        require_choice("refit", self.refit, REFITS)
+        require_number("ridge", self.ridge, 0.0, math.inf, include_low=False, include_high=False)
+        require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
+
+    @property
+    def window_tokens(self) -> int:
+        """The widest of the three windows."""
+        return max(self.question_queries, self.text_queries, self.refit_queries)
+
+    @property
+    def minimum_tokens(self) -> int:
+        """Four: below that, one of the three parts may hold nothing."""
+        return 4
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        """Choose slots and refit them; see `Policy.compress`.
+
+        Args:
+            layer: needs `column_sums` and `window_attention`.
+            budget_tokens: slots per KV head; T leaves the layer whole.
+
+        Returns:
+            `budget_tokens` slots per KV head at their own positions, with a bias if `refit` is "both".
+        """
+        if layer.column_sums is None or layer.window_attention is None:
+            raise ValueError(f"{self.name} needs column_sums and window_attention, which the prefill did not provide")
+        if budget_tokens >= layer.n_tokens:
+            return whole_layer(layer)
+        positions = self.positions(layer, budget_tokens)
+        slots = positions.unsqueeze(-1).expand(-1, -1, layer.keys.shape[-1])
+        keys, values = layer.keys.gather(1, slots), layer.values.gather(1, slots)
+        if self.refit == "none":
+            return CompressedLayer(keys, values, positions)
+        rows = layer.window_attention[:, -self.refit_queries :].unflatten(0, (layer.n_kv_heads, -1)).flatten(1, 2)
+        mass = kept_mass(rows, positions)
+        bias = refit_bias(mass, self.ridge) if self.refit == "both" else None
+        values = refit_values(rows, mass, layer.values, values, bias, self.ridge)
+        return CompressedLayer(keys, values, positions, bias=bias)
+
+    def positions(self, layer: LayerStates, budget_tokens: int) -> Tensor:
+        """Choose the tokens to keep (ties: the more recent token), `(H_k, budget_tokens)` int64, ascending."""
+        n_tokens = layer.n_tokens
+        recent, n_question = self.split(budget_tokens)
+        n_chosen = budget_tokens - recent
+        votes = self.mean_attention(layer, self.question_queries)[:, : n_tokens - recent]
+        votes = max_pool1d(votes, self.kernel_tokens, stride=1, padding=self.kernel_tokens // 2)
+        asked = largest_by_recency(votes, n_question)
+        told = self.text_scores(layer)[:, : n_tokens - recent].masked_fill(asked, -math.inf)
+        kept = torch.ones(layer.n_kv_heads, n_tokens, dtype=torch.bool, device=layer.keys.device)
+        kept[:, : n_tokens - recent] = asked | largest_by_recency(told, n_chosen - n_question)
+        tokens = torch.arange(n_tokens, device=layer.keys.device)
+        return torch.where(kept, tokens, n_tokens).sort(dim=1).values[:, :budget_tokens]
+
+    def split(self, n_slots: int) -> tuple[int, int]:
+        """How many of a layer's slots hold recent tokens, and how many follow the question."""
+        recent = max(1, math.floor(round(self.recent_share * n_slots, 9)))
+        return recent, math.floor(round(self.question_share * (n_slots - recent), 9))
+
+    def mean_attention(self, layer: LayerStates, n_queries: int) -> Tensor:
+        """Mean attention each key receives from the last queries, `(H_k, T)` fp32."""
+        assert layer.window_attention is not None
+        return reduce_groups(layer.window_attention[:, -n_queries:].mean(1), layer.n_kv_heads, self.group_reduce)
+
+    def text_scores(self, layer: LayerStates) -> Tensor:
+        """Mean attention over the queries that could see a key and over the last ones, averaged, `(H_k, T)` fp32."""
+        assert layer.column_sums is not None
+        seen = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce) / layer.query_counts
+        return 0.5 * (seen + self.mean_attention(layer, self.text_queries))

@@ -1,0 +1,59 @@
+"""PyramidKV: SnapKV's selection with more slots in lower layers and fewer in higher ones.
+
+Source: Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling" (arXiv
+2406.02069); official code Zefan-Cai/KVCache-Factory, `pyramidkv/pyramidkv_utils.py`. With capacity c, window W and
+b = c - W, the last layer keeps b / beta prefix tokens, the first 2 b minus that, the layers between lie on a line, and
+every layer keeps its window; if b is more than half of the prompt, all layers get the same.
+
+Deviation: the official step between layers is rounded down, so that the total depends on rounding; here each layer of
+the lower half is rounded up and its counterpart in the upper half gets the rest, so that the total is the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvbench.methods.options import require_count
+from kvbench.methods.snapkv import SnapKV
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidKV(SnapKV):
+    """SnapKV with budgets that fall from layer to layer; its options are SnapKV's, and one more.
+
+    Attributes:
+        observation_tokens: as SnapKV's; 8 in the official LongBench runs.
+        beta: the last layer keeps 1 / beta of the average prefix slots; larger is steeper, 1 is uniform.
+    """
+
+    observation_tokens: int = 8
+    beta: int = 20
+
+    name: ClassVar[str] = "pyramidkv"
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        super().__post_init__()
+        require_count("beta", self.beta, minimum=1)
+
+    def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
+        """Slots that fall linearly from the first layer to the last.
+
+        Returns:
+            Slots per KV head and layer, window included, summing to `n_layers * budget_tokens(n_tokens)`.
+
+        Raises:
+            BudgetError: if the average is not above the window.
+        """
+        uniform = super().layer_budgets(n_tokens, n_layers)
+        average = uniform[0] - self.observation_tokens
+        if n_tokens < 2 * average:
+            return uniform
+        least = average // self.beta
+        most = min(2 * average - least, n_tokens - self.observation_tokens)
+        fall = 2 * (most - average)  # from the first layer to the last
+        lower = [most - fall * index // (n_layers - 1) for index in range(n_layers // 2)]
+        middle = [average] * (n_layers % 2)
+        upper = [2 * average - slots for slots in reversed(lower)]
+        return [self.observation_tokens + slots for slots in (*lower, *middle, *upper)]

@@ -1,0 +1,93 @@
+"""Find policies by name: the files of this package, and every entry point of the group `kvbench.policies`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import logging
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+
+from kvbench import methods
+from kvbench.errors import ConfigError
+from kvbench.methods.base import Policy
+
+ENTRY_POINT_GROUP = "kvbench.policies"
+BACKEND_HAS_GONE = (
+    " is no option of a method any more: kernels are the engine's choice, so leave it out and set engine.kernels "
+    "(auto, torch or triton; engine=plain is torch everywhere)"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_policies() -> dict[str, type[Policy]]:
+    """Load all methods: those of this package, and what other distributions register as entry points.
+
+    Returns:
+        Class by method name, sorted by name.
+
+    Raises:
+        ConfigError: if an entry point cannot be imported, is no `Policy`, or two packages claim one name.
+    """
+    policies = dict(_own_policies())
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        origin = f"entry point {entry_point.name} = {entry_point.value}"
+        try:
+            policy = entry_point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{origin} cannot be loaded ({error}): mend or uninstall the package") from error
+        if not (isinstance(policy, type) and issubclass(policy, Policy)):
+            raise ConfigError(f"{origin} is not a subclass of kvbench.methods.base.Policy: correct the entry point")
+        if policies.setdefault(entry_point.name, policy) is not policy:
+            raise ConfigError(f"{origin} claims a name that another package has: uninstall one of them")
+    return dict(sorted(policies.items()))
+
+
+@functools.cache
+def _own_policies() -> dict[str, type[Policy]]:
+    """Every class in a module of `kvbench.methods` that has a method's name: a file there is all a method needs."""
+    modules = [importlib.import_module(f"{methods.__name__}.{found.name}") for found in iter_modules(methods.__path__)]
+    classes = [(module, value) for module in modules for value in vars(module).values() if isinstance(value, type)]
+    return {
+        policy.name: policy
+        for module, policy in classes
+        if issubclass(policy, Policy) and policy.__module__ == module.__name__ and "name" in vars(policy)
+    }
+
+
+def build_policy(name: str, options: Mapping[str, object] | None = None) -> Policy:
+    """Build a policy from its method name and options.
+
+    Args:
+        name: method name, e.g. "kvmerger".
+        options: field values, `budget` among them; fields left out keep their defaults.
+
+    Raises:
+        ConfigError: for an unknown method or option (the message lists the choices), or a value the method refuses.
+    """
+    policies = load_policies()
+    if name not in policies:
+        raise ConfigError(f"unknown method {name!r}: choose one of {', '.join(policies)}")
+    policy = policies[name]
+    given = dict(options or {})
+    known = [field.name for field in dataclasses.fields(policy)]
+    if "backend" in given and "backend" not in known:
+        pass_over_backend(given.pop("backend"))
+    unknown = [option for option in given if option not in known]
+    if unknown:
+        raise ConfigError(f"unknown option {', '.join(unknown)} for method {name}: choose among {', '.join(known)}")
+    return policy(**given)  # type: ignore[arg-type]  # every policy validates its own fields
+
+
+def pass_over_backend(value: object) -> None:
+    """Say what has become of an option that three methods once had; "auto", its default, may still be given.
+
+    Raises:
+        ConfigError: for any other value, which nobody would obey.
+    """
+    if value != "auto":
+        raise ConfigError(f"backend={value}{BACKEND_HAS_GONE}")
+    logger.warning("backend=%s%s", value, BACKEND_HAS_GONE)

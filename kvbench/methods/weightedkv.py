@@ -1,0 +1,50 @@
+"""WeightedKV: drop the key of a little-attended token and leave its value with the token that follows it.
+
+Source: Yuan et al., "WeightedKV: Attention Scores Weighted Key-Value Cache Merging for Large Language Models" (ICASSP
+2025, arXiv 2503.01330); no official code was found. The evicted token j and the next kept one c make the value
+`(a_j v_j + a_c v_c) / (a_j + a_c)`, a being the average attention a token received from the queries that could see it;
+where several evicted tokens come before c, their weights add up. Keys are never mixed.
+
+Our readings: the paper evicts one token per step of a text; here all evictions happen once, at the end of the prompt,
+and long runs of evicted tokens share one slot. Sinks and a recent window are protected, half of the slots each way as
+in H2O; the paper's numbers for them are not known to us. Query heads of a group share their mean attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvbench.methods.base import CompressedLayer, LayerStates
+from kvbench.methods.evict_and_merge import EvictAndMerge, sum_by_slot, tokens_at
+from kvbench.methods.options import reduce_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedKV(EvictAndMerge):
+    """Values of evicted tokens merge forwards, weighted by average attention; the options are `EvictAndMerge`'s."""
+
+    name: ClassVar[str] = "weightedkv"
+    needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
+
+    def scores(self, layer: LayerStates) -> Tensor:
+        """Average attention of each token, above 0; see `EvictAndMerge.scores`. Needs `column_sums`."""
+        if layer.column_sums is None:
+            raise ValueError(f"{self.name} needs column_sums, which the prefill did not provide")
+        sums = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
+        return sums / layer.query_counts + torch.finfo(torch.float32).tiny
+
+    def merge_evicted(self, layer: LayerStates, kept: CompressedLayer, evicted: Tensor) -> CompressedLayer:
+        """Mix the values of evicted tokens into the next kept one; see `EvictAndMerge.merge_evicted`."""
+        attention = self.scores(layer)
+        weights = attention.gather(1, evicted).unsqueeze(-1)
+        staying = attention.gather(1, kept.positions).unsqueeze(-1)
+        n_slots = kept.keys.shape[1]
+        following = torch.searchsorted(kept.positions, evicted)  # the last token is kept, so there is always one
+        rows = torch.cat([tokens_at(layer.values, evicted) * weights, weights], -1)
+        sums = sum_by_slot(rows, following, n_slots)
+        values = (kept.values.float() * staying + sums[..., :-1]) / (staying + sums[..., -1:])
+        return CompressedLayer(kept.keys, values.to(kept.values.dtype), kept.positions)

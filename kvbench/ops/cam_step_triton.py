@@ -1,0 +1,131 @@
+"""CaM's decoding step for all rows of a layer in one launch; the same operation as `CaM.step`, row by row."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import triton
+import triton.language as tl
+
+from kvbench.methods.rows import RowsStepper, StepLayer, StepRow
+from kvbench.ops.counter_rng import INCREMENT, MASK, MULTIPLIERS
+from kvbench.ops.h2o_step_triton import group_attention
+
+BLOCK_SLOTS = 1024
+BLOCK_TARGETS = 32
+
+
+@triton.jit
+def absorb(state, word, INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """One round of `counter_rng.counter_hash` on int64 scalars: bit for bit the same."""
+    state = ((state ^ (word.to(tl.int64) & MASK)) + INCREMENT) & MASK
+    state = state ^ (state >> 16)
+    state = (state * FIRST) & MASK
+    state = state ^ (state >> 15)
+    state = (state * SECOND) & MASK
+    return state ^ (state >> 16)
+
+
+@triton.jit
+def _cam_kernel(
+    table, hashes, keys, values, scores, offsets, lengths, attention, attention_offsets, step_index,
+    INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    N_COLUMNS: tl.constexpr, N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+):  # fmt: skip
+    """One row and KV head: count the attention, put the new token in the leaving one's place, merge the latter."""
+    entry = table + (tl.program_id(0) // N_KV_HEADS) * N_COLUMNS
+    head = tl.program_id(0) % N_KV_HEADS
+    row = tl.load(entry)
+    first_recent = tl.load(entry + 1)
+    recent = tl.load(entry + 2)
+    n_targets = tl.load(entry + 3)
+    n_slots = tl.load(lengths + row * N_KV_HEADS + head)
+    scores += tl.load(entry + 4) + head * (n_slots + 1)
+    attention += tl.load(attention_offsets + row) + head * GROUP * (n_slots + 1)
+    step = tl.load(step_index + row)
+    phase = step % recent
+    leaving = first_recent + phase
+
+    leaving_score = 0.0
+    target_sum = 0.0
+    for start in range(0, n_slots, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        valid = slots < n_slots
+        total, _, _ = group_attention(attention, n_slots + 1, slots, valid, GROUP)
+        updated = tl.load(scores + slots, mask=valid, other=0.0) + total / GROUP
+        tl.store(scores + slots, updated, mask=valid)
+        ahead = (slots - leaving + recent) % recent
+        is_target = valid & (slots >= first_recent) & (ahead >= 1) & (ahead <= n_targets)
+        target_sum += tl.sum(tl.where(is_target, updated, 0.0), axis=0)
+        leaving_score += tl.sum(tl.where(slots == leaving, updated, 0.0), axis=0)
+    total, _, _ = group_attention(attention, n_slots + 1, n_slots, True, GROUP)
+    new_score = total / GROUP
+
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = dims < HEAD_DIM
+    block = tl.load(offsets + row * N_KV_HEADS + head)
+    from_leaving = (block + leaving) * HEAD_DIM + dims
+    from_new = (block + n_slots) * HEAD_DIM + dims
+    leaving_value = tl.load(values + from_leaving, mask=mask, other=0.0).to(tl.float32)
+    new_key = tl.load(keys + from_new, mask=mask)
+    new_value = tl.load(values + from_new, mask=mask)
+    tl.debug_barrier()  # the loop's stores and these loads come before the moves, whichever thread did them
+    tl.store(keys + from_leaving, new_key, mask=mask)
+    tl.store(values + from_leaving, new_value, mask=mask)
+    tl.store(scores + leaving, new_score)
+    if n_targets > 0:
+        if n_targets == recent:  # so short a window that the new token is a target, too
+            target_sum += new_score
+        bits = tl.load(hashes + (tl.program_id(0) // N_KV_HEADS) * N_KV_HEADS + head)
+        bits = absorb(bits, step, INCREMENT, MASK, FIRST, SECOND)
+        uniform = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2 ** -24
+        if uniform * (target_sum / n_targets) < leaving_score:
+            share = leaving_value / n_targets
+            tl.debug_barrier()  # the new token's value may be read below by other threads than wrote it
+            for nearest in range(1, n_targets + 1, TARGETS):
+                distance = nearest + tl.arange(0, TARGETS)
+                targets = first_recent + (phase + distance) % recent
+                at = (block + targets)[:, None] * HEAD_DIM + dims[None, :]
+                there = (distance <= n_targets)[:, None] & mask[None, :]
+                merged = tl.load(values + at, mask=there, other=0.0).to(tl.float32) + share[None, :]
+                tl.store(values + at, merged.to(values.dtype.element_ty), mask=there)
+
+
+class CaMRowsStepper(RowsStepper):
+    """Steps all CaM rows of a layer, options differing from row to row included.
+
+    Attributes:
+        hashes: `(n_layers, max_rows, H_k)` int64, the rows' `head_hashes` in the order of the table.
+    """
+
+    n_columns: ClassVar[int] = 4
+
+    def __init__(self, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device):
+        super().__init__(n_layers, max_rows, n_query_heads, n_kv_heads, device)
+        with torch.inference_mode(False):
+            self.hashes = torch.zeros(n_layers, max_rows, n_kv_heads, dtype=torch.int64, device=device)
+
+    def prepare(self, layer: StepLayer) -> None:
+        """As the base class, and gather the hashes on the device."""
+        super().prepare(layer)
+        hashes = torch.stack([row.constants["head_hashes"].view(-1) for row in layer.rows])
+        self.hashes[layer.index, : len(layer.rows)].copy_(hashes)
+
+    def columns(self, row: StepRow) -> list[int]:
+        """Start and recent slots, number of targets (0 without merging), offset of the scores."""
+        start, recent = row.policy.split(row.n_slots)
+        n_targets = min(row.policy.merge_tokens, recent) if row.policy.merge else 0
+        return [start, recent, n_targets, row.state_offsets["scores"]]
+
+    def step(self, layer: StepLayer) -> None:
+        """One launch: a program per row and KV head."""
+        head_dim = layer.keys.shape[1]
+        _cam_kernel[(len(layer.rows) * self.n_kv_heads,)](
+            self.table[layer.index], self.hashes[layer.index], layer.keys, layer.values, layer.states["scores"],
+            layer.offsets, layer.lengths, layer.attention, layer.attention_offsets, layer.step_index,
+            INCREMENT=INCREMENT, MASK=MASK, FIRST=MULTIPLIERS[0], SECOND=MULTIPLIERS[1],
+            N_COLUMNS=self.table.shape[2], N_KV_HEADS=self.n_kv_heads, GROUP=self.group_size, HEAD_DIM=head_dim,
+            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK=BLOCK_SLOTS, TARGETS=BLOCK_TARGETS, num_warps=4,
+        )  # fmt: skip

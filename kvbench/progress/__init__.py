@@ -1,1 +1,0 @@
-"""How far runs are, from what they have written alone: `python -m kvbench.progress`."""

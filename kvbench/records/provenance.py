@@ -1,0 +1,177 @@
+"""Hashes of what makes an answer; a recorded one counts as done only if all three are those of today.
+
+They are of its *question* (token ids, gold answer, limits), of its *model* (the weights' files and their dtype) and of
+its *method* (class and source). What else can move a number is its environment: see `kvbench.records.environment`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from kvbench.errors import RecordError
+from kvbench.metrics.environment import scorer_versions
+from kvbench.models.config import ModelConfig
+from kvbench.models.load import PreparedModel
+from kvbench.ops.dispatch import choose_backend
+from kvbench.paths import cache_folder
+from kvbench.plan import Plan
+from kvbench.records.environment import describe_environment
+from kvbench.records.schema import HASHES
+from kvbench.runtime.engine import Job
+from kvbench.tasks.base import Sample
+
+WEIGHT_FILES = ("*.safetensors", "config.json")
+"""What of a checkpoint folder decides on logits; the tokenizer shows in the token ids."""
+
+
+@dataclass(frozen=True)
+class Making:
+    """What this call would make its answers with: the hashes below and the environment.
+
+    Attributes:
+        call: the call's id.
+        questions: hash by position of the sample.
+        model: hash.
+        methods: hash by arm.
+        environment: see `kvbench.records.environment`.
+    """
+
+    call: str
+    questions: dict[int, str]
+    model: str
+    methods: dict[str, str]
+    environment: dict[str, Any]
+
+    def accepts(self, record: dict[str, Any], position: int, unverified: bool) -> bool:
+        """Whether a recorded answer is to the same question, by the same model and method.
+
+        Args:
+            record: the record.
+            position: position of its sample.
+            unverified: what is said of records that do not say.
+        """
+        hashes = [record[name] for name in HASHES]
+        expected = [self.questions[position], self.model, self.methods[record["arm"]]]
+        return hashes == expected or (unverified and not any(hashes))
+
+    def fields(self, position: int, arm: str) -> dict[str, str]:
+        """The fields of a record that say what made it."""
+        hashes = (self.questions[position], self.model, self.methods[arm])
+        return {"call": self.call, **dict(zip(HASHES, hashes, strict=True))}
+
+
+def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jobs: Mapping[int, Job]) -> Making:
+    """What a call would make its answers with.
+
+    Raises:
+        KvbenchError: if the weights cannot be read, or the kernels asked for cannot run on this device.
+    """
+    kernels = choose_backend(getattr(plan.engine, "kernels", "torch"), prepared.device)
+    on_gpu = prepared.device.type == "cuda"
+    return Making(
+        call=uuid4().hex[:12],
+        questions={index: question_sha256(job, samples[index]) for index, job in jobs.items()},
+        model=model_sha256(plan.model, prepared),
+        methods={arm.key: method_sha256(type(arm.policy)) for arm in plan.arms},
+        environment={
+            **describe_environment(),
+            "device": torch.cuda.get_device_name(prepared.device) if on_gpu else f"CPU {platform.machine()}",
+            "dtype": str(prepared.dtype).removeprefix("torch."),
+            "engine": type(plan.engine).__name__,
+            "kernels": kernels,
+            "scorers": scorer_versions(),
+        },
+    )
+
+
+def question_sha256(job: Job, sample: Sample) -> str:
+    """Hash of everything that is put to the model for one sample, and of what its answer is scored against.
+
+    Args:
+        job: the sample as the engine gets it; its arms do not matter.
+        sample: the sample; its answers and its metric do.
+    """
+    asked = (job.input_ids, job.compress_at, job.stop_ids, job.max_new_tokens, job.min_new_tokens, job.seed)
+    return _sha256([*asked, job.gold_ids, sample.answers, sample.all_classes, sample.metric])
+
+
+def model_sha256(config: ModelConfig, prepared: PreparedModel) -> str:
+    """Hash of a model's weights (the content of its files, or what they are drawn from) and of their dtype."""
+    if prepared.folder is None:
+        drawn = {name: value for name, value in vars(config).items() if name not in ("device", "device_map")}
+        return _sha256([drawn, str(prepared.dtype)])
+    files = sorted({file for pattern in WEIGHT_FILES for file in prepared.folder.glob(pattern)})
+    return _sha256([[file.name, file_sha256(file)] for file in files] + [str(prepared.dtype)])
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file; remembered in the cache folder for as long as its size, times and inode stay the same.
+
+    Raises:
+        RecordError: if it cannot be read.
+    """
+    try:
+        found = file.resolve().stat()
+        state = [str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        note = cache_folder() / "sha256" / _sha256(state)
+        if note.is_file() and len(known := note.read_text()) == 64:
+            return known
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        note.parent.mkdir(exist_ok=True)
+        scratch = note.with_suffix(f".{uuid4().hex}")
+        scratch.write_text(digest)
+        os.replace(scratch, note)
+    except OSError as error:
+        raise RecordError(
+            f"{file} cannot be hashed ({error.strerror}): check its permissions and free space"
+        ) from error
+    return digest
+
+
+def method_sha256(method: type) -> str:
+    """Hash of a class's path and source: the modules of it and its bases, and what those import from beside them.
+
+    Args:
+        method: a policy class.
+    """
+    found: dict[str, ModuleType] = {}
+    waiting = [base.__module__ for base in method.__mro__ if base.__module__ not in ("builtins", "abc")]
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        if name in found or module is None:
+            continue
+        found[name] = module
+        package = name.rpartition(".")[0]
+        for value in list(vars(module).values()):
+            other = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(other, str) and package and other.startswith(package + "."):
+                waiting.append(other)
+    return _sha256(
+        [f"{method.__module__}:{method.__qualname__}", *((name, _source(found[name])) for name in sorted(found))]
+    )
+
+
+def _source(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):  # made at a prompt, or compiled
+        return ""
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Slow fp32 twins of the methods, in the papers' symbols."""

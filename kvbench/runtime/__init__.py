@@ -1,0 +1,1 @@
+"""One cache, one attention adapter, one model check: observe, fork, decode, and generate for `compress()`."""

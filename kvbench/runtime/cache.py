@@ -1,0 +1,503 @@
+"""The cache of a decode batch whose rows are arms and samples with different numbers of slots, stored without padding.
+
+One `RaggedCache` is both the `past_key_values` of a transformers model (`update` writes the new token) and the
+`attention_context` of its attention layers (`attend` reads what is stored). Prefill writes rows layer by layer; every
+decode step is then one forward pass over all rows and one `advance`:
+
+    cache = RaggedCache(n_layers, n_query_heads, n_kv_heads, head_dim, dtype)
+    row = cache.add_row(policy, position=n_prompt_tokens, room_tokens=max_new_tokens)
+    cache.write(layer_index, row, policy.compress(states, budget_tokens))        # for every layer
+    model(input_ids, position_ids=cache.position_ids, past_key_values=cache, attention_context=cache, use_cache=True)
+    cache.advance()
+
+Nothing in a step depends on data, so the host knows every length beforehand: a step neither synchronises nor allocates
+by data, and with the Triton backend it can be captured in a CUDA graph and replayed for every batch of equal
+`graph_key`.
+
+The file is long because what transformers asks of a cache and what a decode step needs are the methods of one class;
+storage, device tables and what a layer does in a step have files of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvbench.errors import ConfigError
+from kvbench.methods.base import CompressedLayer, Policy
+from kvbench.methods.rows import RowsStepper, find_rows_stepper
+from kvbench.ops.dispatch import choose_backend, current_device
+from kvbench.runtime.arena import Arena
+from kvbench.runtime.layer import CacheLayer, RowExtent
+from kvbench.runtime.sealed import SealedLayer, attention_elements, seal_layer
+from kvbench.runtime.side import SideStream
+from kvbench.runtime.tables import DeviceTables, table_columns
+
+
+class _Row:
+    """What the host knows of a row beside its extents: its policy, where it started and how far it is."""
+
+    def __init__(self, policy: Policy, position: int, room_tokens: int, n_layers: int):
+        self.policy = policy
+        self.position = position
+        self.room = 1 if policy.steps else room_tokens
+        self.new_tokens = 0
+        self.extents: list[RowExtent | None] = [None] * n_layers
+
+    @property
+    def grown(self) -> int:
+        """Slots per head that new tokens have added: at most the room less the slot that the next token needs."""
+        return min(self.new_tokens, self.room - 1)
+
+
+class RaggedCache(Cache):
+    """Keys, values, biases and policy state of all rows of a decode batch.
+
+    Args:
+        n_layers: layers of the model.
+        n_query_heads: H.
+        n_kv_heads: H_k.
+        head_dim: D.
+        dtype: of keys and values, the model's dtype.
+        backend: "auto", "torch" or "triton" (see `kvbench.ops.dispatch.choose_backend`).
+        max_rows: most rows at a time; tables of that size are allocated once.
+
+    Attributes:
+        backends: names of the backends in use, for the record.
+
+    Raises:
+        ConfigError: if `n_query_heads` is no multiple of `n_kv_heads`.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_query_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        backend: str = "auto",
+        max_rows: int = 64,
+    ):
+        super().__init__(layers=[])
+        if n_query_heads % n_kv_heads:
+            raise ConfigError(
+                f"{n_query_heads} query heads are no multiple of {n_kv_heads} KV heads: check the model's configuration"
+            )
+        self.n_layers, self.n_query_heads, self.n_kv_heads = n_layers, n_query_heads, n_kv_heads
+        self.head_dim, self.dtype, self.max_rows = head_dim, dtype, max_rows
+        self.backend = backend
+        self.backends: set[str] = set()
+        self._rows: list[_Row] = []
+        self._layers: list[CacheLayer | None] = [None] * n_layers
+        self._tables: dict[torch.device, DeviceTables] = {}
+        self._reserved_slots = [0] * n_layers
+        self._attention: dict[torch.device, Arena] = {}
+        self._steppers: dict[torch.device, dict[type[Policy], RowsStepper | None]] = {}
+        self._sides: dict[torch.device, SideStream] = {}
+        self._sealed: list[SealedLayer] = []
+        self._dirty = True
+        self._generation = 0
+        self._graph_key: Hashable = None
+
+    # ---- rows ------------------------------------------------------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Rows in the batch, B."""
+        return len(self._rows)
+
+    def add_row(self, policy: Policy, position: int, room_tokens: int) -> int:
+        """Add a row to the batch; its layers are written next.
+
+        Args:
+            policy: the method; a policy that steps keeps its size, any other row grows by a slot per new token.
+            position: position id of the first new token, that is the number of prompt tokens.
+            room_tokens: most new tokens the row will store; a policy that steps needs no room for them. A row that
+                stays in the batch beyond that overwrites its last slot: no other row is harmed, its further answers
+                mean nothing.
+
+        Returns:
+            The row's index.
+
+        Raises:
+            ConfigError: if the cache is full.
+            ValueError: if `room_tokens` is less than 1.
+        """
+        if room_tokens < 1 and not policy.steps:
+            raise ValueError(f"room_tokens={room_tokens} is less than 1: attention needs a slot for the new token")
+        if len(self._rows) >= self.max_rows:
+            raise ConfigError(
+                f"row {len(self._rows) + 1} exceeds max_rows={self.max_rows}: decode fewer arms at once or raise it"
+            )
+        self._change()
+        self._rows.append(_Row(policy, position, room_tokens, self.n_layers))
+        return len(self._rows) - 1
+
+    def reserve(self, slots_per_layer: Sequence[int]) -> None:
+        """Ask for room beforehand: arenas that grow row by row leave the allocator with holes.
+
+        Args:
+            slots_per_layer: for each layer the slots, summed over rows and KV heads, that keys and values will need,
+                room for new tokens included. Takes effect when the layer's device is known: at its first `write`.
+
+        Raises:
+            ValueError: if there is not one number per layer.
+        """
+        if len(slots_per_layer) != self.n_layers:
+            raise ValueError(f"{len(slots_per_layer)} reservations for {self.n_layers} layers")
+        self._reserved_slots = list(map(max, self._reserved_slots, slots_per_layer))
+        for index, layer in enumerate(self._layers):
+            if layer is not None:
+                self._reserve(index, layer)
+
+    def write(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
+        """Copy what is left of one layer into the cache.
+
+        Args:
+            layer_index: the layer, from 0.
+            row: a row's index.
+            layer: the compressed layer; every tensor on the layer's device. Copied, so it may share memory.
+
+        Raises:
+            ValueError: if shapes or dtype do not fit the model, the row's layer is written already, or a policy that
+                steps returns ragged heads.
+            ConfigError: if the backend asked for cannot run on the layer's device.
+        """
+        record, device = self._rows[row], layer.keys.device
+        self._check(layer_index, row, layer)
+        self._change()
+        if self._layers[layer_index] is None:
+            self.backends.add(choose_backend(self.backend, device))
+            self._layers[layer_index] = CacheLayer(self.head_dim, self.dtype, device)
+            self._reserve(layer_index, self._layer(layer_index))
+        if device not in self._tables:
+            self._tables[device] = DeviceTables(self.n_layers, self.max_rows, self.n_kv_heads, device)
+            self._attention[device] = Arena((), torch.float32, device)
+            self._steppers[device] = {}
+            self._sides[device] = SideStream(device)
+        record.extents[layer_index] = self._layer(layer_index).write(layer, record.room)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Shrink the batch to some of its rows, which are renumbered in the order given.
+
+        The storage of the others is reused after `clear` only.
+
+        Args:
+            rows: indices of rows to keep, each at most once.
+
+        Raises:
+            ValueError: if an index is repeated or out of range.
+        """
+        if len(set(rows)) != len(rows) or any(not 0 <= row < len(self._rows) for row in rows):
+            raise ValueError(f"rows {rows} are not distinct indices below {len(self._rows)}")
+        self._change()
+        self._rows = [self._rows[row] for row in rows]
+
+    def clear(self) -> None:
+        """Drop all rows; storage stays allocated at its addresses for the next batch."""
+        self._outdate()
+        self._rows = []
+        for arena in self._arenas():
+            arena.clear()
+
+    def row_slots(self, row: int) -> list[int]:
+        """Prompt slots kept in each layer, summed over KV heads."""
+        return [sum(extent.lengths) for extent in self._extents(row)]
+
+    def row_bytes(self, row: int) -> int:
+        """Bytes of what a row keeps of its prompt, over all layers: keys, values, bias, state, scratch slots.
+
+        Room for new tokens is left out: every arm needs it alike.
+        """
+        record = self._rows[row]
+        return sum(
+            self._layer(index).row_bytes(extent, record.policy.steps) for index, extent in enumerate(self._extents(row))
+        )
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all arenas, whether in use or not."""
+        return sum(arena.allocated_bytes for arena in self._arenas())
+
+    # ---- decode steps ----------------------------------------------------------------------------------------------
+
+    @property
+    def position_ids(self) -> Tensor:
+        """`(B, 1)` int64 position ids of the next token, on the first layer's device; `advance` adds 1 in place."""
+        self.prepare()
+        return self._tables[self._layer(0).device].position_ids[: len(self._rows)]
+
+    def prepare(self) -> None:
+        """Bring the device tables up to date after the batch has changed; called by the first `update` otherwise.
+
+        Raises:
+            RuntimeError: if the batch is empty or a layer of a row was not written.
+        """
+        if self._dirty:
+            self._seal()
+            self._dirty = False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new token of every row into one layer (called by the model's attention module).
+
+        Args:
+            key_states: `(B, H_k, 1, D)` after RoPE.
+            value_states: `(B, H_k, 1, D)`.
+            layer_idx: the layer.
+            *args: ignored, for other versions of transformers.
+            **kwargs: ignored, likewise.
+
+        Returns:
+            The arguments: `attend` reads the cache itself.
+
+        Raises:
+            ValueError: if the shapes do not fit the batch.
+            RuntimeError: as `prepare`.
+        """
+        self.prepare()
+        expected = (len(self._rows), self.n_kv_heads, 1, self.head_dim)
+        if tuple(key_states.shape) != expected:
+            raise ValueError(f"new keys have shape {tuple(key_states.shape)}, the batch needs {expected}")
+        with current_device(key_states.device):
+            self._sealed[layer_idx].write(key_states, value_states)
+        return key_states, value_states
+
+    def attend(
+        self,
+        layer_index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of the new tokens over their rows, then the step of the rows whose policy has one.
+
+        Args:
+            layer_index: the layer, from 0.
+            query: `(B, H, 1, D)` after RoPE.
+            key: ignored: `update` has stored it.
+            value: ignored, likewise.
+            scaling: factor on the logits.
+            softcap: bound that logits are soft-capped to, or None; only the torch backend knows it.
+
+        Returns:
+            `(B, 1, H, D)`.
+
+        Raises:
+            RuntimeError: if a step of the torch backend is captured in a CUDA graph: its lengths are the host's.
+        """
+        sealed = self._sealed[layer_index]
+        if sealed.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the torch backend cannot be captured in a CUDA graph: ask `capturable` first")
+        return sealed.attend(query.squeeze(2), scaling, softcap).unsqueeze(1)
+
+    def advance(self) -> None:
+        """Go on to the next token after a forward pass: lengths, positions and step counters, on device and host."""
+        self.advance_device()
+        self.count_step()
+
+    def advance_device(self) -> None:
+        """The device's half of `advance`, without the host's: see `count_step`."""
+        for device, tables in self._tables.items():
+            self._sides[device].join()
+            tables.advance()
+
+    def count_step(self) -> None:
+        """The host's half of `advance`.
+
+        A replayed step need not call it: whenever the batch changes, and for `room_left`, the cache asks the device how
+        far its rows are. Only the torch backend reads the host's lengths in a step.
+        """
+        for index, row in enumerate(self._rows):
+            before = row.grown
+            row.new_tokens += 1
+            if row.grown == before or self._dirty:
+                continue
+            for layer in self._sealed:
+                for block in layer.ragged.blocks[index] if layer.backend == "torch" else ():
+                    block.length += 1
+
+    def room_left(self, row: int) -> int | None:
+        """New tokens a row can still store; None for a row that steps, which always can."""
+        self._pull_steps()
+        record = self._rows[row]
+        return None if record.policy.steps else record.room - record.new_tokens
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a step may be captured in a CUDA graph: all layers use Triton and lie on one device."""
+        return self.backends == {"triton"} and len(self._tables) == 1
+
+    @property
+    def graph_key(self) -> Hashable:
+        """Equal for two batches if a step captured with one of them may be replayed with the other.
+
+        Covers the number of rows, the policies' kinds, the launch grids and all addresses; lengths, positions and
+        offsets may differ.
+        """
+        self.prepare()
+        return self._graph_key
+
+    @property
+    def generation(self) -> int:
+        """Grows whenever `graph_key` changes, so whenever a step captured before must not be replayed as it is."""
+        if self._rows:
+            self.prepare()
+        return self._generation
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _layer(self, layer_index: int) -> CacheLayer:
+        layer = self._layers[layer_index]
+        if layer is None:
+            raise RuntimeError(f"layer {layer_index} was never written: write every layer of a row before decoding")
+        return layer
+
+    def _extents(self, row: int) -> list[RowExtent]:
+        extents = self._rows[row].extents
+        missing = [index for index, extent in enumerate(extents) if extent is None]
+        if missing:
+            raise RuntimeError(f"row {row} lacks layers {missing}: write every layer of a row before decoding")
+        return [extent for extent in extents if extent is not None]
+
+    def _reserve(self, index: int, layer: CacheLayer) -> None:
+        layer.keys.reserve(self._reserved_slots[index])
+        layer.values.reserve(self._reserved_slots[index])
+
+    def _check(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
+        """Refuse what does not fit the model; these are defects of a policy or the caller, not of a configuration."""
+        policy = self._rows[row].policy
+        if self._rows[row].extents[layer_index] is not None:
+            raise ValueError(f"layer {layer_index} of row {row} is written already")
+        shape = (self.n_kv_heads, layer.keys.shape[1], self.head_dim)
+        for name, tensor in (("keys", layer.keys), ("values", layer.values)):
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{policy.name}: {name} have shape {tuple(tensor.shape)}, the cache needs {shape}")
+            if tensor.dtype != self.dtype:
+                raise ValueError(f"{policy.name}: {name} are {tensor.dtype}, the cache stores {self.dtype}")
+        for name, state in (("bias", layer.bias), *layer.state.items()):
+            if state is not None and state.shape[:2] != shape[:2]:
+                raise ValueError(f"{policy.name}: {name} has shape {tuple(state.shape)}, the cache needs {shape[:2]}")
+        if layer.lengths is not None and policy.steps:
+            raise ValueError(f"{policy.name} steps and returns ragged heads: a step needs heads of equal length")
+
+    def _arenas(self) -> list[Arena]:
+        layers = [arena for layer in self._layers if layer is not None for arena in layer.arenas]
+        return layers + list(self._attention.values())
+
+    def _change(self) -> None:
+        """The batch is about to change: note how far its rows are; before the next step look everything up again."""
+        self._pull_steps()
+        self._outdate()
+
+    def _outdate(self) -> None:
+        """Everything is looked up again before the next step; until then nothing keeps the storage of grown arenas."""
+        self._dirty = True
+        self._sealed = []
+
+    def _pull_steps(self) -> None:
+        """Ask the device how many tokens the rows have seen, since replayed steps pass the host by."""
+        if not self._dirty:
+            seen = self._tables[self._layer(0).device].step_index[: len(self._rows)].tolist()
+            for row, new_tokens in zip(self._rows, seen, strict=True):
+                row.new_tokens = new_tokens
+
+    def _seal(self) -> None:
+        """Fill the device tables and look up what every layer's steps need."""
+        if not self._rows:
+            raise RuntimeError("the cache has no rows: add and write rows before decoding")
+        policies, grown = [row.policy for row in self._rows], [row.grown for row in self._rows]
+        by_layer = list(zip(*(self._extents(row) for row in range(len(self._rows))), strict=True))
+        elements = [attention_elements(policies, extents, self.n_query_heads) for extents in by_layer]
+        for index, layer_elements in enumerate(elements):
+            self._attention[self._layer(index).device].reserve(sum(layer_elements))
+        columns = table_columns(by_layer, grown, elements)
+        columns["step_index"] = torch.tensor([row.new_tokens for row in self._rows])
+        columns["position_ids"] = torch.tensor([[row.position + row.new_tokens] for row in self._rows])
+        for device, tables in self._tables.items():
+            tables.fill(**columns)
+            if choose_backend(self.backend, device) == "torch":  # steppers are kernels, and triton may be missing
+                continue
+            for policy in policies:
+                if policy.steps and type(policy) not in self._steppers[device]:
+                    self._steppers[device][type(policy)] = find_rows_stepper(
+                        type(policy), self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, device
+                    )
+        self._sealed = [
+            seal_layer(
+                index,
+                layer := self._layer(index),
+                choose_backend(self.backend, layer.device),
+                policies,
+                extents,
+                grown,
+                self._tables[layer.device],
+                self._attention[layer.device].storage,
+                self.n_query_heads,
+                self._steppers[layer.device],
+                self._sides[layer.device],
+            )
+            for index, extents in enumerate(by_layer)
+        ]
+        addresses = tuple(arena.moves for arena in self._arenas())
+        key = (len(self._rows), addresses, tuple(layer.key for layer in self._sealed))
+        if key != self._graph_key:
+            self._graph_key = key
+            self._generation += 1
+
+    # ---- transformers' view ----------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen by the row that has seen most, new ones included (not the number of slots)."""
+        return max((row.position + row.new_tokens for row in self._rows), default=0)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no limit that transformers should know of."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Sizes of a mask that the registered mask function does not build: `(tokens seen + query_length, 0)`."""
+        return self.get_seq_length() + query_length, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer drops tokens by itself."""
+        return [False] * self.n_layers
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: steps are captured by the engine, not compiled by transformers."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there are rows."""
+        return bool(self._rows)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the batch."""
+        return len(self._rows)
+
+    def __len__(self) -> int:
+        return self.n_layers
+
+    def __repr__(self) -> str:
+        return f"RaggedCache({len(self._rows)} rows, {self.n_layers} layers, {self.allocated_bytes} bytes)"
+
+    def reset(self) -> None:
+        """As `clear`."""
+        self.clear()
+
+    def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("RaggedCache has neither beam search nor cropping: rows are chosen with keep_rows")
+
+    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _unsupported

@@ -1,0 +1,128 @@
+"""H2O against its loop twin: selection at the end of the prompt and 50 decoding steps."""
+
+import pytest
+import torch
+from policy_inputs import make_layer, new_tokens, relative_rms
+
+from kvbench.check.inputs import decode_slots
+from kvbench.errors import BudgetError, ConfigError
+from kvbench.methods.h2o import H2O
+from kvbench.reference.h2o import ReferenceH2O
+
+SHAPES = [(4, 4, 61), (6, 2, 97)]
+
+
+def reference_for(policy: H2O, layer, m: int) -> ReferenceH2O:
+    return ReferenceH2O(
+        layer.keys,
+        layer.values,
+        layer.column_sums,
+        m,
+        policy.recent_share,
+        policy.normalise_by_count,
+        policy.group_reduce,
+    )
+
+
+@pytest.mark.parametrize("group_reduce", ["mean", "max", "first"])
+@pytest.mark.parametrize("normalise_by_count", [False, True])
+@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SHAPES)
+def test_prompt_selection_matches_reference(n_query_heads, n_kv_heads, n_tokens, normalise_by_count, group_reduce):
+    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=3)
+    policy = H2O(budget=0.35, recent_share=0.4, normalise_by_count=normalise_by_count, group_reduce=group_reduce)
+    m = policy.layer_budgets(n_tokens, 2)[0]
+    compressed = policy.compress(layer, m)
+    keys, values, positions = reference_for(policy, layer, m).stacked()
+    assert torch.equal(compressed.positions, positions)
+    assert relative_rms(compressed.keys, keys) == 0.0
+    assert relative_rms(compressed.values, values) == 0.0
+    assert compressed.n_slots == n_kv_heads * m
+
+
+@pytest.mark.parametrize("options", [{}, {"normalise_by_count": True}, {"group_reduce": "max"}, {"recent_share": 0.2}])
+@pytest.mark.parametrize("budget", [0.35, 1.0])
+@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SHAPES)
+def test_fifty_steps_match_reference(n_query_heads, n_kv_heads, n_tokens, budget, options):
+    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=5)
+    layer.column_sums *= 0.1  # as after a short prompt, so that new tokens can become heavy hitters
+    policy = H2O(budget=budget, **options)
+    m = policy.layer_budgets(n_tokens, 2)[0]
+    compressed = policy.compress(layer, m)
+    reference = reference_for(policy, layer, m)
+    slots, positions = decode_slots(compressed), compressed.positions.clone()
+    slots.state["positions"] = torch.cat([positions, positions[:, :1]], dim=1)  # rides along as per-slot state
+    group = n_query_heads // n_kv_heads
+    moved = False
+    for step, (key, value, attention) in enumerate(new_tokens(50, n_query_heads, n_kv_heads, m, seed=6)):
+        position = n_tokens + step
+        slots.step_index.fill_(step)
+        slots.keys[:, m], slots.values[:, m] = key, value
+        for name, tensor in slots.state.items():
+            tensor[:, m] = position if name == "positions" else 0
+        for h in range(n_kv_heads):
+            row = attention[h * group : (h + 1) * group]
+            by_position = {int(p): row[:, s].tolist() for s, p in enumerate(slots.state["positions"][h])}
+            reference.step(h, position, key[h], value[h], by_position)
+        before = slots.state["positions"][:, : policy.split(m)[0]].clone()
+        policy.step(slots, attention)
+        moved |= not torch.equal(before, slots.state["positions"][:, : policy.split(m)[0]])
+        order = slots.state["positions"][:, :m].argsort(dim=1)
+        keys, values, positions = reference.stacked()
+        assert torch.equal(slots.state["positions"][:, :m].gather(1, order), positions)
+        gather = order.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
+        assert relative_rms(slots.keys[:, :m].gather(1, gather), keys) == 0.0
+        assert relative_rms(slots.values[:, :m].gather(1, gather), values) == 0.0
+        scores = torch.tensor([[e.S for e in entries] for entries in reference.heads])
+        assert relative_rms(slots.state["scores"][:, :m].gather(1, order), scores) < 1e-5
+    assert moved  # some leaving token became a heavy hitter, so the test saw both branches
+
+
+def test_full_budget_keeps_the_prompt_in_order():
+    layer = make_layer(4, 2, 33)
+    compressed = H2O(budget=1.0).compress(layer, 33)
+    assert torch.equal(compressed.keys, layer.keys)
+    assert torch.equal(compressed.positions, torch.arange(33).expand(2, -1))
+
+
+def test_recent_share_one_is_a_sliding_window():
+    layer = make_layer(2, 2, 40)
+    policy = H2O(budget=0.25, recent_share=1.0)
+    compressed = policy.compress(layer, 10)
+    assert torch.equal(compressed.positions, torch.arange(30, 40).expand(2, -1))
+    slots = decode_slots(compressed)
+    ((key, value, attention),) = new_tokens(1, 2, 2, 10)
+    slots.keys[:, 10], slots.values[:, 10] = key, value
+    policy.step(slots, attention)
+    assert torch.equal(slots.keys[:, 0], key)
+    assert torch.equal(slots.keys[:, 1:10], layer.keys[:, 31:])
+
+
+def test_inputs_are_not_modified_and_results_repeat():
+    layer = make_layer(6, 2, 50)
+    before = [layer.keys.clone(), layer.values.clone(), layer.column_sums.clone()]
+    policy = H2O(budget=0.5)
+    first, second = policy.compress(layer, 25), policy.compress(layer, 25)
+    policy.step(decode_slots(first), torch.rand(6, 26))
+    for tensor, copy in zip([layer.keys, layer.values, layer.column_sums], before, strict=True):
+        assert torch.equal(tensor, copy)
+    assert torch.equal(first.keys, second.keys)
+
+
+def test_step_keeps_half_precision_storage():
+    layer = make_layer(4, 2, 40, dtype=torch.bfloat16)
+    compressed = H2O(budget=0.5).compress(layer, 20)
+    slots = decode_slots(compressed)
+    H2O(budget=0.5).step(slots, torch.rand(4, 21))
+    assert slots.keys.dtype == torch.bfloat16
+    assert slots.state["scores"].dtype == torch.float32
+
+
+def test_errors_name_value_and_limit():
+    with pytest.raises(ConfigError, match=r"group_reduce='median' is not one of mean, max, first"):
+        H2O(group_reduce="median")
+    with pytest.raises(ConfigError, match=r"recent_share=0.* not in \(0, 1\]"):
+        H2O(recent_share=0.0)
+    with pytest.raises(ConfigError, match="normalise_by_count"):
+        H2O(normalise_by_count="yes")
+    with pytest.raises(BudgetError, match=r"budget 0\.02 of 180 tokens = 3 slots; h2o needs at least 4"):
+        H2O(budget=0.02).layer_budgets(180, 2)

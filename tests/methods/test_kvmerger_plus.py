@@ -1,0 +1,129 @@
+"""KVMerger Plus against its loop twin, and what its refit is for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_inputs import make_layer, relative_rms
+
+from kvbench.errors import BudgetError, ConfigError
+from kvbench.methods.kvmerger_plus import KVMergerPlus
+from kvbench.reference.kvmerger_plus import reference_positions, reference_refit
+
+SHAPES = [(4, 4, 61), (6, 2, 97), (4, 1, 130)]
+SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
+EVEN = {**SHORT, "question_share": 0.5}
+
+
+def expected_positions(policy: KVMergerPlus, layer, n_slots: int) -> list[list[int]]:
+    return reference_positions(
+        layer.column_sums,
+        layer.window_attention,
+        layer.n_kv_heads,
+        n_slots,
+        recent=policy.split(n_slots)[0],
+        question_share=policy.question_share,
+        question_queries=policy.question_queries,
+        kernel=policy.kernel_tokens,
+        text_queries=policy.text_queries,
+    )
+
+
+@pytest.mark.parametrize("refit", ["both", "values", "none"])
+@pytest.mark.parametrize("correlated", [False, True])
+@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SHAPES)
+def test_matches_reference(n_query_heads, n_kv_heads, n_tokens, correlated, refit):
+    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=3, correlated=correlated)
+    policy = KVMergerPlus(budget=0.4, refit=refit, **SHORT)
+    n_slots = policy.layer_budgets(n_tokens, 2)[0]
+    compressed = policy.compress(layer, n_slots)
+    positions = expected_positions(policy, layer, n_slots)
+    assert compressed.positions.tolist() == positions
+    assert torch.equal(compressed.keys, torch.stack([k[p] for k, p in zip(layer.keys, positions, strict=True)]))
+    assert (compressed.bias is not None) == (refit == "both")
+    values, bias = reference_refit(layer.window_attention, layer.values, positions, 8, policy.ridge, refit == "both")
+    if refit == "none":
+        values = torch.stack([v[p] for v, p in zip(layer.values, positions, strict=True)])
+    assert relative_rms(compressed.values, values) < 1e-4
+    if compressed.bias is not None:
+        assert relative_rms(compressed.bias, bias) < 1e-4
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    n_tokens=st.integers(24, 70),
+    budget=st.floats(0.4, 0.99),
+    share=st.floats(0.0, 1.0),
+    kernel=st.sampled_from([1, 3, 13, 41]),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+)
+def test_chooses_as_the_reference_for_any_length_share_and_kernel(n_tokens, budget, share, kernel, heads):
+    policy = KVMergerPlus(budget=budget, **{**SHORT, "kernel_tokens": kernel, "question_share": share})
+    n_slots = policy.layer_budgets(n_tokens, 2)[0]
+    layer = make_layer(*heads, n_tokens, seed=n_tokens)
+    assert policy.positions(layer, n_slots).tolist() == expected_positions(policy, layer, n_slots)
+
+
+def output_error(layer, compressed, n_queries: int) -> float:
+    rows = layer.window_attention[:, -n_queries:].unflatten(0, (layer.n_kv_heads, -1)).flatten(1, 2)
+    wanted = rows @ layer.values
+    mass = rows.gather(2, compressed.positions.unsqueeze(1).expand(-1, rows.shape[1], -1))
+    if compressed.bias is not None:
+        mass = mass * compressed.bias.exp().unsqueeze(1)
+    return relative_rms(mass / mass.sum(-1, keepdim=True) @ compressed.values, wanted)
+
+
+@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SHAPES)
+def test_refit_brings_the_last_queries_closer_to_their_output(n_query_heads, n_kv_heads, n_tokens):
+    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=5, correlated=True)
+    errors = {}
+    for refit, ridge in [("none", 0.1), ("values", 0.1), ("both", 0.1), ("values", 1e-3), ("values", 1e4)]:
+        policy = KVMergerPlus(budget=0.4, **SHORT, refit=refit, ridge=ridge)
+        errors[refit, ridge] = output_error(layer, policy.compress(layer, int(0.4 * n_tokens)), 8)
+    assert errors["values", 1e-3] < errors["values", 0.1] < errors["none", 0.1]
+    assert errors["both", 0.1] < errors["none", 0.1]
+    assert errors["values", 1e4] == pytest.approx(errors["none", 0.1], rel=1e-2)
+
+
+def test_bias_gives_back_the_mass_that_was_dropped():
+    layer = make_layer(4, 2, 80, seed=2)
+    policy = KVMergerPlus(budget=0.4, **SHORT, refit="both", ridge=1e-4)
+    compressed = policy.compress(layer, 32)
+    rows = layer.window_attention[:, -8:].unflatten(0, (2, -1)).flatten(1, 2)
+    mass = rows.gather(2, compressed.positions.unsqueeze(1).expand(-1, 16, -1))
+    before = (1.0 - mass.sum(-1)).abs().mean()
+    after = (1.0 - (mass * compressed.bias.exp().unsqueeze(1)).sum(-1)).abs().mean()
+    assert before > 0.3
+    assert after < before / 5  # not zero: a factor stays between exp(-2) and exp(3)
+
+
+def test_half_of_the_slots_follow_the_question_and_half_the_text():
+    layer = make_layer(2, 2, 60)
+    layer.window_attention = torch.full((2, 20, 60), 1e-3)
+    layer.window_attention[:, -4:, 25] = 1.0  # the question's queries look here
+    layer.window_attention[:, :-4, 40:45] = 1.0  # those before it there
+    layer.column_sums = torch.zeros(2, 60)
+    options = {**EVEN, "recent_share": 0.23, "kernel_tokens": 7}
+    compressed = KVMergerPlus(budget=0.3, **options, refit="none").compress(layer, 18)
+    assert compressed.positions[0].tolist() == [22, 23, 24, 25, 26, 27, 28, *range(40, 45), *range(54, 60)]
+
+
+def test_errors_name_value_and_limit():
+    with pytest.raises(ConfigError, match="kernel_tokens=4 is even"):
+        KVMergerPlus(kernel_tokens=4)
+    with pytest.raises(ConfigError, match="question_queries=0 is not an integer >= 1"):
+        KVMergerPlus(question_queries=0)
+    with pytest.raises(ConfigError, match=r"question_share=1\.5 is not in \[0, 1\]"):
+        KVMergerPlus(question_share=1.5)
+    with pytest.raises(ConfigError, match=r"recent_share=-1 is not in \[0, 1\]"):
+        KVMergerPlus(recent_share=-1)
+    with pytest.raises(ConfigError, match="refit='keys' is not one of values, both, none"):
+        KVMergerPlus(refit="keys")
+    with pytest.raises(ConfigError, match=r"ridge=0\.0 is not in \(0, inf\)"):
+        KVMergerPlus(ridge=0.0)
+    with pytest.raises(BudgetError, match=r"budget 0\.2 of 15 tokens = 3 slots; kvmerger_plus needs at least 4"):
+        KVMergerPlus(budget=0.2).layer_budgets(15, 2)
+    layer = make_layer(2, 2, 60)
+    layer.window_attention = None
+    with pytest.raises(ValueError, match="kvmerger_plus needs column_sums and window_attention"):
+        KVMergerPlus().compress(layer, 40)

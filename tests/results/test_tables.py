@@ -1,0 +1,141 @@
+"""Cells, bold print, missing cells, and files that are the same bytes for the same records."""
+
+import csv
+import io
+
+import pytest
+from report_records import ARMS, make_record, make_run, make_spec
+
+from kvbench.results.cells import build_table
+from kvbench.results.csv_latex import cells_csv, latex, pairs_csv
+from kvbench.results.figures import write_figures
+from kvbench.results.published import Published
+from kvbench.results.tables import markdown, write_table
+
+SCORES = {"full": 0.9, "h2o@0.5": 0.3, "kvmerger@0.5": 0.6, "kvmerger@0.35": 0.2}
+
+
+def steady(dataset="qasper", n=12, arms=ARMS):
+    """Every sample agrees on the order of the arms."""
+    return [make_record(arm, f"s{i}", SCORES[arm] + i / 200, dataset) for arm in arms for i in range(n)]
+
+
+@pytest.fixture
+def table(tmp_path):
+    return build_table(make_spec(("qasper", make_run(tmp_path, "a", steady()))))
+
+
+def test_best_is_separated_and_the_full_cache_does_not_compete(table):
+    cells = table.columns[0].cells
+    assert [key for key, cell in cells.items() if cell.best] == ["kvmerger@0.5"]
+    assert cells["kvmerger@0.5"].score == pytest.approx(100 * (0.6 + 5.5 / 200))
+    assert "**62.75** [" in markdown(table)
+    assert "\\textbf{62.75}" in latex(table)
+
+
+def test_the_full_cache_wins_nothing_even_against_an_arm_that_keeps_as_much(tmp_path):
+    levels = {"full": 0.8, "h2o@1": 0.1}
+    records = [make_record(arm, f"s{i}", level + i / 200) for arm, level in levels.items() for i in range(12)]
+    table = build_table(make_spec(("qasper", make_run(tmp_path, "a", records)), arms=("full", "h2o@1")))
+    assert table.columns[0].comparisons[0].separated
+    assert not any(cell.best for cell in table.columns[0].cells.values())
+
+
+def test_no_winner_where_samples_disagree(tmp_path):
+    mixed = [make_record(arm, f"s{i}", (i + shift) % 2) for shift, arm in enumerate(ARMS) for i in range(12)]
+    table = build_table(make_spec(("qasper", make_run(tmp_path, "a", mixed))))
+    assert not any(cell.best for cell in table.columns[0].cells.values())
+    assert "**50.00**" not in markdown(table)
+
+
+def test_an_arm_that_misses_its_budget_competes_with_nobody(tmp_path):
+    records = steady()
+    for record in records:
+        if record.arm == "kvmerger@0.5":
+            record.slots_per_layer = [30, 30]
+    table = build_table(make_spec(("qasper", make_run(tmp_path, "a", records))))
+    assert not any(cell.best for cell in table.columns[0].cells.values())
+
+
+def test_missing_cells_say_so_and_name_their_command(tmp_path):
+    run = make_run(tmp_path, "a", steady(arms=ARMS[:2]))
+    text = markdown(build_table(make_spec(("qasper", run), ("trec", tmp_path / "none"))))
+    assert "| `kvmerger@0.5` | no records | no records |" in text
+    assert "- qasper: `make qasper`" in text
+    assert "- trec: `make trec`" in text
+    empty = build_table(make_spec(("trec", tmp_path / "none")))
+    assert markdown(empty).count("no records |") == len(ARMS)
+    assert write_figures(empty, tmp_path / "figures") == []
+
+
+def test_failed_samples_are_named_in_their_cell(tmp_path):
+    records = [*steady(), make_record("h2o@0.5", "s99", 0.0, status="failed", parts={})]
+    text = markdown(build_table(make_spec(("qasper", make_run(tmp_path, "a", records)))))
+    assert "(1 failed)" in text
+
+
+def test_average_is_over_the_data_sets_all_arms_share(tmp_path):
+    runs = [("qasper", make_run(tmp_path, "a", steady())), ("trec", make_run(tmp_path, "b", steady("trec", 8)))]
+    partial = make_run(tmp_path, "c", steady("triviaqa", arms=ARMS[:1]))
+    table = build_table(make_spec(*runs, ("triviaqa", partial)))
+    assert table.averaged == ("qasper", "trec")
+    assert "average of 2 of 3" in markdown(table)
+    single = [column.cells["h2o@0.5"].score for column in table.columns[:2]]
+    assert table.average.cells["h2o@0.5"].score == pytest.approx(sum(single) / 2)
+    assert table.average.cells["kvmerger@0.5"].best
+
+
+def test_published_numbers_stand_beside_ours_with_their_source(tmp_path):
+    published = [
+        Published("llama2-7b-chat", "h2o", "0.5", "qasper", "20.04", "some paper", "conflict: 19"),
+        Published("llama2-7b-chat", "h2o", "0.5", "qasper", "19.00", "some review", ""),
+        Published("llama2-7b-chat", "h2o", "0.35", "qasper", "1.00", "other budget", ""),
+        Published("not stated", "h2o", "0.5", "average of 7", "14.36", "a third paper", "", "test"),
+    ]
+    table = build_table(make_spec(("qasper", make_run(tmp_path, "a", steady()))), published)
+    text = markdown(table)
+    assert "| published | 20.04 [a] / 19.00 [b] |" in text
+    assert "- [a] some paper" in text
+    assert "conflict: 19" in text
+    assert "average of 7: 14.36 [c]" in text
+    assert "other budget" not in text
+    rows = list(csv.DictReader(io.StringIO(cells_csv(table))))
+    assert [r["source"] for r in rows if r["score"] == "20.04"] == ["some paper"]
+    assert all(r["source"] for r in rows)
+
+
+def test_csv_files_hold_every_cell_and_pair(table):
+    rows = list(csv.DictReader(io.StringIO(cells_csv(table))))
+    assert [(r["arm"], r["n"]) for r in rows] == [(arm, "12") for arm in ARMS]
+    assert float(rows[1]["low"]) < float(rows[1]["score"]) < float(rows[1]["high"])
+    pairs = list(csv.DictReader(io.StringIO(pairs_csv(table))))
+    assert len(pairs) == 6
+    assert {p["separated"] for p in pairs} == {"1"}
+
+
+def test_files_are_rebuilt_byte_for_byte(tmp_path):
+    grid = [
+        make_record(arm, f"n{i}", SCORES[arm], "niah", meta={"length_tokens": 100 * (1 + i % 2), "depth": i // 2 / 2})
+        for arm in ARMS
+        for i in range(4)
+    ]
+    run, other = make_run(tmp_path, "a", steady()), make_run(tmp_path, "b", grid)
+
+    def build(name):
+        table = build_table(make_spec(("qasper", run), ("niah", other)))
+        paths = write_table(table, tmp_path / name) + write_figures(table, tmp_path / name)
+        return {path.name: path.read_bytes() for path in paths}
+
+    first = build("one")
+    assert len([name for name in first if name.endswith((".png", ".svg"))]) == 6
+    for path in (run / "records").glob("*.jsonl"):  # the order of lines is an accident of the run
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert first == build("two")
+    order = [(r["dataset"], r["sample"], r["arm"]) for r in build_table(make_spec(("qasper", run))).records]
+    assert order == sorted(order)  # sums of floats depend on the order of their terms
+
+
+def test_latex_escapes_names():
+    from kvbench.results.csv_latex import _tex
+
+    assert _tex("kvmerger_bias@50%&#") == "kvmerger\\_bias@50\\%\\&\\#"

@@ -1,0 +1,131 @@
+"""Hybrid models: layers with a sliding window are left alone, the others compressed, and the report tells which."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from small_decoders import FULL, SLIDING, assert_same_answers, build, padded, prompt
+
+import kvbench
+from kvbench.errors import ModelError
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.full import Full
+from kvbench.methods.h2o import H2O
+
+WINDOW = 16
+HYBRIDS = {
+    "qwen2": {"layer_types": [FULL, SLIDING, FULL], "use_sliding_window": True, "sliding_window": WINDOW},
+    "gemma2": {"layer_types": [SLIDING, FULL, FULL], "attn_logit_softcapping": 2.0, "sliding_window": WINDOW},
+    "gemma3": {"layer_types": [SLIDING, FULL, SLIDING], "sliding_window": WINDOW},
+}
+GREEDY = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newest(Policy):
+    """Keeps the newest tokens: what a mask in an ordinary forward pass can imitate."""
+
+    name: ClassVar[str] = "newest"
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        kept = torch.arange(layer.n_tokens - budget_tokens, layer.n_tokens)
+        return CompressedLayer(layer.keys[:, kept], layer.values[:, kept], kept.expand(layer.n_kv_heads, -1))
+
+
+def masked_greedy(model, ids, kept, new_tokens):
+    """Greedy tokens of a model without any cache, whose full layers hide the evicted tokens from later queries."""
+    n_tokens = ids.shape[1]
+    for _ in range(new_tokens):
+        length = ids.shape[1]
+        query, key = torch.arange(length)[:, None], torch.arange(length)
+        causal = key <= query
+        visible = causal & ((query < n_tokens) | (key >= n_tokens - kept))
+        window = causal & (query - key < WINDOW)
+        masks = {
+            name: torch.where(mask, 0.0, torch.finfo(torch.float32).min)[None, None]
+            for name, mask in ((FULL, visible), (SLIDING, window))
+        }
+        with torch.no_grad():
+            logits = model(ids, attention_mask=masks, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.index_fill(1, torch.tensor([2]), -torch.inf).argmax(-1, keepdim=True)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("family", list(HYBRIDS))
+def test_evicted_tokens_are_hidden_from_full_layers_only(family):
+    model, ids = build(family, **HYBRIDS[family]), prompt(40)
+    model.set_attn_implementation("eager")
+    expected = masked_greedy(model, ids, kept=12, new_tokens=10)
+    assert expected.tolist() != masked_greedy(model, ids, kept=40, new_tokens=10).tolist()
+    with kvbench.compress(model, Newest(budget=0.3)):
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}], ids=["greedy", "beams"]
+)
+@pytest.mark.parametrize("family", list(HYBRIDS))
+def test_a_whole_cache_changes_no_token(family, options):
+    model = build(family, **HYBRIDS[family])
+    model.set_attn_implementation("eager")  # older transformers pass over soft caps in their SDPA
+    inputs = padded([prompt(31, seed=1), prompt(9, seed=2)])
+    options = {**GREEDY, **options, "return_dict_in_generate": True}
+    if "num_beams" not in options:
+        options["output_logits"] = True
+    expected = model.generate(**inputs, **options)
+    with kvbench.compress(model, Full()):
+        assert_same_answers(model, expected, inputs, **options)
+
+
+@pytest.mark.parametrize("family", list(HYBRIDS))
+def test_a_row_of_a_batch_answers_as_alone(family):
+    model = build(family, **HYBRIDS[family])
+    prompts = [prompt(31, seed=1), prompt(40, seed=2)]
+    with kvbench.compress(model, H2O(budget=0.4)):
+        together = model.generate(**padded(prompts), **GREEDY)[:, 40:]
+        alone = [model.generate(ids, **GREEDY)[0, ids.shape[1] :] for ids in prompts]
+    assert together.tolist() == [answer.tolist() for answer in alone]
+
+
+def test_the_report_tells_layers_left_alone():
+    model, ids = build("gemma3", **HYBRIDS["gemma3"]), prompt(40)
+    with kvbench.compress(model, Newest(budget=0.3)) as cache:
+        model.generate(ids, **GREEDY)
+        report = cache.report()
+    assert report.layers_left_alone == (0, 2)
+    assert [layer.slots for layer in report.layers] == [2 * 15, 2 * 12, 2 * 15]
+    assert [layer.full_slots for layer in report.layers] == [2 * 15, 2 * 40, 2 * 15]
+    assert report.measured_budget == 12 / 40
+    assert report.measured_bytes_ratio == (15 + 12 + 15) / (15 + 40 + 15)
+    assert str(report).count("left alone") == 2
+    assert "in 1 of 3 layers" in str(report)
+
+
+def test_a_model_of_sliding_layers_alone_is_compressed_up_to_its_window():
+    model, ids = build("mistral", sliding_window=WINDOW), prompt(40)
+    with kvbench.compress(model, H2O(budget=0.5)) as cache:
+        model.generate(prompt(10), max_new_tokens=7, min_new_tokens=7, do_sample=False)
+        assert (cache.report().measured_budget, cache.report().layers_left_alone) == (0.5, ())
+        for n_tokens, new_tokens, seen in ((17, 1, 17), (10, 8, 17)):
+            with pytest.raises(ModelError, match=rf"{seen} tokens exceed the sliding window of 16, which every layer"):
+                model.generate(prompt(n_tokens), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+    model.config.sliding_window = None
+    with kvbench.compress(model, H2O(budget=0.4)) as cache:
+        model.generate(ids, **GREEDY)
+    assert cache.report().measured_budget == 0.4
+
+
+def test_a_window_as_wide_as_the_context_counts_as_full():  # Phi-3 of 128k tokens says 262,144
+    ids = padded([prompt(40), prompt(31)])
+    with kvbench.compress(full := build("phi3"), H2O(budget=0.4)):
+        expected = full.generate(**ids, **GREEDY)
+    with kvbench.compress(wide := build("phi3", sliding_window=512), H2O(budget=0.4)) as cache:
+        assert torch.equal(wide.generate(**ids, **GREEDY), expected)
+    assert cache.report().layers_left_alone == ()
+    short = build("phi3", sliding_window=45, max_position_embeddings=45)
+    with (
+        kvbench.compress(short, H2O(budget=0.4)),
+        pytest.raises(ModelError, match=r"46 tokens exceed the sliding window of 45"),
+    ):
+        short.generate(prompt(40), **GREEDY)
