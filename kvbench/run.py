@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kvbench.commands import interruptible
 from kvbench.errors import DataError, printable
-from kvbench.interrupts import interruptible
 from kvbench.metrics import get_metric
 from kvbench.metrics.environment import check_environment
 from kvbench.models.load import LoadedModel, PreparedModel, load_weights, prepare_model

@@ -15,7 +15,7 @@ from kvbench.commands import EXIT_NO_READER, command, mendable
 from kvbench.errors import DataError
 
 COMMANDS = [
-    "kvbench.cli", "kvbench.paper", "kvbench.score", "kvbench.export", "kvbench.fetch", "kvbench.report.__main__",
+    "kvbench.cli", "kvbench.paper", "kvbench.score", "kvbench.export", "kvbench.fetch", "kvbench.report",
     "kvbench.progress", "kvbench.check.cli", "kvbench.analysis", "kvbench.lm_eval",
     "kvbench.models.fetch",
 ]  # fmt: skip

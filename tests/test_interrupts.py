@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from kvbench.interrupts import FIRST, interruptible
+from kvbench.commands import FIRST, interruptible
 
 
 @pytest.fixture(autouse=True)

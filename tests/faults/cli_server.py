@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import transformers.models.llama.modeling_llama  # noqa: F401  (else each child would import it)
 from huggingface_hub import constants
 
-import kvbench.job  # noqa: F401  (likewise)
 from kvbench import cli
 from kvbench.metrics import registry
 from kvbench.metrics.base import BestAnswerMetric
