@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, Policy
-from kvbench.methods.cam import CaM
+from kvbench.methods.cam import CaM, CaMState
 from kvbench.methods.full import Full
-from kvbench.methods.h2o import H2O
+from kvbench.methods.h2o import H2O, H2OState
 from kvbench.ops import ragged_decode as decode
 from kvbench.ops import ragged_decode_triton as decode_triton
 from kvbench.ops.ragged_decode import RaggedLayer
@@ -31,10 +31,9 @@ def random_compressed(policy: Policy, n_kv_heads: int, n_slots: int, head_dim: i
         keys,
         values,
         positions,
-        state={"scores": scores} if policy.steps else {},
-        constants={"head_hashes": torch.arange(n_kv_heads, device=like.device).unsqueeze(1)}
+        state=CaMState(scores, torch.arange(n_kv_heads, device=like.device).unsqueeze(1))
         if isinstance(policy, CaM)
-        else {},
+        else (H2OState(scores) if policy.steps else None),
     )
 
 

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.methods.base import (
+    CompressedLayer,
+    DecodeSlots,
+    LayerStates,
+    Policy,
+    constant_state,
+    make_state,
+    slot_state,
+)  # fmt: skip
 from kvbench.runtime.observe import Observer
 
 BUDGETS = (0.1, 0.2, 0.35, 0.5, 1.0)
@@ -139,11 +147,13 @@ def decode_slots(compressed: CompressedLayer) -> DecodeSlots:
     def with_scratch(tensor: Tensor) -> Tensor:
         return torch.cat([tensor, torch.zeros_like(tensor[:, :1])], dim=1)
 
+    copies = {name: with_scratch(tensor) for name, tensor in slot_state(compressed.state).items()}
+    copies |= {name: tensor.clone() for name, tensor in constant_state(compressed.state).items()}
+    kind = None if compressed.state is None else type(compressed.state)
     return DecodeSlots(
         keys=with_scratch(compressed.keys),
         values=with_scratch(compressed.values),
-        state={name: with_scratch(tensor) for name, tensor in compressed.state.items()},
-        constants={name: tensor.clone() for name, tensor in compressed.constants.items()},
+        state=make_state(kind, copies),
         step_index=torch.zeros((), dtype=torch.int64),
     )
 
@@ -156,6 +166,6 @@ def bring_token(slots: DecodeSlots, case: Case, number: int) -> Tensor:
     slots.step_index.fill_(number)
     slots.keys[:, -1] = torch.randn(n_kv_heads, head_dim, generator=generator).to(slots.keys.dtype)
     slots.values[:, -1] = torch.randn(n_kv_heads, head_dim, generator=generator).to(slots.values.dtype)
-    for state in slots.state.values():
+    for state in slot_state(slots.state).values():
         state[:, -1] = 0
     return (3.0 * torch.randn(HEADS[case.heads][0], n_slots, generator=generator)).softmax(-1)

@@ -7,7 +7,7 @@ import torch
 from kvbench.check.inputs import HEAD_DIM, Case
 from kvbench.check.rule import Broken, NotRun, describe
 from kvbench.check.subject import Subject
-from kvbench.methods.base import CompressedLayer
+from kvbench.methods.base import CompressedLayer, constant_state, slot_state
 
 
 def compresses(subject: Subject) -> str:
@@ -36,28 +36,33 @@ def shapes(subject: Subject) -> str:
     """Keys and values are `(H_k, m, D)`, positions `(H_k, m)`, state `(H_k, m, ...)`."""
     for case, kept in subject.kept.items():
         m = kept.keys.shape[1] if kept.keys.ndim == 3 else -1
-        wanted = {"keys": (case.n_kv_heads, m, HEAD_DIM), "positions": (case.n_kv_heads, m)}
-        wanted["values"] = wanted["keys"]
+        wanted: dict[str, tuple[int, ...]] = dict.fromkeys(("keys", "values"), (case.n_kv_heads, m, HEAD_DIM))
+        if kept.positions is not None:
+            wanted["positions"] = (case.n_kv_heads, m)
         for name, shape in wanted.items():
             if tuple(getattr(kept, name).shape) != shape:
                 raise Broken(
                     f"{case}: {name} {tuple(getattr(kept, name).shape)}, expected {shape}",
                     "keep states per KV head: reduce the query heads of a group before you choose tokens",
                 )
-        for name, state in kept.state.items():
+        for name, state in slot_state(kept.state).items():
             if tuple(state.shape[:2]) != (case.n_kv_heads, m):
                 raise Broken(
                     f"{case}: state {name!r} {tuple(state.shape)}, expected {(case.n_kv_heads, m)} and more",
-                    "what is not per slot belongs into constants",
+                    "declare what is not per slot with field(metadata=CONSTANT)",
                 )
-    names = sorted({name for kept in subject.kept.values() for name in (*kept.state, *kept.constants)})
+    names = sorted(
+        {name for kept in subject.kept.values() for name in {**slot_state(kept.state), **constant_state(kept.state)}}
+    )
     return f"as they should be; state and constants: {', '.join(names) or 'none'}"
 
 
 def dtypes(subject: Subject) -> str:
     """Keys and values keep the model's dtype, positions are int64, all on the layer's device."""
     for case, kept in subject.kept.items():
-        wanted = {"keys": case.dtype, "values": case.dtype, "positions": torch.int64}
+        wanted = {"keys": case.dtype, "values": case.dtype}
+        if kept.positions is not None:
+            wanted["positions"] = torch.int64
         for name, dtype in wanted.items():
             tensor = getattr(kept, name)
             if tensor.dtype != dtype:
@@ -107,6 +112,8 @@ def positions(subject: Subject) -> str:
     ascending = True
     verbatim = total = 0
     for case, kept, head, length in subject.heads():
+        if kept.positions is None:
+            continue
         places = kept.positions[head, :length]
         if int(places.min()) < 0 or int(places.max()) >= case.n_tokens:
             raise Broken(
@@ -122,6 +129,8 @@ def positions(subject: Subject) -> str:
         verbatim += int((kept.keys[head, :length] == subject.states(case).keys[head, places]).all(-1).sum())
         total += length
     order = "ascending" if ascending else "not always ascending"
+    if not total:
+        return "not given"
     return f"valid and unique, {order}; {100 * verbatim / total:.0f} % of the kept keys are a prompt token's own"
 
 
@@ -129,7 +138,7 @@ def bias(subject: Subject) -> str:
     """A bias is `(H_k, m)` fp32 and finite on every kept slot."""
     biased = {case: kept.bias for case, kept in subject.kept.items() if kept.bias is not None}
     for case, values in biased.items():
-        shape = tuple(subject.kept[case].positions.shape)
+        shape = tuple(subject.kept[case].keys.shape[:2])
         if values.dtype != torch.float32 or tuple(values.shape) != shape:
             raise Broken(
                 f"{case}: bias {values.dtype} {tuple(values.shape)}", f"return it as torch.float32 of shape {shape}"
@@ -158,7 +167,9 @@ def full_budget(subject: Subject) -> str:
     whole = [case for case in subject.kept if case.budget == 1.0]
     for case in whole:
         kept, layer = subject.kept[case], subject.states(case)
-        order = kept.positions.argsort(1)
+        order = torch.arange(case.n_tokens).expand(case.n_kv_heads, -1)
+        if kept.positions is not None:
+            order = kept.positions.argsort(1)
         for name in ("keys", "values"):
             rows = getattr(kept, name).gather(1, order[..., None].expand_as(kept.keys))
             if not torch.equal(rows, getattr(layer, name)):
@@ -169,4 +180,4 @@ def full_budget(subject: Subject) -> str:
 
 
 def _whole(case: Case) -> str:
-    return f"return the layer as it is if budget_tokens >= {case.n_tokens} (whole_layer in kvbench/methods/full.py)"
+    return f"return the layer as it is if budget_tokens >= {case.n_tokens} (layer.whole())"

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvbench.check.inputs import SEED, Case, copy_of, tensors_of
 from kvbench.check.rule import Broken
 from kvbench.check.subject import Subject
-from kvbench.methods.base import CompressedLayer
+from kvbench.methods.base import CompressedLayer, constant_state, slot_state
 
 SEEDED = "draw from a torch.Generator seeded with layer.seed and layer.layer_index, or from kvbench.ops.counter_rng"
 
@@ -89,10 +89,10 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def _parts(layer: CompressedLayer) -> dict[str, Tensor]:
-    parts = {"keys": layer.keys, "values": layer.values, "positions": layer.positions}
-    parts |= {f"state {name}": tensor for name, tensor in layer.state.items()}
-    parts |= {f"constant {name}": tensor for name, tensor in layer.constants.items()}
-    for name, tensor in (("lengths", layer.lengths), ("bias", layer.bias)):
+    parts = {"keys": layer.keys, "values": layer.values}
+    parts |= {f"state {name}": tensor for name, tensor in slot_state(layer.state).items()}
+    parts |= {f"constant {name}": tensor for name, tensor in constant_state(layer.state).items()}
+    for name, tensor in (("positions", layer.positions), ("lengths", layer.lengths), ("bias", layer.bias)):
         if tensor is not None:
             parts[name] = tensor
     return parts

@@ -10,7 +10,7 @@ from kvbench.check.inputs import Case, bring_token, decode_slots
 from kvbench.check.pure_rules import generator_states, same, seeded_globals
 from kvbench.check.rule import Broken, NotRun, describe
 from kvbench.check.subject import Subject
-from kvbench.methods.base import DecodeSlots
+from kvbench.methods.base import DecodeSlots, constant_state, slot_state
 
 N_STEPS = 24
 
@@ -37,7 +37,7 @@ def steps_in_place(subject: Subject) -> str:
         slots = decode_slots(subject.kept[case])
         attention = bring_token(slots, case, 0)
         given = {"keys": slots.keys, "values": slots.values, "step_index": slots.step_index}
-        held = {"state": dict(slots.state), "constants": dict(slots.constants)}
+        held = {**slot_state(slots.state), **constant_state(slots.state)}
         shapes = {name: tensor.shape for name, tensor in given.items()}
         _step(subject, case, slots, attention)
         for name, tensor in given.items():
@@ -46,13 +46,12 @@ def steps_in_place(subject: Subject) -> str:
                     f"{case}: slots.{name} was rebound or resized",
                     "write in place: tensor.copy_(...), index_copy_, scatter_ or tensor[...] = ...",
                 )
-        for name, tensors in held.items():
-            now = getattr(slots, name)
-            if now.keys() != tensors.keys() or any(now[key] is not tensors[key] for key in tensors):
-                raise Broken(
-                    f"{case}: an entry of slots.{name} was added, removed or rebound",
-                    "create state in compress and write it in place in step",
-                )
+        now = {**slot_state(slots.state), **constant_state(slots.state)}
+        if now.keys() != held.keys() or any(now[name] is not held[name] for name in held):
+            raise Broken(
+                f"{case}: a field of slots.state was added, removed or rebound",
+                "create state in compress and write it in place in step",
+            )
         if int(slots.step_index) != 0:
             raise Broken(f"{case}: step_index was changed to {int(slots.step_index)}", "the cache counts; only read it")
     return "same tensors, same sizes"
@@ -81,7 +80,7 @@ def step_stays_finite(subject: Subject) -> str:
     """Keys, values and state stay finite over many steps."""
     for case in _cases(subject):
         slots = _run(subject, case, N_STEPS)
-        for name, tensor in {"keys": slots.keys, "values": slots.values, **slots.state}.items():
+        for name, tensor in {"keys": slots.keys, "values": slots.values, **slot_state(slots.state)}.items():
             if tensor.is_floating_point() and not bool(tensor[:, :-1].isfinite().all()):
                 raise Broken(f"{case}: {name} after {N_STEPS} steps are not finite", "guard divisions by zero")
     return f"after {N_STEPS} steps"
@@ -149,5 +148,5 @@ def _run(subject: Subject, case: Case, n_steps: int) -> DecodeSlots:
 
 def _tensors(slots: DecodeSlots) -> dict[str, Tensor]:
     parts = {"keys": slots.keys[:, :-1], "values": slots.values[:, :-1]}
-    parts |= {f"state {name}": tensor[:, :-1] for name, tensor in slots.state.items()}
-    return parts | {f"constant {name}": tensor for name, tensor in slots.constants.items()}
+    parts |= {f"state {name}": tensor[:, :-1] for name, tensor in slot_state(slots.state).items()}
+    return parts | {f"constant {name}": tensor for name, tensor in constant_state(slots.state).items()}

@@ -1,10 +1,11 @@
 """The whole contract between a compression method and everything else.
 
 A policy is a frozen dataclass (its fields are its options, so they are also its configuration) with one pure function
-on one layer, `compress`, called once at the end of the prompt, and optionally `step`, called once per new token.
+on one layer, `compress`, called once at the end of the prompt, and optionally `step`, called once per new token. What a
+step remembers is a dataclass of tensors, the method's own; `rows_stepper` may do all steps of a batch in one launch.
 
 Shapes, everywhere in this project: query heads H, KV heads H_k, group size G = H / H_k, prompt tokens T, kept slots m,
-window W, head dimension D. Query head h belongs to KV head h // G.
+window W, head dimension D, rows of a batch B. Query head h belongs to KV head h // G.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvbench.errors import BudgetError, ConfigError
-from kvbench.methods.options import reduce_groups
+
+GROUP_REDUCTIONS = ("mean", "max", "first")
+CONSTANT = {"kvbench": "one small tensor of any shape, not one entry per slot"}
+"""Metadata of such a field of a step's state: `hashes: Tensor = field(metadata=CONSTANT)`."""
+
+
+# ---- what compress reads and returns ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -73,25 +81,44 @@ class LayerStates:
     @property
     def query_counts(self) -> Tensor:
         """`(T,)` fp32, how many prompt queries can see each key: T - j for key j."""
-        n_tokens = self.n_tokens
-        return torch.arange(n_tokens, 0, -1, dtype=torch.float32, device=self.keys.device)
+        return torch.arange(self.n_tokens, 0, -1, dtype=torch.float32, device=self.keys.device)
+
+    def observed(self, name: str) -> Tensor:
+        """What the prefill observed under a name, e.g. "column_sums"; ValueError if the policy's `needs` lacks it."""
+        found = self.extras.get(name, getattr(self, name, None))
+        if found is None:
+            raise ValueError(f"{name} was not observed by the prefill: add it to the method's needs")
+        return found
 
     def group_scores(self, scores: Tensor, reduce: str = "mean") -> Tensor:
-        """Reduce query-head scores to KV heads.
-
-        Args:
-            scores: `(H, ...)`.
-            reduce: "mean", "max", "sum" or "first" (the first query head of each group, as in llama-recipes' H2O).
-
-        Returns:
-            `(H_k, ...)`; the argument itself where every KV head has one query head.
-
-        Raises:
-            ConfigError: for any other `reduce`.
-        """
-        if reduce == "sum":
-            return scores.unflatten(0, (self.n_kv_heads, -1)).sum(1)
+        """Reduce query-head scores `(H, ...)` to KV heads `(H_k, ...)`; see `reduce_groups`."""
         return reduce_groups(scores, self.n_kv_heads, reduce)
+
+    def whole(self) -> CompressedLayer:
+        """The layer uncompressed (sharing memory): T slots per KV head at their own positions."""
+        positions = torch.arange(self.n_tokens, device=self.keys.device)
+        return CompressedLayer(self.keys, self.values, positions.expand(self.n_kv_heads, -1))
+
+
+def reduce_groups(scores: Tensor, n_kv_heads: int, reduce: str) -> Tensor:
+    """Reduce query-head scores to KV heads; query head h belongs to KV head h // G.
+
+    Args:
+        scores: `(H, ...)`.
+        n_kv_heads: H_k.
+        reduce: "mean", "max", "sum" or "first" (first query head of each group, as in llama-recipes' H2O).
+
+    Returns:
+        `(H_k, ...)`; the argument itself where every KV head has one query head.
+    """
+    if reduce not in (*GROUP_REDUCTIONS, "sum"):
+        raise ConfigError(f"group_reduce={reduce!r} is not one of {', '.join(GROUP_REDUCTIONS)}")
+    if scores.shape[0] == n_kv_heads:
+        return scores  # a group of one: nothing to launch
+    grouped = scores.unflatten(0, (n_kv_heads, -1))
+    if reduce == "max":
+        return grouped.amax(1)
+    return grouped[:, 0] if reduce == "first" else grouped.sum(1) if reduce == "sum" else grouped.mean(1)
 
 
 @dataclass
@@ -101,21 +128,21 @@ class CompressedLayer:
     Attributes:
         keys: `(H_k, m, D)`, the model's dtype.
         values: `(H_k, m, D)`.
-        positions: `(H_k, m)` int64: prompt index each slot stands for (a merged slot: its pivot's).
+        positions: `(H_k, m)` int64, prompt index each slot stands for (a merged slot: its pivot's), or None: analyses
+            and checks read them, no cache does.
         lengths: `(H_k,)` int64 if heads keep different numbers of slots (slots from `lengths[h]` on are padding that is
             never read), else None.
         bias: `(H_k, m)` fp32 added to the attention logits of each slot, or None.
-        state: per-slot tensors `(H_k, m, ...)` that `step` reads and writes in place.
-        constants: small tensors of any shape that `step` reads (and may write in place).
+        state: what `step` remembers, an instance of a dataclass of tensors: per slot `(H_k, m, ...)`, or of any shape
+            where the field is declared with `field(metadata=CONSTANT)`. None if there is nothing.
     """
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
+    positions: Tensor | None = None
     lengths: Tensor | None = None
     bias: Tensor | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    state: Any = None
 
     @property
     def n_slots(self) -> int:
@@ -123,6 +150,33 @@ class CompressedLayer:
         if self.lengths is None:
             return self.keys.shape[0] * self.keys.shape[1]
         return int(self.lengths.sum())
+
+
+# ---- what step reads and writes --------------------------------------------------------------------------------------
+
+
+def slot_state(state: Any) -> dict[str, Tensor]:
+    """The per-slot tensors of a step's state by field; fields that hold None are left out."""
+    return _state_tensors(state, constants=False)
+
+
+def constant_state(state: Any) -> dict[str, Tensor]:
+    """The constants of a step's state by field; fields that hold None are left out."""
+    return _state_tensors(state, constants=True)
+
+
+def make_state(kind: type[Any] | None, tensors: Mapping[str, Tensor]) -> Any:
+    """A state of a class over other tensors, per-slot ones and constants by field; fields left out hold None."""
+    return None if kind is None else kind(**{f.name: tensors.get(f.name) for f in dataclasses.fields(kind)})
+
+
+def _state_tensors(state: Any, constants: bool) -> dict[str, Tensor]:
+    if state is None:
+        return {}
+    if not dataclasses.is_dataclass(state):
+        raise TypeError(f"state is a {type(state).__name__}: declare a dataclass with a field for each of its tensors")
+    wanted = [f.name for f in dataclasses.fields(state) if (f.metadata == CONSTANT) == constants]
+    return {name: tensor for name in wanted if (tensor := getattr(state, name)) is not None}
 
 
 @dataclass
@@ -137,16 +191,33 @@ class DecodeSlots:
     Attributes:
         keys: `(H_k, m + 1, D)`.
         values: `(H_k, m + 1, D)`.
-        state: as in `CompressedLayer.state`, `(H_k, m + 1, ...)`; the scratch slot's entry holds 0 when a step begins.
-        constants: as in `CompressedLayer.constants`.
+        state: as `CompressedLayer.state`, per slot `(H_k, m + 1, ...)`; the scratch slot's entry holds 0 when a step
+            begins.
         step_index: scalar int64 tensor, 0 for the first new token.
     """
 
     keys: Tensor
     values: Tensor
-    state: dict[str, Tensor]
-    constants: dict[str, Tensor]
+    state: Any
     step_index: Tensor
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of the cache, m, the scratch slot left out."""
+        return self.keys.shape[1] - 1
+
+    @property
+    def per_slot(self) -> list[Tensor]:
+        """Keys, values and every per-slot tensor of the state."""
+        return [self.keys, self.values, *slot_state(self.state).values()]
+
+    def move_new_token(self, slot: Tensor) -> None:
+        """Put the new token, with its state, in the place of slot number `(1,)` int64 of every head."""
+        for tensor in self.per_slot:
+            tensor.index_copy_(1, slot, tensor[:, -1:].clone())
+
+
+# ---- a method --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,22 +264,17 @@ class Policy(ABC):
         """Whether the kept slots are known beforehand and equal the budget; False for fixed-threshold methods."""
         return True
 
-    def budget_tokens(self, n_tokens: int) -> int:
-        """Slots per KV head that `budget` allows on a prompt of `n_tokens`: the floor of the product.
+    @property
+    def minimum_tokens(self) -> int:
+        """Fewest slots per KV head with which the method makes sense."""
+        return 1
 
-        The product is rounded to 9 digits first, so that 0.35 of 20 is 7 although 0.35 * 20 < 7 in binary.
-        """
-        return math.floor(round(self.budget * n_tokens, 9))
+    def budget_tokens(self, n_tokens: int) -> int:
+        """Slots per KV head that `budget` allows on a prompt of `n_tokens`: the floor of the product."""
+        return floor_share(self.budget, n_tokens)
 
     def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
-        """Slots per KV head for each layer; their sum is `n_layers * budget_tokens(n_tokens)`.
-
-        Args:
-            n_tokens: prompt length T.
-            n_layers: number of layers.
-
-        Returns:
-            One number of slots per layer, each at most T.
+        """Slots per KV head for each layer, at most T each; their sum is `n_layers * budget_tokens(n_tokens)`.
 
         Raises:
             BudgetError: if the method cannot run with so few slots; names the slots, the limit and the remedy.
@@ -218,15 +284,10 @@ class Policy(ABC):
             longer = math.ceil(self.minimum_tokens / self.budget)
             raise BudgetError(
                 f"budget {self.budget} of {n_tokens} tokens = {slots} slots; {self.name} needs at least "
-                f"{self.minimum_tokens}: {larger_budget(self.minimum_tokens, n_tokens)}, or use prompts of at least "
+                f"{self.minimum_tokens}: {_larger_budget(self.minimum_tokens, n_tokens)}, or use prompts of at least "
                 f"{longer} tokens"
             )
         return [slots] * n_layers
-
-    @property
-    def minimum_tokens(self) -> int:
-        """Fewest slots per KV head with which the method makes sense."""
-        return 1
 
     @abstractmethod
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
@@ -249,6 +310,11 @@ class Policy(ABC):
         """
         raise RuntimeError(f"{self.name} declares no decoding step")
 
+    @classmethod
+    def rows_stepper(cls) -> type[RowsStepper] | None:
+        """The class that does to all rows on a GPU what `step` does to one; None steps them row by row."""
+        return None
+
     def options(self) -> dict[str, object]:
         """The options that differ from their defaults, without the budget: what tells two arms of a method apart."""
         return {
@@ -258,7 +324,136 @@ class Policy(ABC):
         }
 
 
-def larger_budget(slots: int, n_tokens: int) -> str:
-    """Say which budget gives at least `slots` slots per KV head on a prompt of `n_tokens`, for error messages."""
+def floor_share(share: float, n_tokens: int) -> int:
+    """The floor of a share of some tokens, the product rounded to 9 digits first: in binary, 0.35 * 20 < 7."""
+    return math.floor(round(share * n_tokens, 9))
+
+
+def with_whole_layers(policy: Policy, n_tokens: int, n_layers: int, n_first: int, n_last: int) -> list[int]:
+    """Leave the first and last layers whole and spread what is left evenly over the others.
+
+    Args:
+        policy: whose budget is spent.
+        n_tokens: prompt length T.
+        n_layers: number of layers.
+        n_first: first layers left whole.
+        n_last: last layers left whole.
+
+    Returns:
+        Slots per KV head and layer, summing to `n_layers * budget_tokens(n_tokens)`.
+
+    Raises:
+        BudgetError: if the whole layers leave the others fewer than the method's `minimum_tokens` each.
+    """
+    others = [index for index in range(n_layers) if n_first <= index < n_layers - n_last]
+    n_whole = n_layers - len(others)
+    total = n_layers * policy.budget_tokens(n_tokens)
+    left = total - n_whole * n_tokens
+    least = len(others) * policy.minimum_tokens
+    if left < least:
+        options = {"whole_first_layers": n_first, "whole_last_layers": n_last}
+        lower = " or ".join(name for name, count in options.items() if count)
+        average = math.ceil((n_whole * n_tokens + least) / n_layers)
+        raise BudgetError(
+            f"budget {policy.budget} of {n_tokens} tokens in {n_layers} layers = {total} slots per KV head; "
+            f"{policy.name} needs {n_whole * n_tokens} for {n_whole} whole layers and at least {least} for the others: "
+            f"{f'lower {lower}, or ' if lower else ''}{_larger_budget(average, n_tokens)}"
+        )
+    budgets = [n_tokens] * n_layers
+    for rank, index in enumerate(others):
+        budgets[index] = (rank + 1) * left // len(others) - rank * left // len(others)
+    return budgets
+
+
+def _larger_budget(slots: int, n_tokens: int) -> str:
     budget = math.ceil(1000 * slots / n_tokens) / 1000
     return f"raise the budget to {budget}" if budget < 1 else "set budget=1, which keeps everything"
+
+
+# ---- all rows of a method at once ------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepRow:
+    """One row of a layer as the host knows it.
+
+    Attributes:
+        row: the row's index in the batch.
+        policy: its policy, an instance of the stepper's class.
+        n_slots: m, slots per KV head without the scratch slot.
+        state_offsets: per field of the state, where the row's `(H_k, m + 1, ...)` begins in the arena of that name.
+        constants: the row's constants by field (see `constant_state`).
+    """
+
+    row: int
+    policy: Any
+    n_slots: int
+    state_offsets: dict[str, int]
+    constants: dict[str, Tensor]
+
+
+@dataclass
+class StepLayer:
+    """One layer of the batch as a stepper sees it; tables cover all rows of the batch, B, whatever their policy.
+
+    Attributes:
+        index: the layer, from 0.
+        keys: `(N, D)` arena.
+        values: `(N, D)` arena.
+        offsets: `(B, H_k)` int64, first slot of each block; the scratch slot is number `lengths`.
+        lengths: `(B, H_k)` int32, m.
+        attention: flat fp32 buffer with the new token's attention.
+        attention_offsets: `(B,)` int64, where a row's `(H, m + 1)` attention begins.
+        step_index: `(B,)` int64, 0 for a row's first new token.
+        states: per field of the state, the flat arena of that per-slot state.
+        rows: the rows to step.
+    """
+
+    index: int
+    keys: Tensor
+    values: Tensor
+    offsets: Tensor
+    lengths: Tensor
+    attention: Tensor
+    attention_offsets: Tensor
+    step_index: Tensor
+    states: dict[str, Tensor]
+    rows: list[StepRow]
+
+
+class RowsStepper(ABC):
+    """Steps all rows of one policy class, one launch per layer instead of one chain of launches per row.
+
+    Its tables keep their addresses for its lifetime and hold everything that differs between rows, so that a captured
+    step stays valid when other rows of the same number come in. Subclasses describe a row by integers (`columns`);
+    `prepare` brings them to the device when the batch changes.
+
+    Attributes:
+        table: `(n_layers, max_rows, 1 + n_columns)` int64, per layer and row the row's index followed by its columns.
+    """
+
+    n_columns: ClassVar[int]
+
+    def __init__(self, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device):
+        self.n_kv_heads, self.group_size = n_kv_heads, n_query_heads // n_kv_heads
+        with torch.inference_mode(False):  # the table outlives the block it is first needed in
+            self.table = torch.zeros(n_layers, max_rows, 1 + self.n_columns, dtype=torch.int64, device=device)
+
+    def prepare(self, layer: StepLayer) -> None:
+        """Describe the rows of one layer to the device; called when the batch changes, never inside a step."""
+        rows = [[row.row, *self.columns(row)] for row in layer.rows]
+        self.table[layer.index, : len(rows)].copy_(torch.tensor(rows, dtype=torch.int64))
+
+    @abstractmethod
+    def columns(self, row: StepRow) -> list[int]:
+        """The integers that tell the kernel how to step a row, `n_columns` of them."""
+
+    @abstractmethod
+    def step(self, layer: StepLayer) -> None:
+        """Do what the policy's `step` does, for all rows of `layer`: launches only, no host synchronisation."""
+
+
+def find_rows_stepper(policy_class: type[Policy]) -> type[RowsStepper] | None:
+    """A policy class's stepper; None if it has none, or redefines `step` below the class that has one."""
+    owner = next(owner for owner in policy_class.__mro__ if {"rows_stepper", "step"} & set(vars(owner)))
+    return policy_class.rows_stepper() if "rows_stepper" in vars(owner) else None

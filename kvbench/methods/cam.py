@@ -16,16 +16,28 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.methods.base import CONSTANT, CompressedLayer, DecodeSlots, LayerStates, Policy, RowsStepper
 from kvbench.methods.options import require_bool, require_count, require_number
-from kvbench.methods.rows import RowsStepper
 from kvbench.ops.counter_rng import absorb_word, counter_hash, hash_to_uniform
+
+
+@dataclass
+class CaMState:
+    """What a step remembers.
+
+    Attributes:
+        scores: `(H_k, m)` fp32, attention mass over all queries so far (mean over the query heads of a group).
+        head_hashes: `(H_k, 1)` int64, hashes of (seed, layer, KV head), to which a step adds its number.
+    """
+
+    scores: Tensor
+    head_hashes: Tensor = field(metadata=CONSTANT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +99,10 @@ class CaM(Policy):
             first_and_recent(layer.keys, start, recent),
             first_and_recent(layer.values, start, recent),
             kept_positions(layer.n_tokens, start, recent, device).expand(layer.n_kv_heads, -1),
-            state={"scores": first_and_recent(layer.group_scores(layer.column_sums, "mean"), start, recent)},
-            constants={"head_hashes": hashes[layer.layer_index]},
+            state=CaMState(
+                first_and_recent(layer.group_scores(layer.column_sums, "mean"), start, recent),
+                hashes[layer.layer_index],
+            ),
         )
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
@@ -100,33 +114,30 @@ class CaM(Policy):
         """
         n_kv_heads, n_slots = slots.keys.shape[0], slots.keys.shape[1] - 1
         start, recent = self.split(n_slots)
-        scores = slots.state["scores"]
+        scores = slots.state.scores
         scores += attention.unflatten(0, (n_kv_heads, -1)).mean(1)
         leaving = (start + slots.step_index.remainder(recent)).reshape(1)
         leaving_values = slots.values.index_select(1, leaving).float()
         leaving_scores = scores.index_select(1, leaving)
-        for tensor in (slots.keys, slots.values, scores):
-            tensor.index_copy_(1, leaving, tensor[:, n_slots:].clone())
+        slots.move_new_token(leaving)
         if not self.merge:
             return
         n_targets = min(self.merge_tokens, recent)
         device = slots.keys.device
         ahead = torch.arange(1, n_targets + 1, device=device)
         targets = start + (slots.step_index + ahead).remainder(recent)  # `recent` ahead is the new token's slot
-        uniform = hash_to_uniform(torch.as_tensor(absorb_word(slots.constants["head_hashes"], slots.step_index)))
+        uniform = hash_to_uniform(torch.as_tensor(absorb_word(slots.state.head_hashes, slots.step_index)))
         gate = uniform * scores.index_select(1, targets).mean(1, keepdim=True) < leaving_scores
         share = (leaving_values / n_targets) * gate.unsqueeze(-1)
         merged = slots.values.index_select(1, targets).float() + share
         slots.values.index_copy_(1, targets, merged.to(slots.values.dtype))
 
     @classmethod
-    def rows_stepper(
-        cls, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device
-    ) -> RowsStepper:
-        """Make the version of `step` that serves all rows of this policy in one launch (arguments: `RowsStepper`)."""
+    def rows_stepper(cls) -> type[RowsStepper]:
+        """One launch for all rows, options differing from row to row included."""
         from kvbench.ops.cam_step_triton import CaMRowsStepper  # imports triton, which a CPU may lack
 
-        return CaMRowsStepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)
+        return CaMRowsStepper
 
 
 def first_and_recent(tensor: Tensor, start: int, recent: int) -> Tensor:

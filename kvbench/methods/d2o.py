@@ -21,8 +21,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, LayerStates
-from kvbench.methods.budgets import with_whole_layers
+from kvbench.methods.base import CompressedLayer, LayerStates, with_whole_layers
 from kvbench.methods.evict_and_merge import EvictAndMerge, nearest_kept, sum_by_slot, tokens_at
 from kvbench.methods.options import reduce_groups, require_count
 
@@ -58,9 +57,11 @@ class D2O(EvictAndMerge):
             raise ValueError(f"{self.name} needs column_sums, which the prefill did not provide")
         return reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
 
-    def merge_evicted(self, layer: LayerStates, kept: CompressedLayer, evicted: Tensor) -> CompressedLayer:
+    def merge_evicted(
+        self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor
+    ) -> CompressedLayer:
         """Average the recalled tokens into their nearest kept ones; see `EvictAndMerge.merge_evicted`."""
-        cosines, slots = nearest_kept(layer.keys, kept.positions, evicted)
+        cosines, slots = nearest_kept(layer.keys, positions, evicted)
         recalled = cosines >= cosines.mean(1, keepdim=True)
         weights = (cosines * recalled).unsqueeze(-1)
         n_slots = kept.keys.shape[1]
@@ -70,4 +71,4 @@ class D2O(EvictAndMerge):
             joined = sum_by_slot(tokens_at(states, evicted) * weights, slots, n_slots)
             return ((own.float() + joined) / members).to(own.dtype)
 
-        return CompressedLayer(averaged(layer.keys, kept.keys), averaged(layer.values, kept.values), kept.positions)
+        return CompressedLayer(averaged(layer.keys, kept.keys), averaged(layer.values, kept.values), positions)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy
-from kvbench.methods.full import whole_layer
 from kvbench.methods.options import GROUP_REDUCTIONS, require_bool, require_choice, require_count, require_number
 from kvbench.methods.scored import protect_first, take_slots
 from kvbench.ops.segments import unit_keys
@@ -62,12 +61,15 @@ class EvictAndMerge(Policy):
         """Scores `(H_k, T)` fp32 by which the tokens between start and recent window are kept; higher is better."""
 
     @abstractmethod
-    def merge_evicted(self, layer: LayerStates, kept: CompressedLayer, evicted: Tensor) -> CompressedLayer:
+    def merge_evicted(
+        self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor
+    ) -> CompressedLayer:
         """Merge the evicted tokens into the kept slots.
 
         Args:
             layer: the layer's states; not to be modified.
             kept: the kept slots, copies.
+            positions: `(H_k, m)` int64, where they were in the prompt.
             evicted: `(H_k, T - m)` int64, ascending positions of the evicted tokens.
 
         Returns:
@@ -77,12 +79,12 @@ class EvictAndMerge(Policy):
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Keep, then merge; see `Policy.compress`. A budget of T leaves the layer whole."""
         if budget_tokens >= layer.n_tokens:
-            return whole_layer(layer)
+            return layer.whole()
         recent = self.recent_tokens(budget_tokens)
         ranks = protect_first(self.scores(layer), self.start_tokens)
         positions = heavy_and_recent(ranks, budget_tokens - recent, recent)
         kept = take_slots(layer, positions)
-        return self.merge_evicted(layer, kept, others(positions, layer.n_tokens)) if self.merge else kept
+        return self.merge_evicted(layer, kept, positions, others(positions, layer.n_tokens)) if self.merge else kept
 
 
 def others(positions: Tensor, n_tokens: int) -> Tensor:

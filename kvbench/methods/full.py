@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from kvbench.errors import ConfigError
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy
-
-
-def whole_layer(layer: LayerStates) -> CompressedLayer:
-    """Return the layer uncompressed (sharing memory): T slots per KV head at their own positions."""
-    positions = torch.arange(layer.n_tokens, device=layer.keys.device)
-    return CompressedLayer(layer.keys, layer.values, positions.expand(layer.n_kv_heads, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +23,7 @@ class Full(Policy):
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Return the layer as it is; see `Policy.compress`."""
-        return whole_layer(layer)
+        return layer.whole()
 
 
 def in_effect(policy: Policy) -> Policy:

@@ -19,10 +19,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
+from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy, RowsStepper
 from kvbench.methods.options import GROUP_REDUCTIONS, reduce_groups, require_bool, require_choice, require_number
-from kvbench.methods.rows import RowsStepper
 from kvbench.ops import selection
+
+
+@dataclass
+class H2OState:
+    """Attention mass of each slot over all queries so far, `(H_k, m)` fp32, and with counts how many queries saw it."""
+
+    scores: Tensor
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +90,8 @@ class H2O(Policy):
         operations = selection_operations(layer.kernels)
         positions = operations.heavy_and_recent(ranks, *self.split(budget_tokens))
         keys, values, kept_scores = operations.keep_slots(layer.keys, layer.values, scores, positions)
-        state = {"scores": kept_scores}
-        if self.normalise_by_count:
-            state["counts"] = (layer.n_tokens - positions).float()
-        return CompressedLayer(keys, values, positions, state=state)
+        counts = (layer.n_tokens - positions).float() if self.normalise_by_count else None
+        return CompressedLayer(keys, values, positions, state=H2OState(kept_scores, counts))
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         """Count the new token's attention, then evict the weakest of the heavy slots and the token leaving the window.
@@ -96,32 +101,28 @@ class H2O(Policy):
         """
         n_slots = slots.keys.shape[1] - 1
         heavy, recent = self.split(n_slots)
-        scores = slots.state["scores"]
+        scores = slots.state.scores
         scores += reduce_groups(attention, slots.keys.shape[0], self.group_reduce)
         ranks = scores
         if self.normalise_by_count:
-            slots.state["counts"] += 1.0
-            ranks = scores / slots.state["counts"]
+            slots.state.counts += 1.0
+            ranks = scores / slots.state.counts
         leaving = (heavy + slots.step_index.remainder(recent)).reshape(1)
-        per_slot = [slots.keys, slots.values, *slots.state.values()]
         if heavy:
             weakest = ranks[:, :heavy].min(dim=1, keepdim=True)
             wins = ranks.index_select(1, leaving) >= weakest.values
             target = torch.where(wins, weakest.indices, leaving)  # a loser moves onto itself and is overwritten below
-            for tensor in per_slot:
+            for tensor in slots.per_slot:
                 index = target.reshape(target.shape + (1,) * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
                 tensor.scatter_(1, index, tensor.index_select(1, leaving))
-        for tensor in per_slot:
-            tensor.index_copy_(1, leaving, tensor[:, n_slots:].clone())
+        slots.move_new_token(leaving)
 
     @classmethod
-    def rows_stepper(
-        cls, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device
-    ) -> RowsStepper:
-        """Make the version of `step` that serves all rows of this policy in one launch (arguments: `RowsStepper`)."""
+    def rows_stepper(cls) -> type[RowsStepper]:
+        """One launch for all rows, options differing from row to row included."""
         from kvbench.ops.h2o_step_triton import H2ORowsStepper  # imports triton, which a CPU may lack
 
-        return H2ORowsStepper(n_layers, max_rows, n_query_heads, n_kv_heads, device)
+        return H2ORowsStepper
 
 
 def selection_operations(kernels: str) -> ModuleType:

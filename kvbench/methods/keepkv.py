@@ -80,17 +80,19 @@ class KeepKV(EvictAndMerge):
         seen_by = layer.query_counts.clamp_max(window.shape[1])
         return window.sum(1) / seen_by + torch.finfo(torch.float32).tiny
 
-    def merge_evicted(self, layer: LayerStates, kept: CompressedLayer, evicted: Tensor) -> CompressedLayer:
+    def merge_evicted(
+        self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor
+    ) -> CompressedLayer:
         """Mix similar tokens into their slots by weight and count their votes; see `EvictAndMerge.merge_evicted`.
 
         Returns:
             Slots with `bias`, the logarithm of the votes.
         """
-        cosines, slots = nearest_kept(layer.keys, kept.positions, evicted)
+        cosines, slots = nearest_kept(layer.keys, positions, evicted)
         joins = cosines >= self.threshold
         estimates = self.attention_estimates(layer)
         joining = estimates.gather(1, evicted) * joins
-        staying = estimates.gather(1, kept.positions).unsqueeze(-1)
+        staying = estimates.gather(1, positions).unsqueeze(-1)
         n_slots = kept.keys.shape[1]
         sums = sum_by_slot(torch.stack([joining, joins.float()], -1), slots, n_slots)
         total, votes = staying + sums[..., :1], 1.0 + sums[..., 1]
@@ -102,6 +104,6 @@ class KeepKV(EvictAndMerge):
         return CompressedLayer(
             mixed(layer.keys, kept.keys) if self.merge_keys else kept.keys,
             mixed(layer.values, kept.values),
-            kept.positions,
+            positions,
             bias=votes.log(),
         )

@@ -15,8 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvbench.methods.base import LayerStates
-from kvbench.methods.budgets import with_whole_layers
+from kvbench.methods.base import LayerStates, with_whole_layers
 from kvbench.methods.options import require_count
 from kvbench.methods.scored import ScoredPolicy
 

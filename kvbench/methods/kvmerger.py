@@ -15,9 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy
-from kvbench.methods.budgets import with_whole_layers
-from kvbench.methods.full import whole_layer
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy, with_whole_layers
 from kvbench.methods.options import (
     GROUP_REDUCTIONS,
     reduce_groups,
@@ -162,7 +160,7 @@ class KVMerger(Policy):
         if layer.column_sums is None:
             raise ValueError(f"{self.name} needs column_sums, which the prefill did not provide")
         if self.is_whole(layer.layer_index, layer.n_layers) or (self.exact_budget and budget_tokens >= layer.n_tokens):
-            return whole_layer(layer)
+            return layer.whole()
         scores = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
         triton = layer.kernels == "triton"
         starts, lengths = self.sets(layer.keys, scores, budget_tokens, triton)

@@ -25,7 +25,6 @@ from torch.nn.functional import max_pool1d
 
 from kvbench.errors import ConfigError
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy
-from kvbench.methods.full import whole_layer
 from kvbench.methods.options import (
     GROUP_REDUCTIONS,
     reduce_groups,
@@ -106,7 +105,7 @@ class KVMergerPlus(Policy):
         if layer.column_sums is None or layer.window_attention is None:
             raise ValueError(f"{self.name} needs column_sums and window_attention, which the prefill did not provide")
         if budget_tokens >= layer.n_tokens:
-            return whole_layer(layer)
+            return layer.whole()
         positions = self.positions(layer, budget_tokens)
         slots = positions.unsqueeze(-1).expand(-1, -1, layer.keys.shape[-1])
         keys, values = layer.keys.gather(1, slots), layer.values.gather(1, slots)

@@ -1,17 +1,13 @@
-"""Checks for policy options: each raises `ConfigError` with the value, the limit and the choices.
-
-Also the one reduction from query heads to KV heads that both `compress` and `step` need.
-"""
+"""Checks for policy options: each raises `ConfigError` with the value, the limit and the choices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from kvbench.errors import ConfigError
+from kvbench.methods.base import GROUP_REDUCTIONS, reduce_groups
 
-GROUP_REDUCTIONS = ("mean", "max", "first")
+__all__ = ["GROUP_REDUCTIONS", "reduce_groups", "require_bool", "require_choice", "require_count", "require_number"]
 
 
 def require_choice(option: str, value: object, choices: Sequence[str]) -> None:
@@ -51,28 +47,3 @@ def require_number(
     if not inside:
         left, right = "[" if include_low else "(", "]" if include_high else ")"
         raise ConfigError(f"{option}={value!r} is not in {left}{low:g}, {high:g}{right}")
-
-
-def reduce_groups(scores: Tensor, n_kv_heads: int, reduce: str) -> Tensor:
-    """Reduce query-head scores to KV heads; query head h belongs to KV head h // G.
-
-    Args:
-        scores: `(H, ...)`.
-        n_kv_heads: H_k.
-        reduce: "mean", "max" or "first" (first query head of each group, as in llama-recipes' H2O).
-
-    Returns:
-        `(H_k, ...)`; the argument itself where every KV head has one query head.
-
-    Raises:
-        ConfigError: for any other `reduce`.
-    """
-    require_choice("group_reduce", reduce, GROUP_REDUCTIONS)
-    if scores.shape[0] == n_kv_heads:
-        return scores  # a group of one: nothing to launch
-    grouped = scores.unflatten(0, (n_kv_heads, -1))
-    if reduce == "mean":
-        return grouped.mean(1)
-    if reduce == "max":
-        return grouped.amax(1)
-    return grouped[:, 0]

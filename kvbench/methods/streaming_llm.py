@@ -62,5 +62,4 @@ class StreamingLLM(Policy):
         n_slots = slots.keys.shape[1] - 1
         recent = n_slots - self.start_tokens
         leaving = (self.start_tokens + slots.step_index.remainder(recent)).reshape(1)
-        for tensor in (slots.keys, slots.values):
-            tensor.index_copy_(1, leaving, tensor[:, n_slots:].clone())
+        slots.move_new_token(leaving)

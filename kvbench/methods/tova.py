@@ -68,5 +68,4 @@ class TOVA(Policy):
         n_slots = slots.keys.shape[1] - 1
         scores = attention.mean(0)
         target = scores[: n_slots + (not self.keep_newest)].argmin().reshape(1)
-        for tensor in (slots.keys, slots.values):
-            tensor.index_copy_(1, target, tensor[:, n_slots:].clone())
+        slots.move_new_token(target)

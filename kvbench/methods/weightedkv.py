@@ -37,14 +37,16 @@ class WeightedKV(EvictAndMerge):
         sums = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
         return sums / layer.query_counts + torch.finfo(torch.float32).tiny
 
-    def merge_evicted(self, layer: LayerStates, kept: CompressedLayer, evicted: Tensor) -> CompressedLayer:
+    def merge_evicted(
+        self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor
+    ) -> CompressedLayer:
         """Mix the values of evicted tokens into the next kept one; see `EvictAndMerge.merge_evicted`."""
         attention = self.scores(layer)
         weights = attention.gather(1, evicted).unsqueeze(-1)
-        staying = attention.gather(1, kept.positions).unsqueeze(-1)
+        staying = attention.gather(1, positions).unsqueeze(-1)
         n_slots = kept.keys.shape[1]
-        following = torch.searchsorted(kept.positions, evicted)  # the last token is kept, so there is always one
+        following = torch.searchsorted(positions, evicted)  # the last token is kept, so there is always one
         rows = torch.cat([tokens_at(layer.values, evicted) * weights, weights], -1)
         sums = sum_by_slot(rows, following, n_slots)
         values = (kept.values.float() * staying + sums[..., :-1]) / (staying + sums[..., -1:])
-        return CompressedLayer(kept.keys, values.to(kept.values.dtype), kept.positions)
+        return CompressedLayer(kept.keys, values.to(kept.values.dtype), positions)

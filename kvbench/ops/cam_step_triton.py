@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvbench.methods.rows import RowsStepper, StepLayer, StepRow
+from kvbench.methods.base import RowsStepper, StepLayer, StepRow
 from kvbench.ops.counter_rng import INCREMENT, MASK, MULTIPLIERS
 from kvbench.ops.h2o_step_triton import group_attention
 

@@ -7,8 +7,7 @@ from typing import ClassVar
 import triton
 import triton.language as tl
 
-from kvbench.methods.options import GROUP_REDUCTIONS
-from kvbench.methods.rows import RowsStepper, StepLayer, StepRow
+from kvbench.methods.base import GROUP_REDUCTIONS, RowsStepper, StepLayer, StepRow
 
 BLOCK_SLOTS = 1024
 

@@ -28,8 +28,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.errors import ConfigError
-from kvbench.methods.base import CompressedLayer, Policy
-from kvbench.methods.rows import RowsStepper, find_rows_stepper
+from kvbench.methods.base import CompressedLayer, Policy, RowsStepper, find_rows_stepper, slot_state
 from kvbench.ops.dispatch import choose_backend, current_device
 from kvbench.runtime.arena import Arena
 from kvbench.runtime.layer import CacheLayer, RowExtent
@@ -383,7 +382,7 @@ class RaggedCache(Cache):
                 raise ValueError(f"{policy.name}: {name} have shape {tuple(tensor.shape)}, the cache needs {shape}")
             if tensor.dtype != self.dtype:
                 raise ValueError(f"{policy.name}: {name} are {tensor.dtype}, the cache stores {self.dtype}")
-        for name, state in (("bias", layer.bias), *layer.state.items()):
+        for name, state in (("bias", layer.bias), *slot_state(layer.state).items()):
             if state is not None and state.shape[:2] != shape[:2]:
                 raise ValueError(f"{policy.name}: {name} has shape {tuple(state.shape)}, the cache needs {shape[:2]}")
         if layer.lengths is not None and policy.steps:
@@ -428,9 +427,9 @@ class RaggedCache(Cache):
                 continue
             for policy in policies:
                 if policy.steps and type(policy) not in self._steppers[device]:
-                    self._steppers[device][type(policy)] = find_rows_stepper(
-                        type(policy), self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, device
-                    )
+                    shape = self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, device
+                    stepper = find_rows_stepper(type(policy))
+                    self._steppers[device][type(policy)] = stepper(*shape) if stepper else None
         self._sealed = [
             seal_layer(
                 index,

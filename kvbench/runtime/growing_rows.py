@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvbench.methods.base import CompressedLayer, Policy
+from kvbench.methods.base import CompressedLayer, Policy, make_state, slot_state
 from kvbench.runtime.cache import RaggedCache, _Row
 from kvbench.runtime.layer import CacheLayer, RowExtent
 
@@ -118,7 +118,7 @@ def read_row(layer: CacheLayer, extent: RowExtent, grown: int) -> CompressedLaye
         grown: slots per head that new tokens have added.
 
     Returns:
-        The filled slots, new tokens included; positions are not stored, so they are all 0 here.
+        The filled slots, new tokens included, without positions, which are not stored.
     """
     blocks = layer.blocks(extent, grown)
     longest = max(block.length for block in blocks)
@@ -133,17 +133,16 @@ def read_row(layer: CacheLayer, extent: RowExtent, grown: int) -> CompressedLaye
         return padded
 
     keys = gather("keys")
-    state = {}
-    if extent.states:
+    state = None
+    if extent.state_class is not None:
         step_index = torch.zeros((), dtype=torch.int64, device=layer.device)
         slots = layer.decode_slots(extent, step_index)
-        state = {name: tensor[:, : extent.lengths[0]] for name, tensor in slots.state.items()}
+        views = {name: tensor[:, : extent.lengths[0]] for name, tensor in slot_state(slots.state).items()}
+        state = make_state(extent.state_class, views | extent.constants)
     return CompressedLayer(
         keys=keys,
         values=gather("values"),
-        positions=torch.zeros(keys.shape[:2], dtype=torch.int64, device=layer.device),
         lengths=torch.tensor([block.length for block in blocks]) if extent.ragged else None,
         bias=gather("bias") if extent.bias_offset >= 0 else None,
         state=state,
-        constants=extent.constants,
     )

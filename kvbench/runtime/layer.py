@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, DecodeSlots
+from kvbench.methods.base import CompressedLayer, DecodeSlots, constant_state, make_state, slot_state
 from kvbench.ops.ragged_decode import HeadBlock
 from kvbench.runtime.arena import Arena
 
@@ -27,7 +28,8 @@ class RowExtent:
         ragged: whether the heads' lengths may differ; then each block has its own capacity.
         bias_offset: first bias of the row, -1 without bias; its blocks follow each other like those of the keys.
         states: per arena of per-slot state, the first slot of the row; its H_k blocks have equal capacity.
-        constants: the row's own copies of the policy's constants.
+        state_class: class of the policy's state, None without any.
+        constants: the row's own copies of that state's constants, by field.
     """
 
     offsets: list[int]
@@ -36,6 +38,7 @@ class RowExtent:
     ragged: bool
     bias_offset: int
     states: dict[StateKey, int]
+    state_class: type[Any] | None = None
     constants: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -101,7 +104,8 @@ class CacheLayer:
             blocks = self.bias.storage[extent.bias_offset : extent.bias_offset + total]
             blocks.zero_()  # new tokens have no bias
             _copy(layer.bias, blocks, room, where)
-        for name, state in layer.state.items():
+        extent.state_class = None if layer.state is None else type(layer.state)
+        for name, state in slot_state(layer.state).items():
             key = (name, state.dtype, tuple(state.shape[2:]))
             if key not in self.states:
                 self.states[key] = Arena(key[2], state.dtype, self.device)
@@ -110,9 +114,9 @@ class CacheLayer:
             blocks = arena.storage[extent.states[key] : extent.states[key] + count]
             blocks.zero_()
             _copy(state, blocks, room, None)
-        if layer.constants:
+        if constants := constant_state(layer.state):
             with torch.inference_mode(False):  # takes longer than a launch, so only where there is something to copy
-                extent.constants = {name: value.detach().clone() for name, value in layer.constants.items()}
+                extent.constants = {name: value.detach().clone() for name, value in constants.items()}
         return extent
 
     def blocks(self, extent: RowExtent, grown: int) -> list[HeadBlock]:
@@ -134,13 +138,13 @@ class CacheLayer:
     def decode_slots(self, extent: RowExtent, step_index: Tensor) -> DecodeSlots:
         """What a policy's `step` sees of one row: views of the m slots and the scratch slot."""
         n_heads, n_slots = len(extent.offsets), extent.lengths[0] + 1
+        views = {
+            key[0]: _rectangle(self.states[key], offset, n_heads, n_slots) for key, offset in extent.states.items()
+        }
         return DecodeSlots(
             keys=_rectangle(self.keys, extent.offsets[0], n_heads, n_slots),
             values=_rectangle(self.values, extent.offsets[0], n_heads, n_slots),
-            state={
-                key[0]: _rectangle(self.states[key], offset, n_heads, n_slots) for key, offset in extent.states.items()
-            },
-            constants=extent.constants,
+            state=make_state(extent.state_class, views | extent.constants),
             step_index=step_index,
         )
 

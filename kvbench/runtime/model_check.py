@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvbench.errors import KvbenchError, ModelError
 from kvbench.methods.base import LayerStates
-from kvbench.methods.full import Full, whole_layer
+from kvbench.methods.full import Full
 from kvbench.models.device_map import input_device
 from kvbench.models.local import quiet
 from kvbench.runtime.attention import EXAMPLES, attention_implementation
@@ -179,7 +179,7 @@ class _Probe(PlainCache):
             shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
             raise ModelError(f"queries, keys and values have the shapes {shapes}")
         self.shapes.add((query.shape[1], *key.shape[1::2]))
-        self.add(whole_layer(LayerStates(key[0], value[0], layer_index, 0, query.shape[1], 0)))
+        self.add(LayerStates(key[0], value[0], layer_index, 0, query.shape[1], 0).whole())
         output = observe(
             query[0], key[0], value[0], scaling, column_sums=False, window_tokens=0, backend="torch", softcap=softcap
         ).output

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvbench.methods.base import CompressedLayer, DecodeSlots, Policy
+from kvbench.methods.base import CompressedLayer, DecodeSlots, Policy, constant_state, make_state, slot_state
 
 
 class _Layer:
@@ -25,8 +25,9 @@ class _Layer:
         self.keys = [compressed.keys[h, :n].clone() for h, n in enumerate(lengths)]
         self.values = [compressed.values[h, :n].clone() for h, n in enumerate(lengths)]
         self.bias = [bias[h, :n].float().clone() for h, n in enumerate(lengths)]
-        self.state = {name: tensor.clone() for name, tensor in compressed.state.items()}
-        self.constants = {name: tensor.clone() for name, tensor in compressed.constants.items()}
+        self.state_class = None if compressed.state is None else type(compressed.state)
+        self.state = {name: tensor.clone() for name, tensor in slot_state(compressed.state).items()}
+        self.constants = {name: tensor.clone() for name, tensor in constant_state(compressed.state).items()}
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Append one token: key and value `(H_k, D)`."""
@@ -56,7 +57,8 @@ class _Layer:
             name: torch.cat([tensor, tensor.new_zeros(tensor.shape[0], 1, *tensor.shape[2:])], 1)
             for name, tensor in self.state.items()
         }
-        policy.step(DecodeSlots(keys, values, state, self.constants, step_index), torch.stack(rows))
+        slots = DecodeSlots(keys, values, make_state(self.state_class, state | self.constants), step_index)
+        policy.step(slots, torch.stack(rows))
         self.keys, self.values = list(keys[:, :-1]), list(values[:, :-1])
         self.bias = [bias[:-1] for bias in self.bias]
         self.state = {name: tensor[:, :-1] for name, tensor in state.items()}

@@ -8,8 +8,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kvbench.methods.base import DecodeSlots, Policy
-from kvbench.methods.rows import RowsStepper, StepLayer, StepRow
+from kvbench.methods.base import DecodeSlots, Policy, RowsStepper, StepLayer, StepRow, slot_state
 from kvbench.ops import ragged_decode as decode
 from kvbench.ops.ragged_decode import RaggedLayer
 from kvbench.runtime.layer import CacheLayer, RowExtent
@@ -58,7 +57,7 @@ class SealedLayer:
                 for stepper, layer in self.steppers:
                     stepper.step(layer)
         for row, (policy, slots) in self.steps.items():
-            for state in slots.state.values():
+            for state in slot_state(slots.state).values():
                 state[:, -1] = 0
             policy.step(slots, attention[row])
         return output

@@ -24,6 +24,11 @@ class Newest(Policy):
         return newest(layer, budget_tokens)
 
 
+@dataclass
+class Mass:
+    mass: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stepper(Newest):
     """Nothing is wrong: replace slot `step_index` modulo m by the new token, and count what each slot receives."""
@@ -33,13 +38,13 @@ class Stepper(Newest):
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         kept = newest(layer, budget_tokens)
-        kept.state["mass"] = torch.zeros(kept.keys.shape[:2])
+        kept.state = Mass(torch.zeros(kept.keys.shape[:2]))
         return kept
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
-        slots.state["mass"] += attention.unflatten(0, (slots.keys.shape[0], -1)).sum(1)
+        slots.state.mass += attention.unflatten(0, (slots.keys.shape[0], -1)).sum(1)
         target = slots.step_index.remainder(slots.keys.shape[1] - 1).reshape(1)
-        for tensor in (slots.keys, slots.values, *slots.state.values()):
+        for tensor in slots.per_slot:
             tensor.index_copy_(1, target, tensor[:, -1:].clone())
 
 

@@ -17,7 +17,7 @@ class ScratchForgotten(Stepper):
     name: ClassVar[str] = "scratch_forgotten"
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
-        slots.state["mass"][:, :-1] += attention.unflatten(0, (slots.keys.shape[0], -1)).sum(1)
+        slots.state.mass[:, :-1] += attention.unflatten(0, (slots.keys.shape[0], -1)).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class Rebinding(Stepper):
 
 @dataclass(frozen=True, kw_only=True)
 class StateRebinding(Stepper):
-    """in_place: a new tensor in the dictionary of states."""
+    """in_place: a new tensor in a field of the state."""
 
     name: ClassVar[str] = "state_rebinding"
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
-        slots.state["mass"] = slots.state["mass"] + 1.0
+        slots.state.mass = slots.state.mass + 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Forgetting(Stepper):
     name: ClassVar[str] = "forgetting"
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
-        slots.state["mass"] += 1.0
+        slots.state.mass += 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Exploding(Stepper):
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         super().step(slots, attention)
-        slots.state["mass"] /= slots.step_index
+        slots.state.mass /= slots.step_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class MaskIndexing(Stepper):
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         super().step(slots, attention)
-        mass = slots.state["mass"]
+        mass = slots.state.mass
         mass[mass < 0] = 0.0
 
 
@@ -106,9 +106,9 @@ class FirstSight(Stepper):
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         if not hasattr(slots, "seen"):
             slots.seen = True  # type: ignore[attr-defined]  # the mistake on trial
-            slots.state["mass"].zero_()
-        slots.state["mass"] += attention.unflatten(0, (slots.keys.shape[0], -1)).sum(1)
-        target = slots.state["mass"][:, :-1].min(1, keepdim=True).indices
-        for tensor in (slots.keys, slots.values, *slots.state.values()):
+            slots.state.mass.zero_()
+        slots.state.mass += attention.unflatten(0, (slots.keys.shape[0], -1)).sum(1)
+        target = slots.state.mass[:, :-1].min(1, keepdim=True).indices
+        for tensor in slots.per_slot:
             index = target.reshape(target.shape + (1,) * (tensor.ndim - 2)).expand(-1, -1, *tensor.shape[2:])
             tensor.scatter_(1, index, tensor[:, -1:].clone())

@@ -27,7 +27,7 @@ def run_both(policy: CaM, layer, merges: list[bool], n_steps: int = 50):
     for step, (key, value, attention) in enumerate(new_tokens(n_steps, n_query_heads, n_kv_heads, m, seed=6)):
         position = n_tokens + step
         slots.step_index.fill_(step)
-        slots.keys[:, m], slots.values[:, m], slots.state["scores"][:, m] = key, value, 0
+        slots.keys[:, m], slots.values[:, m], slots.state.scores[:, m] = key, value, 0
         for h in range(n_kv_heads):
             row = attention[h * group : (h + 1) * group]
             by_position = {p: row[:, s].tolist() for s, p in enumerate([*slot_positions, position])}
@@ -50,7 +50,7 @@ def test_fifty_steps_match_reference(n_query_heads, n_kv_heads, n_tokens, option
         assert relative_rms(slots.keys[:, order], keys) == 0.0
         assert relative_rms(slots.values[:, order], values) < 1e-6
         scores = torch.tensor([[e.A for e in entries] for entries in reference.heads])
-        assert relative_rms(slots.state["scores"][:, order], scores) < 1e-5
+        assert relative_rms(slots.state.scores[:, order], scores) < 1e-5
     assert any(merges) == policy.merge
     assert not all(merges)  # the gate closed at least once
 
@@ -65,7 +65,7 @@ def test_prompt_keeps_start_and_recent_without_merging():
 def test_gate_depends_on_seed_layer_head_and_step_only():
     def hashes(seed: int, layer_index: int) -> list[int]:
         compressed = CaM().compress(make_layer(2, 2, 20, seed=seed, layer_index=layer_index), 10)
-        return compressed.constants["head_hashes"].flatten().tolist()
+        return compressed.state.head_hashes.flatten().tolist()
 
     seen = [word for seed in (0, 1) for layer_index in (2, 3) for word in hashes(seed, layer_index)]
     assert len(set(seen)) == 8
@@ -79,8 +79,8 @@ def test_gate_opens_with_the_ratio_of_the_scores():
     for step in range(400):
         slots = decode_slots(policy.compress(layer, 20))
         slots.step_index.fill_(step)
-        slots.state["scores"].fill_(1.0)
-        slots.state["scores"][:, 10 + step % 10] = 0.25  # the leaving token has a quarter of its targets' score
+        slots.state.scores.fill_(1.0)
+        slots.state.scores[:, 10 + step % 10] = 0.25  # the leaving token has a quarter of its targets' score
         before = slots.values.clone()
         policy.step(slots, torch.zeros(2, 21))
         slots.values[:, 10 + step % 10] = before[:, 10 + step % 10]

@@ -14,7 +14,7 @@ from test_method_configs import OWN_METHODS
 
 from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy, constant_state, slot_state
 from kvbench.methods.registry import build_policy
 from kvbench.methods.snapkv import SnapKV
 
@@ -51,8 +51,7 @@ def compress_all(policy: Policy, layers: list[LayerStates]) -> list[CompressedLa
 
 def tensors(compressed: CompressedLayer) -> dict[str, torch.Tensor]:
     named = {name: getattr(compressed, name) for name in ("keys", "values", "positions", "lengths", "bias")}
-    named.update(compressed.state)
-    named.update(compressed.constants)
+    named.update(slot_state(compressed.state) | constant_state(compressed.state))
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -100,7 +99,7 @@ def test_half_precision_is_stored_and_fp32_is_counted(name):
     for compressed in compress_all(method(name, 0.4), model_layers((4, 2), 53, torch.bfloat16)):
         assert compressed.keys.dtype == compressed.values.dtype == torch.bfloat16
         assert compressed.bias is None or compressed.bias.dtype == torch.float32
-        assert all(tensor.dtype == torch.float32 for tensor in compressed.state.values())
+        assert all(tensor.dtype == torch.float32 for tensor in slot_state(compressed.state).values())
 
 
 @pytest.mark.parametrize("name", COMPRESSED)

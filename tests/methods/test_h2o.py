@@ -1,12 +1,15 @@
 """H2O against its loop twin: selection at the end of the prompt and 50 decoding steps."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from policy_inputs import make_layer, new_tokens, relative_rms
 
 from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError, ConfigError
-from kvbench.methods.h2o import H2O
+from kvbench.methods.base import slot_state
+from kvbench.methods.h2o import H2O, H2OState
 from kvbench.reference.h2o import ReferenceH2O
 
 SHAPES = [(4, 4, 61), (6, 2, 97)]
@@ -39,6 +42,11 @@ def test_prompt_selection_matches_reference(n_query_heads, n_kv_heads, n_tokens,
     assert compressed.n_slots == n_kv_heads * m
 
 
+@dataclass
+class Tracked(H2OState):
+    positions: torch.Tensor | None = None  # rides along as per-slot state
+
+
 @pytest.mark.parametrize("options", [{}, {"normalise_by_count": True}, {"group_reduce": "max"}, {"recent_share": 0.2}])
 @pytest.mark.parametrize("budget", [0.35, 1.0])
 @pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SHAPES)
@@ -50,30 +58,30 @@ def test_fifty_steps_match_reference(n_query_heads, n_kv_heads, n_tokens, budget
     compressed = policy.compress(layer, m)
     reference = reference_for(policy, layer, m)
     slots, positions = decode_slots(compressed), compressed.positions.clone()
-    slots.state["positions"] = torch.cat([positions, positions[:, :1]], dim=1)  # rides along as per-slot state
+    slots.state = Tracked(slots.state.scores, slots.state.counts, torch.cat([positions, positions[:, :1]], dim=1))
     group = n_query_heads // n_kv_heads
     moved = False
     for step, (key, value, attention) in enumerate(new_tokens(50, n_query_heads, n_kv_heads, m, seed=6)):
         position = n_tokens + step
         slots.step_index.fill_(step)
         slots.keys[:, m], slots.values[:, m] = key, value
-        for name, tensor in slots.state.items():
+        for name, tensor in slot_state(slots.state).items():
             tensor[:, m] = position if name == "positions" else 0
         for h in range(n_kv_heads):
             row = attention[h * group : (h + 1) * group]
-            by_position = {int(p): row[:, s].tolist() for s, p in enumerate(slots.state["positions"][h])}
+            by_position = {int(p): row[:, s].tolist() for s, p in enumerate(slots.state.positions[h])}
             reference.step(h, position, key[h], value[h], by_position)
-        before = slots.state["positions"][:, : policy.split(m)[0]].clone()
+        before = slots.state.positions[:, : policy.split(m)[0]].clone()
         policy.step(slots, attention)
-        moved |= not torch.equal(before, slots.state["positions"][:, : policy.split(m)[0]])
-        order = slots.state["positions"][:, :m].argsort(dim=1)
+        moved |= not torch.equal(before, slots.state.positions[:, : policy.split(m)[0]])
+        order = slots.state.positions[:, :m].argsort(dim=1)
         keys, values, positions = reference.stacked()
-        assert torch.equal(slots.state["positions"][:, :m].gather(1, order), positions)
+        assert torch.equal(slots.state.positions[:, :m].gather(1, order), positions)
         gather = order.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
         assert relative_rms(slots.keys[:, :m].gather(1, gather), keys) == 0.0
         assert relative_rms(slots.values[:, :m].gather(1, gather), values) == 0.0
         scores = torch.tensor([[e.S for e in entries] for entries in reference.heads])
-        assert relative_rms(slots.state["scores"][:, :m].gather(1, order), scores) < 1e-5
+        assert relative_rms(slots.state.scores[:, :m].gather(1, order), scores) < 1e-5
     assert moved  # some leaving token became a heavy hitter, so the test saw both branches
 
 
@@ -114,7 +122,7 @@ def test_step_keeps_half_precision_storage():
     slots = decode_slots(compressed)
     H2O(budget=0.5).step(slots, torch.rand(4, 21))
     assert slots.keys.dtype == torch.bfloat16
-    assert slots.state["scores"].dtype == torch.float32
+    assert slots.state.scores.dtype == torch.float32
 
 
 def test_errors_name_value_and_limit():

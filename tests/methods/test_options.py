@@ -43,5 +43,5 @@ def test_group_reductions():
     assert reduce_groups(scores, 2, "mean").tolist() == [[2.0, 3.0], [1.0, 2.0]]
     assert reduce_groups(scores, 2, "max").tolist() == [[3.0, 5.0], [2.0, 4.0]]
     assert reduce_groups(scores, 2, "first").tolist() == [[1.0, 5.0], [0.0, 0.0]]
-    with pytest.raises(ConfigError, match="group_reduce='sum' is not one of mean, max, first"):
-        reduce_groups(scores, 2, "sum")
+    with pytest.raises(ConfigError, match="group_reduce='median' is not one of mean, max, first"):
+        reduce_groups(scores, 2, "median")

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kvbench.methods.base import LayerStates
+from kvbench.methods.base import LayerStates, find_rows_stepper, slot_state
 from kvbench.methods.cam import CaM
 from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O
-from kvbench.methods.rows import find_rows_stepper
 from kvbench.runtime.cache import RaggedCache
 
 HEAD_DIM = 16
@@ -38,7 +37,7 @@ def contents(cache, n_layers):
             if record.policy.steps:
                 slots = cache._layer(index).decode_slots(record.extents[index], torch.tensor(0))
                 found += [(row, "keys", slots.keys[:, :-1].clone()), (row, "values", slots.values[:, :-1].clone())]
-                found += [(row, name, state[:, :-1].clone()) for name, state in sorted(slots.state.items())]
+                found += [(row, name, state[:, :-1].clone()) for name, state in sorted(slot_state(slots.state).items())]
     return found
 
 
@@ -114,5 +113,5 @@ def test_a_changed_step_is_not_replaced_by_its_parents_kernel():
         def step(self, slots, attention):
             pass
 
-    assert find_rows_stepper(Lazy, 1, 4, 2, 2, torch.device("cpu")) is None
-    assert find_rows_stepper(Full, 1, 4, 2, 2, torch.device("cpu")) is None
+    assert find_rows_stepper(Lazy) is None
+    assert find_rows_stepper(Full) is None

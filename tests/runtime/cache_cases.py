@@ -1,12 +1,12 @@
 """Two small policies and a small model, to fill caches with and to decode through them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.base import CONSTANT, CompressedLayer, LayerStates, Policy
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.cache import RaggedCache
 
@@ -24,6 +24,12 @@ class Whole(Policy):
         return CompressedLayer(layer.keys, layer.values, positions)
 
 
+@dataclass
+class Scores:
+    scores: torch.Tensor
+    seed: torch.Tensor = field(metadata=CONSTANT)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OldestOut(Policy):
     """Keeps the last slots; a new token replaces the oldest. State counts attention, as H2O's does."""
@@ -39,18 +45,17 @@ class OldestOut(Policy):
             layer.keys[:, kept],
             layer.values[:, kept],
             positions,
-            state={"scores": scores},
-            constants={"seed": torch.tensor(7)},
+            state=Scores(scores, torch.tensor(7)),
         )
 
     def step(self, slots, attention):
         n_heads, n_slots, _ = slots.keys.shape
-        assert slots.state["scores"].shape == (n_heads, n_slots)
-        assert (slots.state["scores"][:, -1] == 0).all()
-        assert int(slots.constants["seed"]) == 7
-        slots.state["scores"] += attention.unflatten(0, (n_heads, -1)).mean(1)
+        assert slots.state.scores.shape == (n_heads, n_slots)
+        assert (slots.state.scores[:, -1] == 0).all()
+        assert int(slots.state.seed) == 7
+        slots.state.scores += attention.unflatten(0, (n_heads, -1)).mean(1)
         oldest = (slots.step_index % (n_slots - 1)).view(1)
-        for tensor in (slots.keys, slots.values, slots.state["scores"]):
+        for tensor in (slots.keys, slots.values, slots.state.scores):
             tensor.index_copy_(1, oldest, tensor[:, -1:].clone())
 
 

@@ -10,6 +10,7 @@ from cache_cases import (
     N_HEADS,
     N_LAYERS,
     OldestOut,
+    Scores,
     Whole,
     add_prompt,
     decode,
@@ -321,7 +322,7 @@ def test_replayed_steps_are_counted_by_the_device():
 def test_written_in_inference_mode_and_decoded_outside():
     cache = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32)
     with torch.inference_mode():
-        layer = random_layer(2, 6, state={"scores": torch.zeros(2, 6)}, constants={"seed": torch.tensor(7)})
+        layer = random_layer(2, 6, state=Scores(torch.zeros(2, 6), torch.tensor(7)))
         cache.write(0, cache.add_row(OldestOut(), 6, 3), layer)
         cache.prepare()
     with torch.no_grad():
@@ -340,9 +341,9 @@ def test_backends_agree_on_growing_stepping_biased_and_ragged_rows(triton_device
         cache = caches[backend] = RaggedCache(1, 4, 2, HEAD_DIM, torch.float32, backend)
         torch.manual_seed(0)
         rows = [
-            (OldestOut(), 5, {"state": {"scores": torch.zeros(2, 5)}, "constants": {"seed": torch.tensor(7)}}),
+            (OldestOut(), 5, {"state": Scores(torch.zeros(2, 5), torch.tensor(7))}),
             (Whole(), 9, {"bias": torch.randn(2, 9)}),
-            (OldestOut(), 3, {"state": {"scores": torch.zeros(2, 3)}, "constants": {"seed": torch.tensor(7)}}),
+            (OldestOut(), 3, {"state": Scores(torch.zeros(2, 3), torch.tensor(7))}),
             (Whole(), 6, {"lengths": torch.tensor([6, 2])}),
         ]
         for policy, length, parts in rows:
@@ -350,7 +351,8 @@ def test_backends_agree_on_growing_stepping_biased_and_ragged_rows(triton_device
             for name in ("keys", "values", "bias", "lengths"):
                 if getattr(layer, name) is not None:
                     setattr(layer, name, getattr(layer, name).to(triton_device))
-            layer.state = {name: state.to(triton_device) for name, state in layer.state.items()}
+            if layer.state is not None:
+                layer.state = Scores(layer.state.scores.to(triton_device), layer.state.seed.to(triton_device))
             cache.write(0, cache.add_row(policy, length, 4), layer)
     for _ in range(4):
         query, new = (
@@ -363,7 +365,7 @@ def test_backends_agree_on_growing_stepping_biased_and_ragged_rows(triton_device
             outputs.append(cache.attend(0, query, new[0], new[1], 0.25))
             cache.advance()
         assert relative_rms(outputs[1], outputs[0]) < 1e-6
-    states = [[slots.state["scores"] for _, slots in cache._sealed[0].steps.values()] for cache in caches.values()]
+    states = [[slots.state.scores for _, slots in cache._sealed[0].steps.values()] for cache in caches.values()]
     assert len(states[0]) == len(states[1]) == 2
     assert all(relative_rms(b, a) < 1e-6 for a, b in zip(*states, strict=True))
     assert caches["triton"].backends == {"triton"}

@@ -1,14 +1,22 @@
 """Rows that grow and are chosen anew must hold what they held: slots, biases, states, ragged heads."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
-from kvbench.methods.base import CompressedLayer, DecodeSlots, Policy
+from kvbench.methods.base import CONSTANT, CompressedLayer, DecodeSlots, Policy
 from kvbench.methods.full import Full
 from kvbench.runtime.growing_rows import GrowingRows
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 PROMPTS = [5, 9, 7]
+
+
+@dataclass
+class Marks:
+    marks: torch.Tensor
+    offset: torch.Tensor = field(metadata=CONSTANT)
 
 
 class Stepping(Policy):
@@ -22,7 +30,7 @@ class Stepping(Policy):
 
     def step(self, slots: DecodeSlots, attention: torch.Tensor) -> None:
         slots.keys[:, 0], slots.values[:, 0] = slots.keys[:, -1], slots.values[:, -1]
-        slots.state["marks"][:, 0] += 1 + slots.step_index + slots.constants["offset"]
+        slots.state.marks[:, 0] += 1 + slots.step_index + slots.state.offset
 
 
 def compressed(n_slots, kind, seed):
@@ -34,8 +42,7 @@ def compressed(n_slots, kind, seed):
     if kind == "ragged":
         layer.lengths = torch.tensor([n_slots - 2, n_slots])
     if kind == "state":
-        layer.state = {"marks": torch.zeros(N_KV_HEADS, n_slots)}
-        layer.constants = {"offset": torch.tensor(3)}
+        layer.state = Marks(torch.zeros(N_KV_HEADS, n_slots), torch.tensor(3))
     return layer
 
 
