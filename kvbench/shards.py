@@ -23,23 +23,14 @@ REMEDY = "give shard=I/N with I from 1 to N, e.g. shard=2/8, or with -m shard=ra
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of a run.
-
-    Attributes:
-        number: which part, from 1.
-        count: number of parts.
-    """
+    """Part `number` (from 1) of `count`."""
 
     number: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read "2/8".
-
-        Raises:
-            ConfigError: if it is not of that form, or there is no such part.
-        """
+        """Read "2/8"; refuses another form, and a part that there is not."""
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if match is None:
             raise ConfigError(f"shard={text!r} does not say which part of how many: {REMEDY}")
@@ -57,32 +48,20 @@ class Shard:
         return f"{self.number}-of-{self.count}"
 
     def positions(self, samples: Sequence[Sample]) -> list[int]:
-        """Which samples are this shard's.
+        """Positions in `samples` (all of the task, in its order) of those that are this shard's, ascending.
 
         Sorted by falling prompt length, samples are dealt out like cards in turns of alternating direction (1 to N, N
         to 1, ...). So shards differ by one sample at most, and what they have to read is balanced too, also where long
         prompts are cut: only the order of the lengths counts.
-
-        Args:
-            samples: all samples of the task, in its order.
-
-        Returns:
-            Positions in `samples`, ascending.
         """
         longest_first = sorted(range(len(samples)), key=lambda position: (-len(samples[position].prompt), position))
-        return sorted(position for rank, position in enumerate(longest_first) if self._dealt(rank))
-
-    def _dealt(self, rank: int) -> bool:
-        turn, place = divmod(rank, self.count)
-        return (place if turn % 2 == 0 else self.count - 1 - place) == self.number - 1
+        turns = [(rank // self.count, rank % self.count) for rank in range(len(samples))]
+        dealt_to = [place if turn % 2 == 0 else self.count - 1 - place for turn, place in turns]
+        return sorted(longest_first[rank] for rank, shard in enumerate(dealt_to) if shard == self.number - 1)
 
 
 def spell_out_shards(arguments: Sequence[str]) -> list[str]:
-    """Replace `shard=range(8)` on a command line by `shard=1/8,2/8,3/8,4/8,5/8,6/8,7/8,8/8`, which Hydra sweeps over.
-
-    Args:
-        arguments: arguments of the command.
-    """
+    """Replace `shard=range(3)` among a command's arguments by `shard=1/3,2/3,3/3`, which Hydra sweeps over."""
     return [_spelled_out(argument) for argument in arguments]
 
 
