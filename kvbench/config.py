@@ -1,7 +1,7 @@
 """The schema behind `configs/config.yaml`: a mistyped key or a value of the wrong type fails at composition, by name.
 
-`register()` puts the schema into Hydra's store, adds the methods that other distributions offer through the entry-point
-group `kvbench.policies`, and is called by the command line before Hydra composes.
+`register()` puts the schema into Hydra's store, adds the groups that have no files because classes say it all (every
+method, also those of other distributions, and `arms=all`), and is called by the command line before Hydra composes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within
-from kvbench.methods.registry import load_policies
+from kvbench.methods.registry import all_arms, load_policies, method_config
 from kvbench.models.config import ModelConfig
 from kvbench.tasks.names import register_task_names
 
@@ -91,17 +91,21 @@ def config_folder() -> Path:
 
 
 def register() -> None:
-    """Make schema, methods found by entry point and short task names known to Hydra; may be called repeatedly."""
+    """Make schema, methods, `arms=all` and short task names known to Hydra; may be called repeatedly."""
     register_task_names(config_folder() / "task")
     store = ConfigStore.instance()
     store.store(name="kvbench_schema", node=RootConfig, provider="kvbench")
     for name, policy in load_policies().items():
-        if (config_folder() / "method" / f"{name}.yaml").is_file():
-            continue  # our own methods are documented in their YAML file
-        node = OmegaConf.structured(policy)
-        fields = cast(dict[str, Any], OmegaConf.to_container(node))
-        fields["_target_"] = f"{policy.__module__}.{policy.__qualname__}"
-        store.store(group="method", name=name, node=fields, provider=policy.__module__)
+        store.store(group="method", name=name, node=method_config(policy), provider=policy.__module__)
+    store.store(group="arms", name="all", node=all_arms(), provider="kvbench")
+
+
+def group_options(group: str) -> list[str]:
+    """The options of a group of the configuration: its files, and what `register` has stored; none if it has none."""
+    register()
+    files = [path.stem for path in (config_folder() / group).glob("[!_]*.yaml")]
+    stored = [name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get(group, {})]
+    return sorted({*files, *stored})
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -117,6 +121,6 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if argument.encode("utf-8", "replace") != argument.encode("utf-8", "surrogateescape"):
             raise ConfigError(f"argument {argument!r} is not UTF-8: give it in that encoding")
         value = re.fullmatch(r"(\w+)=(null|true|false|[-+.\d]+)", argument)
-        if value and (folder := config_folder() / value[1]).is_dir():
-            options = ", ".join(sorted(path.stem for path in folder.glob("[!_]*.yaml")))
-            raise ConfigError(f"{argument} names no option of {value[1]}: leave it out, or choose one of {options}")
+        if value and (options := group_options(value[1])):
+            choices = ", ".join(options)
+            raise ConfigError(f"{argument} names no option of {value[1]}: leave it out, or choose one of {choices}")

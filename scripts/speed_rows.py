@@ -17,7 +17,7 @@ from speed_timing import Row, copy_bandwidth, peak_bytes, reset_peak, take_turns
 
 from kvbench.errors import ConfigError
 from kvbench.methods.base import CompressedLayer
-from kvbench.models.config import model_config_folder
+from kvbench.methods.registry import load_policies, method_config
 from kvbench.models.load import LoadedModel
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.decode import DecodeLoop
@@ -63,21 +63,20 @@ class Setting:
 
 
 def parse_arm(text: str) -> Arm:
-    """The arm "method@budget+option=value", budget and options optional, from the method's own configuration file.
+    """The arm "method@budget+option=value", budget and options optional, options not given at their defaults.
 
     Raises:
         ConfigError: if there is no such method or the text cannot be read.
     """
     head, *options = text.split("+")
     name, _, budget = head.partition("@")
-    file = model_config_folder().parent / "method" / f"{name}.yaml"
-    if not file.is_file():
-        raise ConfigError(f"method {name!r} is unknown: there is no {file}")
+    if (policy := load_policies().get(name)) is None:
+        raise ConfigError(f"method {name!r} is unknown: choose one of {', '.join(load_policies())}")
     try:
         changes = OmegaConf.merge(OmegaConf.from_dotlist(options), {"budget": float(budget or 1)})
     except ValueError as error:
         raise ConfigError(f"arm {text!r} is not method@budget, e.g. h2o@0.5") from error
-    return Arm.of(instantiate(OmegaConf.merge(OmegaConf.load(file), changes)))
+    return Arm.of(instantiate(OmegaConf.merge(method_config(policy), changes)))
 
 
 def parse_arms(text: str) -> tuple[Arm, ...]:

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 
-from kvbench.config import config_folder, register
+from kvbench.config import config_folder, group_options, register
 from kvbench.plan import _task_identity, build_plan
 from kvbench.tasks.base import Task
 from kvbench.tasks.mix import Mix
@@ -24,11 +24,11 @@ def composed(*overrides: str):
         return compose("config", overrides=list(overrides))
 
 
-@pytest.mark.parametrize("name", options("method"))
+@pytest.mark.parametrize("name", group_options("method"))
 def test_every_method_builds(name):
     plan = build_plan(composed(f"method={name}", "task=passkey"))
     assert [arm.policy.name for arm in plan.arms] == [name]
-    assert plan.arms[0].policy.options() == {}  # the YAML defaults are the class's defaults
+    assert plan.arms[0].policy.options() == {}  # the defaults are the class's
 
 
 def test_a_configuration_from_before_kernels_were_the_engine_s(caplog):
@@ -49,7 +49,7 @@ def test_every_model_composes(name):
 
 @pytest.mark.parametrize("group", ["arms", "engine"])
 def test_every_option_of_the_other_groups_builds(group):
-    for name in options(group):
+    for name in group_options(group):
         assert build_plan(composed(f"{group}={name}")).arms
 
 

@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from kvbench.check.inputs import BUDGETS, Case, layer_states
 from kvbench.check.rule import Broken
 from kvbench.check.subject import Subject
-from kvbench.config import config_folder
 from kvbench.errors import BudgetError, ConfigError, KvbenchError
 from kvbench.methods.base import Policy
+from kvbench.methods.registry import load_policies, method_config
 
 DECORATOR = "decorate the class with @dataclass(frozen=True, kw_only=True)"
 
@@ -98,23 +98,18 @@ def _described(option: object) -> object:
 
 
 def _from_configuration(policy: Policy) -> str:
-    """Build the policy the way the command line does: from its YAML file, or from the class alone."""
+    """Build the policy the way the command line does."""
     kind = type(policy)
-    file = config_folder() / "method" / f"{policy.name}.yaml"
     try:
-        if file.is_file():
-            built = instantiate(OmegaConf.load(file))
-        else:
-            fields: Any = OmegaConf.to_container(OmegaConf.structured(kind))
-            built = kind(**fields)
+        built = instantiate(OmegaConf.create(method_config(kind)))
     except (OmegaConfBaseException, TypeError) as error:
         raise Broken(
             f"no configuration can be made of the class: {' '.join(str(error).split())}",
             "annotate options with int, float, bool, str or one of them and None, each with a default",
         ) from error
-    if type(built) is not kind:
-        raise Broken(f"method={policy.name} builds a {type(built).__name__}", "choose a name that is not taken")
-    return f"configured by {f'configs/method/{file.name}' if file.is_file() else 'the class alone'}"
+    if (known := load_policies().get(policy.name, type(built))) is not kind:
+        raise Broken(f"method={policy.name} builds a {known.__name__}", "choose a name that is not taken")
+    return "configured by the class alone"
 
 
 def declares_step(subject: Subject) -> str:

@@ -237,7 +237,7 @@ class Policy(ABC):
             the method's place (see `kvbench.methods.full.in_effect`).
     """
 
-    budget: float = 1.0
+    budget: float = 0.5
 
     name: ClassVar[str]
     steps: ClassVar[bool] = False

@@ -13,6 +13,8 @@ from kvbench.methods.base import CompressedLayer, LayerStates, Policy
 class Full(Policy):
     """Keep all keys and values; while decoding the cache grows by one slot per new token."""
 
+    budget: float = 1.0
+
     name: ClassVar[str] = "full"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,7 @@
-"""Find policies by name: the files of this package, and every entry point of the group `kvbench.policies`."""
+"""Find policies by name: the files of this package, and every entry point of the group `kvbench.policies`.
+
+The configuration of a method is made here from its class, so that a method is one file.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,19 @@ import logging
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
+from typing import Any
 
 from kvbench import methods
 from kvbench.errors import ConfigError
 from kvbench.methods.base import Policy
+from kvbench.methods.full import Full
 
 ENTRY_POINT_GROUP = "kvbench.policies"
+FIRST_IN_TABLES = (
+    "full", "h2o", "cam", "kvmerger", "kvmerger_bias", "kvmerger_plus", "snapkv", "streaming_llm", "knorm", "pyramidkv",
+    "adakv", "tova", "keepkv", "weightedkv", "d2o", "expected_attention",
+)  # fmt: skip
+"""Order of the arms of `arms=all`, by age; methods that are not listed follow by name."""
 BACKEND_HAS_GONE = (
     " is no option of a method any more: kernels are the engine's choice, so leave it out and set engine.kernels "
     "(auto, torch or triton; engine=plain is torch everywhere)"
@@ -44,6 +54,36 @@ def load_policies() -> dict[str, type[Policy]]:
         if policies.setdefault(entry_point.name, policy) is not policy:
             raise ConfigError(f"{origin} claims a name that another package has: uninstall one of them")
     return dict(sorted(policies.items()))
+
+
+def method_config(policy: type[Policy], **options: object) -> dict[str, Any]:
+    """What `method=NAME` composes: class, options and their defaults, where given the values of `options`."""
+    defaults = {f.name: _written(f) for f in dataclasses.fields(policy)}
+    return {"_target_": f"{policy.__module__}.{policy.__qualname__}", **defaults, **options}
+
+
+def _written(option: dataclasses.Field[Any]) -> object:
+    """An option's default in a configuration: "???" is Hydra's word for a value that has to be given."""
+    value = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+    if isinstance(value, Policy):  # its class and what differs, so that another class can take its place
+        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **value.options()}
+    return "???" if value is dataclasses.MISSING else value
+
+
+def all_arms() -> dict[str, dict[str, Any]]:
+    """What `arms=all` composes: every method of this package at 50, 35 and 20 %, the full cache once.
+
+    KVMerger and D2O leave three layers whole, which a model of few layers cannot pay for at the lower budgets.
+    """
+    own = _own_policies()
+    arms = {}
+    for name in [*FIRST_IN_TABLES, *sorted(own.keys() - set(FIRST_IN_TABLES))]:
+        policy = own[name]
+        if policy is Full:
+            arms[name] = method_config(policy)
+        else:
+            arms |= {f"{name}_{100 * share:.0f}": method_config(policy, budget=share) for share in (0.5, 0.35, 0.2)}
+    return arms
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from verdicts import CASES, NASTY, Tally, generator, shown
 
-from kvbench.config import config_folder, register
+from kvbench.config import config_folder, group_options, register
 from kvbench.plan import build_plan
 from kvbench.run import run_plan
 
@@ -24,7 +24,7 @@ SMALL = [
     "output.root=runs", "model.max_prompt_tokens=200",
 ]  # fmt: skip
 GRID = ["task.lengths=[128]", "model.max_prompt_tokens=null"]
-METHODS = sorted(path.stem for path in (config_folder() / "method").glob("*.yaml"))
+METHODS = group_options("method")
 
 
 def bases(rows: Path, official: Path) -> list[list[str]]:

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer
-from test_method_configs import OWN_METHODS
 
 from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy, constant_state, slot_state
-from kvbench.methods.registry import build_policy
+from kvbench.methods.registry import build_policy, load_policies
 from kvbench.methods.snapkv import SnapKV
 
 N_LAYERS = 6
@@ -28,7 +27,7 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
     "d2o": {"start_tokens": 1, "whole_first_layers": 1, "whole_last_layers": 0},
     "expected_attention": {"future_tokens": 16},
 }
-COMPRESSED = [name for name in OWN_METHODS if name != "full"]
+COMPRESSED = [name for name in load_policies() if name != "full"]
 
 
 def method(name: str, budget: float) -> Policy:

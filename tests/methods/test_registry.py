@@ -1,21 +1,46 @@
-"""Methods are found by entry point; mistakes in names are answered with the choices."""
+"""Methods are found by a scan and by entry point, configured by their classes; mistakes in names are answered."""
 
+import dataclasses
 from importlib.metadata import EntryPoint
 
 import pytest
-from test_method_configs import OWN_METHODS
+from hydra.utils import instantiate
 
 from kvbench.errors import ConfigError
 from kvbench.methods import registry
+from kvbench.methods.adakv import AdaKV
 from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O
-from kvbench.methods.registry import build_policy, load_policies
+from kvbench.methods.registry import all_arms, build_policy, load_policies, method_config
 
 
-def test_own_methods_are_installed_under_their_names():
+def test_methods_are_found_under_their_names():
     policies = load_policies()
-    assert set(OWN_METHODS) <= set(policies)
+    assert {"full", "h2o", "kvmerger", "kvmerger_bias"} <= set(policies)
     assert all(policy.name == name for name, policy in policies.items())
+
+
+@pytest.mark.parametrize("name", load_policies())
+def test_a_method_is_configured_with_the_defaults_of_its_class(name):
+    policy = load_policies()[name]
+    config = method_config(policy)
+    assert instantiate(config) == policy()
+    assert policy().options() == {}
+    assert config["budget"] == (1.0 if name == "full" else 0.5)
+    assert set(config) == {"_target_"} | {field.name for field in dataclasses.fields(policy)}
+    for option in dataclasses.fields(policy):  # every option is explained where it is declared, or by a parent class
+        assert any(f"{option.name}: " in (parent.__doc__ or "") for parent in policy.__mro__), option.name
+
+
+def test_the_class_of_a_method_within_a_method_can_be_exchanged():
+    assert method_config(AdaKV)["base"] == {"_target_": "kvbench.methods.snapkv.SnapKV"}
+
+
+def test_all_arms_are_every_method_at_three_budgets_full_once_and_first():
+    arms = all_arms()
+    assert list(arms)[:5] == ["full", "h2o_50", "h2o_35", "h2o_20", "cam_50"]
+    assert len(arms) == 1 + 3 * (len(registry._own_policies()) - 1)
+    assert arms["h2o_35"] == {**method_config(H2O), "budget": 0.35}
 
 
 def test_build_passes_options_on():
@@ -23,12 +48,9 @@ def test_build_passes_options_on():
     assert build_policy("full") == Full()
 
 
-def test_unknown_method_lists_the_choices():
+def test_mistakes_list_the_choices():
     with pytest.raises(ConfigError, match=r"unknown method 'h20': choose one of .*cam.*h2o"):
         build_policy("h20")
-
-
-def test_unknown_option_lists_the_choices():
     with pytest.raises(ConfigError, match=r"unknown option recent for method h2o: choose among budget, recent_share"):
         build_policy("h2o", {"recent": 3})
 
@@ -43,23 +65,15 @@ def test_kernels_are_no_option_of_a_method_any_more(caplog):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("kvbench.policies.nowhere:Gone", "cannot be loaded"),
-        ("kvbench.methods.h2o:Gone", "cannot be loaded"),
-        ("kvbench.methods.h2o:math", "is not a subclass"),
+        ("kvbench.policies.nowhere:Gone", "mine = kvbench.policies.nowhere:Gone cannot be loaded"),
+        ("kvbench.methods.h2o:Gone", "mine = kvbench.methods.h2o:Gone cannot be loaded"),
+        ("kvbench.methods.h2o:math", "mine = kvbench.methods.h2o:math is not a subclass"),
+        ("kvbench.methods.full:Full", "claims a name that another package has"),
     ],
 )
 def test_broken_entry_points_are_named(monkeypatch, value, message):
-    broken = EntryPoint("mine", value, registry.ENTRY_POINT_GROUP)
+    name = "h2o" if "Full" in value else "mine"
+    broken = EntryPoint(name, value, registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
-    with pytest.raises(ConfigError, match=rf"entry point mine = {value}.*{message}"):
-        load_policies()
-
-
-def test_two_packages_with_one_name_are_refused(monkeypatch):
-    points = [
-        EntryPoint("h2o", "kvbench.methods.h2o:H2O", registry.ENTRY_POINT_GROUP),
-        EntryPoint("h2o", "kvbench.methods.full:Full", registry.ENTRY_POINT_GROUP),
-    ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    with pytest.raises(ConfigError, match="another package"):
+    with pytest.raises(ConfigError, match=rf"entry point .*{message}"):
         load_policies()
