@@ -14,12 +14,14 @@ Nothing in a step depends on data, so the host knows every length beforehand: a 
 by data, and with the Triton backend it can be captured in a CUDA graph and replayed for every batch of equal
 `graph_key`.
 
-The file is long because what transformers asks of a cache and what a decode step needs are the methods of one class;
-storage, device tables and what a layer does in a step have files of their own.
+Rows whose end nobody knows beforehand (`generate` stops when it likes, beams choose each other's caches) get their room
+in pieces: `make_room` before a step and `choose` copy the blocks into fresh arenas, layer by layer, so that no more
+than one layer ever exists twice.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Sequence
 from typing import Any, NoReturn
 
@@ -31,10 +33,14 @@ from kvbench.errors import ConfigError
 from kvbench.methods.base import CompressedLayer, Policy, RowsStepper, find_rows_stepper, slot_state
 from kvbench.ops.dispatch import choose_backend, current_device
 from kvbench.runtime.arena import Arena
-from kvbench.runtime.layer import CacheLayer, RowExtent
+from kvbench.runtime.layer import CacheLayer, RowExtent, read_row
 from kvbench.runtime.sealed import SealedLayer, attention_elements, seal_layer
 from kvbench.runtime.side import SideStream
 from kvbench.runtime.tables import DeviceTables, table_columns
+
+ROOM_TOKENS = 32
+"""New tokens a row without a known end has room for at a time: at most that many slots per head lie unused, and a copy
+of the cache is spread over that many steps."""
 
 
 class _Row:
@@ -110,7 +116,7 @@ class RaggedCache(Cache):
         """Rows in the batch, B."""
         return len(self._rows)
 
-    def add_row(self, policy: Policy, position: int, room_tokens: int) -> int:
+    def add_row(self, policy: Policy, position: int, room_tokens: int | None = None) -> int:
         """Add a row to the batch; its layers are written next.
 
         Args:
@@ -118,7 +124,7 @@ class RaggedCache(Cache):
             position: position id of the first new token, that is the number of prompt tokens.
             room_tokens: most new tokens the row will store; a policy that steps needs no room for them. A row that
                 stays in the batch beyond that overwrites its last slot: no other row is harmed, its further answers
-                mean nothing.
+                mean nothing. None: nobody knows, `make_room` is called before each step.
 
         Returns:
             The row's index.
@@ -127,6 +133,7 @@ class RaggedCache(Cache):
             ConfigError: if the cache is full.
             ValueError: if `room_tokens` is less than 1.
         """
+        room_tokens = ROOM_TOKENS if room_tokens is None else room_tokens
         if room_tokens < 1 and not policy.steps:
             raise ValueError(f"room_tokens={room_tokens} is less than 1: attention needs a slot for the new token")
         if len(self._rows) >= self.max_rows:
@@ -153,6 +160,20 @@ class RaggedCache(Cache):
         for index, layer in enumerate(self._layers):
             if layer is not None:
                 self._reserve(index, layer)
+
+    def reserve_rows(self, budgets: Sequence[Sequence[int]]) -> None:
+        """Reserve storage for the present rows before their layers are written.
+
+        Args:
+            budgets: for each row the slots per KV head of each layer.
+        """
+        rooms = [row.room for row in self._rows]
+        self.reserve(
+            [
+                self.n_kv_heads * sum(budget + room for budget, room in zip(layer, rooms, strict=True))
+                for layer in zip(*budgets, strict=True)
+            ]
+        )
 
     def write(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Copy what is left of one layer into the cache.
@@ -197,6 +218,38 @@ class RaggedCache(Cache):
         self._change()
         self._rows = [self._rows[row] for row in rows]
 
+    def choose(self, rows: Sequence[int], *, rewrite: bool = False) -> None:
+        """Make the batch copies of the given rows, in that order; a row may be chosen more than once.
+
+        All rows must have seen their tokens in step; those that grow get their full room again.
+
+        Args:
+            rows: indices of present rows, at most `max_rows` of them.
+            rewrite: copy even if the rows stay as they are, to give each its full room.
+
+        Raises:
+            ValueError: if an index is out of range, or there are more than `max_rows`.
+        """
+        if len(rows) > self.max_rows or any(not 0 <= row < self.rows for row in rows):
+            raise ValueError(f"rows {list(rows)} are not at most {self.max_rows} indices below {self.rows}")
+        if not rewrite and list(rows) == list(range(self.rows)):
+            return
+        self._change()
+        chosen = [copy.copy(self._rows[row]) for row in rows]
+        for record in chosen:
+            record.extents = [None] * self.n_layers
+            if not record.policy.steps:
+                record.position += record.new_tokens
+                record.new_tokens = 0
+        for index in range(self.n_layers):
+            self._layers[index] = self._copy_layer(index, rows, chosen)
+        self._rows = chosen
+
+    def make_room(self) -> None:
+        """Before a step: see to it that every row has room for the new token."""
+        if any(not row.policy.steps and row.new_tokens >= row.room - 1 for row in self._rows):
+            self.choose(range(self.rows), rewrite=True)
+
     def clear(self) -> None:
         """Drop all rows; storage stays allocated at its addresses for the next batch."""
         self._outdate()
@@ -217,6 +270,17 @@ class RaggedCache(Cache):
         return sum(
             self._layer(index).row_bytes(extent, record.policy.steps) for index, extent in enumerate(self._extents(row))
         )
+
+    def layer_use(self, layer_index: int) -> tuple[int, int]:
+        """What all rows keep of their prompts in one layer, as soon as it is written: slots and bytes (`row_bytes`)."""
+        layer, slots, n_bytes = self._layer(layer_index), 0, 0
+        for record in self._rows:
+            extent = record.extents[layer_index]
+            if extent is None:
+                raise RuntimeError(f"layer {layer_index} is not written yet")
+            slots += sum(extent.lengths)
+            n_bytes += layer.row_bytes(extent, record.policy.steps)
+        return slots, n_bytes
 
     @property
     def allocated_bytes(self) -> int:
@@ -366,6 +430,18 @@ class RaggedCache(Cache):
         if missing:
             raise RuntimeError(f"row {row} lacks layers {missing}: write every layer of a row before decoding")
         return [extent for extent in extents if extent is not None]
+
+    def _copy_layer(self, index: int, rows: Sequence[int], chosen: list[_Row]) -> CacheLayer:
+        """Copy one layer's blocks of the given rows into a fresh layer and note in `chosen` where they lie."""
+        old = self._layer(index)
+        kept = [read_row(old, self._extents(row)[index], self._rows[row].grown) for row in rows]
+        fresh = CacheLayer(self.head_dim, self.dtype, old.device)
+        n_slots = sum(layer.n_slots + self.n_kv_heads * chosen[0].room for layer in kept)
+        fresh.keys.reserve(n_slots)
+        fresh.values.reserve(n_slots)
+        for record, layer in zip(chosen, kept, strict=True):
+            record.extents[index] = fresh.write(layer, record.room)
+        return fresh
 
     def _reserve(self, index: int, layer: CacheLayer) -> None:
         layer.keys.reserve(self._reserved_slots[index])

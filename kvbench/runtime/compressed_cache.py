@@ -16,11 +16,11 @@ from transformers import Cache, PreTrainedConfig
 from kvbench.errors import KvbenchError, ModelError
 from kvbench.methods.base import Policy
 from kvbench.methods.full import in_effect
+from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.cache_report import CacheReport, LayerReport
 from kvbench.runtime.compressed_layers import CompressedCacheLayer, cache_layers
 from kvbench.runtime.compressed_prompt import check_padding, observers_of, prompt_lengths, rows_for
 from kvbench.runtime.generate_attention import IMPLEMENTATION, leave_note
-from kvbench.runtime.growing_rows import GrowingRows
 from kvbench.runtime.observe import Observer
 
 
@@ -40,7 +40,7 @@ class CompressedCache(Cache):
     """
 
     layers: list[Any]  # transformers' own union of layer kinds lacks what all kinds used here have
-    _rows: GrowingRows | None
+    _rows: RaggedCache | None
     _observers: list[Observer]
     _prompt_tokens: list[int]
     _reports: dict[int, LayerReport]

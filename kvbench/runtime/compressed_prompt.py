@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from kvbench.errors import ModelError
 from kvbench.methods.base import LayerStates, Policy
-from kvbench.runtime.growing_rows import GrowingRows
+from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.observe import Observer
 
 
@@ -69,7 +69,7 @@ def check_padding(mask: Tensor | None, prompt_tokens: Sequence[int], padded_toke
 
 def rows_for(
     policy: Policy, prompt_tokens: Sequence[int], n_layers: int, query: Tensor, key: Tensor, kernels: str
-) -> GrowingRows:
+) -> RaggedCache:
     """Empty rows of the right shape, one per prompt.
 
     Args:
@@ -87,7 +87,7 @@ def rows_for(
         BudgetError: if the policy cannot run with so few slots.
     """
     budgets = [policy.layer_budgets(n_tokens, n_layers) for n_tokens in prompt_tokens]
-    rows = GrowingRows(
+    rows = RaggedCache(
         n_layers=n_layers,
         n_query_heads=query.shape[1],
         n_kv_heads=key.shape[1],
@@ -96,13 +96,14 @@ def rows_for(
         backend=kernels,
         max_rows=len(prompt_tokens),
     )
-    rows.add_prompts(policy, prompt_tokens)
-    rows.reserve_prompts(budgets)
+    for n_tokens in prompt_tokens:
+        rows.add_row(policy, position=n_tokens)
+    rows.reserve_rows(budgets)
     return rows
 
 
 def observers_of(
-    rows: GrowingRows, policy: Policy, prompt_tokens: Sequence[int], seed: int, config: PreTrainedConfig
+    rows: RaggedCache, policy: Policy, prompt_tokens: Sequence[int], seed: int, config: PreTrainedConfig
 ) -> list[Observer]:
     """One observer per row, which compresses each layer it sees and writes what is left into the row.
 

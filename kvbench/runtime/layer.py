@@ -167,6 +167,45 @@ class CacheLayer:
         return n_slots * per_slot + sum(c.numel() * c.element_size() for c in extent.constants.values())
 
 
+def read_row(layer: CacheLayer, extent: RowExtent, grown: int) -> CompressedLayer:
+    """What one row holds in one layer, as `CacheLayer.write` takes it; views wherever the heads are of equal length.
+
+    Args:
+        layer: the arenas.
+        extent: where the row lies.
+        grown: slots per head that new tokens have added.
+
+    Returns:
+        The filled slots, new tokens included, without positions, which are not stored.
+    """
+    blocks = layer.blocks(extent, grown)
+    longest = max(block.length for block in blocks)
+
+    def gather(name: str) -> Tensor:
+        heads = [getattr(block, name)[:, : block.length] for block in blocks]
+        if len(heads) == 1:
+            return heads[0]
+        padded = heads[0].new_zeros(len(heads), longest, *heads[0].shape[2:])
+        for head, tensor in enumerate(heads):
+            padded[head, : tensor.shape[1]] = tensor[0]
+        return padded
+
+    keys = gather("keys")
+    state = None
+    if extent.state_class is not None:
+        step_index = torch.zeros((), dtype=torch.int64, device=layer.device)
+        slots = layer.decode_slots(extent, step_index)
+        views = {name: tensor[:, : extent.lengths[0]] for name, tensor in slot_state(slots.state).items()}
+        state = make_state(extent.state_class, views | extent.constants)
+    return CompressedLayer(
+        keys=keys,
+        values=gather("values"),
+        lengths=torch.tensor([block.length for block in blocks]) if extent.ragged else None,
+        bias=gather("bias") if extent.bias_offset >= 0 else None,
+        state=state,
+    )
+
+
 def _rectangle(arena: Arena, offset: int, n_heads: int, capacity: int) -> Tensor:
     """`(H_k, capacity, ...)` view of a row's blocks."""
     return arena.storage[offset : offset + n_heads * capacity].unflatten(0, (n_heads, capacity))

@@ -100,7 +100,7 @@ def test_an_answer_longer_than_the_room_that_rows_begin_with(monkeypatch):
     model, inputs = build("llama"), batch()
     options = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24}
     expected = {policy: compressed(model, policy, inputs, **options) for policy in [Full(), *POLICIES]}
-    monkeypatch.setattr("kvbench.runtime.growing_rows.ROOM_TOKENS", 7)
+    monkeypatch.setattr("kvbench.runtime.cache.ROOM_TOKENS", 7)
     for policy, tokens in expected.items():
         assert torch.equal(compressed(model, policy, inputs, **options), tokens), policy.name
 

@@ -7,7 +7,7 @@ import torch
 
 from kvbench.methods.base import CONSTANT, CompressedLayer, DecodeSlots, Policy
 from kvbench.methods.full import Full
-from kvbench.runtime.growing_rows import GrowingRows
+from kvbench.runtime.cache import RaggedCache
 
 N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_DIM = 2, 4, 2, 8
 PROMPTS = [5, 9, 7]
@@ -46,10 +46,11 @@ def compressed(n_slots, kind, seed):
     return layer
 
 
-def filled(kind, which):
+def filled(kind, which, **room):
     """Rows with the prompts `which`, in that order."""
-    rows = GrowingRows(N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_DIM, torch.float32, "torch", max_rows=len(which))
-    rows.add_prompts(Stepping() if kind == "state" else Full(), [PROMPTS[i] for i in which])
+    rows = RaggedCache(N_LAYERS, N_QUERY_HEADS, N_KV_HEADS, HEAD_DIM, torch.float32, "torch", max_rows=len(which))
+    for index in which:
+        rows.add_row(Stepping() if kind == "state" else Full(), PROMPTS[index], **room)
     for layer in range(N_LAYERS):
         for row, index in enumerate(which):
             rows.write(layer, row, compressed(PROMPTS[index], kind, seed=10 * index + layer))
@@ -95,11 +96,10 @@ def test_chosen_rows_are_as_if_they_had_been_there_from_the_start(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_room_is_made_whenever_it_is_used_up(kind, monkeypatch):
+def test_room_is_made_whenever_it_is_used_up(kind):
     which = [1, 0]
     ample = filled(kind, which)
-    monkeypatch.setattr("kvbench.runtime.growing_rows.ROOM_TOKENS", 3)
-    tight = filled(kind, which)
+    tight = filled(kind, which, room_tokens=3)
     for token in range(11):
         torch.testing.assert_close(step(tight, which, token), step(ample, which, token))
     assert tight.get_seq_length() == ample.get_seq_length() == 9 + 11
