@@ -2,10 +2,12 @@
 
 Everything that derives from `KvbenchError` ends a command with that one line and exit code 2, never with a traceback;
 any other exception is a defect of the project and keeps its traceback. The exception: what a policy, a metric or the
-model raises while one sample is computed fails that sample alone (`kvbench.runtime.failures`).
+model raises while one sample is computed fails that sample alone (`kvbench.runtime.requests`).
 """
 
+import traceback
 import unicodedata
+from pathlib import Path
 
 UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs")
 """Unicode's control characters (ESC among them), format characters (text direction among them), lone surrogates."""
@@ -57,3 +59,11 @@ class MetricError(KvbenchError):
 
 class LaunchError(KvbenchError):
     """Jobs cannot be sent to other processes, or the processes are lost."""
+
+
+def failure_reason(error: BaseException) -> str:
+    """One line for the record: the error's class, the first line of its message, and where it was raised."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text

@@ -20,7 +20,7 @@ from kvbench.methods.full import Full
 from kvbench.methods.registry import load_policies, pass_over_backend
 from kvbench.models.config import ModelConfig
 from kvbench.paths import user_path
-from kvbench.runtime.engine import Arm, Engine
+from kvbench.runtime.requests import Arm, Engine
 from kvbench.shards import Shard
 from kvbench.tasks.base import Task
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvbench.commands import interruptible
-from kvbench.errors import DataError, printable
+from kvbench.errors import DataError, failure_reason, printable
 from kvbench.metrics import get_metric
 from kvbench.metrics.environment import check_environment
 from kvbench.models.load import LoadedModel, PreparedModel, load_weights, prepare_model
@@ -28,8 +28,7 @@ from kvbench.records.folder import RunFolder
 from kvbench.records.provenance import Making, making_of
 from kvbench.records.read import read_calls
 from kvbench.records.schema import Record
-from kvbench.runtime.engine import Arm, ArmResult, Job, JobResult, SampleFailure
-from kvbench.runtime.failures import failure_reason
+from kvbench.runtime.requests import Answer, Arm, Request, SampleFailure
 from kvbench.tasks.base import Sample
 
 
@@ -101,7 +100,7 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
                         _failed(_identity(sample, arm, result.index, making), result.reason) for arm in result.arms
                     ]
                 else:
-                    records = [_scored(loaded, sample, prompt, result, arm, making) for arm in result.arms]
+                    records = [_scored(loaded, sample, prompt, result, making)]
                 with interrupts.held():
                     folder.append(records)
                 if broken := [record for record in records if record.status == "failed"]:
@@ -173,7 +172,7 @@ def _limited(sample: Sample, plan: Plan) -> Sample:
     return replace(sample, max_new_tokens=plan.max_new_tokens) if plan.max_new_tokens else sample
 
 
-def _job(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt: EncodedPrompt) -> Job:
+def _job(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt: EncodedPrompt) -> Request:
     compress_at = len(prompt.input_ids)
     if plan.compress == "before_question":
         if not prompt.question_start_token:
@@ -182,7 +181,7 @@ def _job(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt
                 "protocol.compress=before_question needs: use after_question or another task"
             )
         compress_at = prompt.question_start_token
-    return Job(
+    return Request(
         index=index,
         input_ids=prompt.input_ids,
         compress_at=compress_at,
@@ -211,13 +210,11 @@ def _seed(seed: int, sample: Sample) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def _scored(
-    loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, result: JobResult, arm: ArmResult, making: Making
-) -> Record:
-    """The arm's record; a metric that raises or gives no number is that record's failure, never a score of 0."""
-    identity = _identity(sample, arm.arm, result.index, making)
+def _scored(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, answer: Answer, making: Making) -> Record:
+    """The answer's record; a metric that raises or gives no number is that record's failure, never a score of 0."""
+    identity = _identity(sample, answer.arm, answer.index, making)
     try:
-        record = _record(loaded, sample, prompt, result, arm, identity)
+        record = _record(loaded, sample, prompt, answer, identity)
     except Exception as error:
         return _failed(identity, f"metric {sample.metric} raised {failure_reason(error)}")
     numbers = {**record.parts, "gold_nll": record.gold_nll, "kl": record.kl}
@@ -234,39 +231,34 @@ def _tell(console: Console, broken: list[Record]) -> None:
 
 
 def _record(
-    loaded: LoadedModel,
-    sample: Sample,
-    prompt: EncodedPrompt,
-    result: JobResult,
-    arm: ArmResult,
-    identity: dict[str, Any],
+    loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, answer: Answer, identity: dict[str, Any]
 ) -> Record:
-    prediction = str(loaded.tokenizer.decode(arm.token_ids, skip_special_tokens=True))
+    prediction = str(loaded.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
     parts: dict[str, float] = {}
     if sample.answers:  # rows without references (ZeroSCROLLS' test split) are answered, not scored
         parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
-    n_slots = sum(arm.slots_per_layer)
+    n_slots = sum(answer.slots_per_layer)
     return Record(
         **identity,
         score=parts.get("score"),
         parts=parts,
         prediction=prediction,
-        token_ids=arm.token_ids,
-        finish=arm.finish,
-        gold_nll=_mean(arm.gold_nll),
-        gold_tokens=len(arm.gold_nll),
-        kl=_mean(arm.kl),
-        kl_per_token=[round(value, 6) for value in arm.kl],
+        token_ids=answer.token_ids,
+        finish=answer.finish,
+        gold_nll=_mean(answer.gold_nll),
+        gold_tokens=len(answer.gold_nll),
+        kl=_mean(answer.kl),
+        kl_per_token=[round(value, 6) for value in answer.kl],
         n_prompt_tokens=len(prompt.input_ids),
         truncated_tokens=prompt.truncated_tokens,
-        compressed_tokens=result.compressed_tokens,
-        slots_per_layer=arm.slots_per_layer,
-        full_slots=result.full_slots,
-        budget_measured=n_slots / result.full_slots,
-        cache_bytes=arm.cache_bytes,
-        full_bytes=result.full_bytes,
-        seconds=round(arm.seconds, 4),
-        engine=result.settings,
+        compressed_tokens=answer.compressed_tokens,
+        slots_per_layer=answer.slots_per_layer,
+        full_slots=answer.full_slots,
+        budget_measured=n_slots / answer.full_slots,
+        cache_bytes=answer.cache_bytes,
+        full_bytes=answer.full_bytes,
+        seconds=round(answer.seconds, 4),
+        engine=answer.settings,
     )
 
 

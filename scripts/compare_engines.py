@@ -29,9 +29,9 @@ from kvbench.methods.full import Full
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.runtime.engine import Arm, ArmResult, Engine, Job, JobResult, model_shape
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Answer, Arm, Engine, Request, model_shape
 
 OPTIONS = {  # a random model has 18 layers, so that methods that leave three whole can meet a budget of 0.2
     "model": "tiny-random", "n_layers": 18, "methods": list(load_policies()), "budgets": [0.5, 0.2],
@@ -55,7 +55,7 @@ def make_arms(options: DictConfig, n_layers: int) -> tuple[Arm, ...]:
     return tuple(arms)
 
 
-def make_jobs(loaded: LoadedModel, arms: tuple[Arm, ...], options: DictConfig) -> Iterator[Job]:
+def make_jobs(loaded: LoadedModel, arms: tuple[Arm, ...], options: DictConfig) -> Iterator[Request]:
     """For each length some prompts, each followed in the text by the gold answer."""
     text = "\n".join(page.read_text(encoding="utf-8") for page in sorted(Path(__file__).parents[1].glob("docs/*.md")))
     ids = tuple(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -64,15 +64,15 @@ def make_jobs(loaded: LoadedModel, arms: tuple[Arm, ...], options: DictConfig) -
     for index, n_tokens in enumerate(lengths):
         ours = ids[index * stride :]
         gold = ours[n_tokens : n_tokens + options.gold_tokens]
-        yield Job(index, ours[:n_tokens], n_tokens, gold, arms, Arm.of(Full()), (), options.new_tokens, seed=index)
+        yield Request(index, ours[:n_tokens], n_tokens, gold, arms, Arm.of(Full()), (), options.new_tokens, seed=index)
 
 
-def run(engine: Engine, loaded: LoadedModel, jobs: list[Job]) -> tuple[dict[tuple[str, int], ArmResult], str]:
+def run(engine: Engine, loaded: LoadedModel, jobs: list[Request]) -> tuple[dict[tuple[str, int], Answer], str]:
     """Answers by arm and sample, and the kernels that the engine says it used."""
     answers, kernels, start = {}, "", time.perf_counter()
     for result in engine.run(loaded, jobs):
-        if isinstance(result, JobResult):
-            answers.update({(answer.arm.key, result.index): answer for answer in result.arms})
+        if isinstance(result, Answer):
+            answers[result.arm.key, result.index] = result
             kernels = str(result.settings["kernels"]).strip("[']")
         else:
             print(f"failed: {[arm.key for arm in result.arms]}: {result.reason}", file=sys.stderr)
@@ -80,7 +80,7 @@ def run(engine: Engine, loaded: LoadedModel, jobs: list[Job]) -> tuple[dict[tupl
     return answers, kernels
 
 
-def gaps(pairs: list[tuple[ArmResult, ArmResult]], what: str) -> list[float]:
+def gaps(pairs: list[tuple[Answer, Answer]], what: str) -> list[float]:
     """Differences between the two answers of each pair, token by token."""
     return [abs(a - b) for one, other in pairs for a, b in zip(getattr(one, what), getattr(other, what), strict=True)]
 

@@ -18,8 +18,8 @@ import torch
 from kvbench.methods.registry import build_policy
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.runtime.engine import Arm, Job, JobResult
 from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.requests import Answer, Arm, Request
 
 ARMS = (("full", {}), ("h2o", {"budget": 0.5}), ("cam", {"budget": 0.35}), ("kvmerger_bias", {"budget": 0.5}))
 
@@ -34,20 +34,20 @@ def main() -> None:
     arms = tuple(Arm.of(build_policy(name, options)) for name, options in ARMS)
     generator = torch.Generator().manual_seed(0)
 
-    def job(index: int) -> Job:
+    def job(index: int) -> Request:
         n_tokens = 60 + index % 97
         ids = torch.randint(3, 250, (n_tokens + 3,), generator=generator).tolist()
-        return Job(
+        return Request(
             index=index, input_ids=tuple(ids[:n_tokens]), compress_at=n_tokens, gold_ids=tuple(ids[n_tokens:]),
             arms=arms, reference=arms[0], stop_ids=(2,), max_new_tokens=4, seed=index,
         )  # fmt: skip
 
     process, readings, start = psutil.Process(), [], time.perf_counter()
     for done, result in enumerate(FusedEngine().run(loaded, [job(i) for i in range(arguments.samples)]), 1):
-        assert isinstance(result, JobResult), result
-        if done % max(1, arguments.samples // 10) == 0:
+        assert isinstance(result, Answer), result
+        if done % (len(arms) * max(1, arguments.samples // 10)) == 0:
             readings.append(process.memory_info().rss)
-            print(f"{done:6d} samples  {readings[-1] / 2**20:8.1f} MiB")
+            print(f"{done // len(arms):6d} samples  {readings[-1] / 2**20:8.1f} MiB")
     growth = readings[-1] / readings[0] - 1
     print(
         json.dumps(

@@ -32,9 +32,8 @@ from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.prompt import encode_sample
 from kvbench.runtime.attention import attention_implementation
-from kvbench.runtime.engine import Arm, Job, model_shape
-from kvbench.runtime.fork import LayerFork
-from kvbench.runtime.prefill import prefill
+from kvbench.runtime.fork import LayerFork, prefill
+from kvbench.runtime.requests import Arm, Request, model_shape
 from kvbench.tasks.base import Task
 from kvbench.tasks.synthetic.fewshot import FewShot
 from kvbench.tasks.synthetic.niah import NeedleInHaystack
@@ -117,7 +116,7 @@ def trial(loaded: LoadedModel, item: Item, arms: Sequence[Arm]) -> Iterator[dict
         full cache's NLL, and the bytes of slots and bias at 2 bytes a number and 4 a bias.
     """
     reference = Arm.of(Full())
-    job = Job(0, item.ids, len(item.ids), item.gold, tuple(arms), reference, (), 0)
+    job = Request(0, item.ids, len(item.ids), item.gold, tuple(arms), reference, (), 0)
     everyone = [reference, *arms]
     prefixes: list[list[CompressedLayer]] = [[] for _ in everyone]
     shape = model_shape(loaded)

@@ -21,11 +21,10 @@ from kvbench.methods.registry import load_policies, method_config
 from kvbench.models.load import LoadedModel
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.decode import DecodeLoop
-from kvbench.runtime.engine import Arm, Job, model_shape
-from kvbench.runtime.fork import LayerFork
+from kvbench.runtime.decode import Sequence as DecodeSequence
+from kvbench.runtime.fork import LayerFork, prefill
 from kvbench.runtime.fused import FusedEngine
-from kvbench.runtime.prefill import prefill
-from kvbench.runtime.strands import generating_strand
+from kvbench.runtime.requests import Arm, Request, model_shape
 
 LONG_TOKENS = 65_536  # from here on one repeat is enough: a run takes many seconds
 
@@ -50,11 +49,11 @@ class Setting:
     sample_tokens: int
     new_tokens: int
 
-    def job(self, arms: Sequence[Arm], n_tokens: int, new_tokens: int, index: int = 0) -> Job:
+    def job(self, arms: Sequence[Arm], n_tokens: int, new_tokens: int, index: int = 0) -> Request:
         """A sample of random tokens that never stops early."""
         vocabulary = self.loaded.model.get_input_embeddings().weight.shape[0]
         ids = torch.randint(3, int(vocabulary), (n_tokens,), generator=torch.Generator().manual_seed(index)).tolist()
-        return Job(index, tuple(ids), n_tokens, (), tuple(arms), self.full, (), new_tokens)
+        return Request(index, tuple(ids), n_tokens, (), tuple(arms), self.full, (), new_tokens)
 
     @property
     def full(self) -> Arm:
@@ -198,8 +197,8 @@ def step_row(setting: Setting, target: float) -> Row:
     def decode(n_steps: int) -> float:
         token = fork.prefill()
         job = setting.job(setting.arms, setting.sample_tokens, n_steps + 1)
-        strands = [generating_strand(job, arm, token) for arm in setting.arms]
-        return take_turns({"run": lambda: loop.run(strands)}, loaded.device, repeats=0)[0]["run"]
+        rows = [DecodeSequence.generating(job, arm, token) for arm in setting.arms]
+        return take_turns({"run": lambda: loop.run(rows)}, loaded.device, repeats=0)[0]["run"]
 
     decode(n_long)  # compiles kernels and captures the graph
     seconds: dict[str, list[float]] = {"long": [], "short": []}

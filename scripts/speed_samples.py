@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from speed_timing import Row, peak_bytes, say, take_turns
 from kvbench.errors import KvbenchError
 from kvbench.models.config import ModelConfig
 from kvbench.models.load import LOCATORS, resolve_dtype
-from kvbench.runtime.engine import Arm, JobResult
 from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.requests import Answer, Arm
 
 PRESSES = {
     "full": None,
@@ -63,18 +64,18 @@ def time_engine(setting: Setting) -> EngineTimes:
     """
     works: dict[str, Callable[[], object]] = {}
     settings: dict[str, Any] = {}
-    for name, arms in {"arms": setting.arms, "full": (setting.full,)}.items():
+    works_arms = {"arms": setting.arms, "full": (setting.full,)}
+    for name, arms in works_arms.items():
         jobs = [setting.job(arms, setting.sample_tokens, setting.new_tokens, i) for i in range(setting.repeats + 1)]
         results = FusedEngine(max_rows=len(arms)).run(setting.loaded, jobs)
 
         def work(name: str = name, results: Any = results) -> None:
-            result = next(results)
-            if not isinstance(result, JobResult):
-                raise KvbenchError(f"sample {result.index} failed: {result.reason}")
-            short = [arm.arm.key for arm in result.arms if len(arm.token_ids) != setting.new_tokens]
-            if short:
-                raise KvbenchError(f"arms {short} generated fewer than {setting.new_tokens} tokens: times mean nothing")
-            settings[name] = result.settings
+            for answer in islice(results, len(works_arms[name])):
+                if not isinstance(answer, Answer):
+                    raise KvbenchError(f"sample {answer.index} failed: {answer.reason}")
+                if (n_tokens := len(answer.token_ids)) != setting.new_tokens:
+                    raise KvbenchError(f"{answer.arm.key} generated {n_tokens} tokens, {setting.new_tokens} are timed")
+                settings[name] = answer.settings
 
         works[name] = work
     first, seconds = take_turns(works, setting.loaded.device, setting.repeats)
@@ -112,12 +113,12 @@ def batched_row(setting: Setting, n_samples: int) -> Row:
     left_of_batch = 0
     start = time.perf_counter()
     for result in FusedEngine().run(setting.loaded, jobs):
-        if not isinstance(result, JobResult):
+        if not isinstance(result, Answer):
             raise KvbenchError(f"sample {result.index} failed: {result.reason}")
-        if left_of_batch == 0:  # the results of a batch come together, when it is done
+        if left_of_batch == 0:  # the answers of a batch come together, when it is done
             settings = result.settings
-            left_of_batch = settings["batch_samples"]
-            per_sample.append((time.perf_counter() - start) / left_of_batch)
+            left_of_batch = settings["batch_samples"] * len(setting.arms)
+            per_sample.append((time.perf_counter() - start) / settings["batch_samples"])
             start = time.perf_counter()
         left_of_batch -= 1
     counted = per_sample[1:] or per_sample

@@ -11,8 +11,8 @@ import torch
 from kvbench.methods.full import Full
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.runtime.engine import Arm, Job, JobResult
 from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.requests import Arm, Request
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -40,10 +40,9 @@ def test_a_forced_chunk_is_what_the_engine_measures_token_by_token(trials):
     arms = tuple(trials.make_arms(methods, [0.4]))
     ids = torch.randint(3, 250, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     item = trials.Item("random", tuple(ids[:50]), tuple(ids[50:]))
-    job = Job(0, item.ids, 50, item.gold, arms, Arm.of(Full()), (2,), 1)
-    [result] = FusedEngine().run(loaded, [job])
-    assert isinstance(result, JobResult)
-    for measured, expected in zip(trials.trial(loaded, item, arms), result.arms, strict=True):
+    job = Request(0, item.ids, 50, item.gold, arms, Arm.of(Full()), (2,), 1)
+    answers = list(FusedEngine().run(loaded, [job]))
+    for measured, expected in zip(trials.trial(loaded, item, arms), answers, strict=True):
         assert measured["arm"] == expected.arm.key
         assert measured["kl"] == pytest.approx(sum(expected.kl[1:]) / 9, abs=2e-6)
         assert measured["nll"] == pytest.approx(sum(expected.gold_nll[1:]) / 9, abs=1e-4)

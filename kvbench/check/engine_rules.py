@@ -13,9 +13,9 @@ from kvbench.methods.base import Policy
 from kvbench.methods.full import Full
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.runtime.engine import Arm, Engine, Job, JobResult
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Answer, Arm, Engine, Request
 
 MODEL_LAYERS = 8
 TOLERANCE_NATS = 2e-4
@@ -28,21 +28,20 @@ def engines_agree(subject: Subject) -> str:
     jobs = [_job(subject, 0, 61, n_arms=2), _job(subject, 1, 67, n_arms=1, question=3)]
     plain, fused = (_results(engine, loaded, jobs) for engine in (PlainEngine(), FusedEngine()))
     n_answers = 0
-    for one, other in zip(plain, fused, strict=True):
-        for expected, got in zip(one.arms, other.arms, strict=True):
-            n_answers += 1
-            where = f"{got.arm.key}, {one.compressed_tokens} tokens compressed"
-            remedy = (
-                "what works in one engine only depends on more than its arguments: on earlier calls, on memory it "
-                "shares with the layer, or on padding and scratch slots"
-            )
-            if got.slots_per_layer != expected.slots_per_layer:
-                raise Broken(f"{where}: slots {got.slots_per_layer} against {expected.slots_per_layer}", remedy)
-            if got.token_ids != expected.token_ids:
-                raise Broken(f"{where}: tokens {got.token_ids} against {expected.token_ids}", remedy)
-            gaps = [abs(a - b) for a, b in zip(got.gold_nll + got.kl, expected.gold_nll + expected.kl, strict=True)]
-            if not max(gaps) < TOLERANCE_NATS:
-                raise Broken(f"{where}: likelihood or KL differ by {max(gaps):.2g} nats", remedy)
+    for expected, got in zip(plain, fused, strict=True):
+        n_answers += 1
+        where = f"{got.arm.key}, {expected.compressed_tokens} tokens compressed"
+        remedy = (
+            "what works in one engine only depends on more than its arguments: on earlier calls, on memory it "
+            "shares with the layer, or on padding and scratch slots"
+        )
+        if got.slots_per_layer != expected.slots_per_layer:
+            raise Broken(f"{where}: slots {got.slots_per_layer} against {expected.slots_per_layer}", remedy)
+        if got.token_ids != expected.token_ids:
+            raise Broken(f"{where}: tokens {got.token_ids} against {expected.token_ids}", remedy)
+        gaps = [abs(a - b) for a, b in zip(got.gold_nll + got.kl, expected.gold_nll + expected.kl, strict=True)]
+        if not max(gaps) < TOLERANCE_NATS:
+            raise Broken(f"{where}: likelihood or KL differ by {max(gaps):.2g} nats", remedy)
     budgets = ", ".join(f"{arm.policy.budget:g}" for arm in jobs[0].arms)
     return (
         f"{n_answers} answers of 8 tokens, with and without a question after the compressed context; budgets {budgets}"
@@ -54,14 +53,14 @@ def _tiny_model() -> LoadedModel:
     return load_model(named_config("tiny-random", n_layers=MODEL_LAYERS, device="cpu"))
 
 
-def _job(subject: Subject, index: int, n_tokens: int, n_arms: int, question: int = 0) -> Job:
+def _job(subject: Subject, index: int, n_tokens: int, n_arms: int, question: int = 0) -> Request:
     generator = torch.Generator().manual_seed(index)
     ids = torch.randint(3, 250, (n_tokens + 4,), generator=generator).tolist()
     policies = [policy for policy in subject.policies.values() if _takes(policy, n_tokens - question)]
     if not policies:
         raise Broken(f"no budget is taken for {n_tokens} tokens", "lower minimum_tokens or see layer_budgets")
     chosen = {policy.budget: policy for policy in (policies[0], policies[len(policies) // 2])[:n_arms]}
-    return Job(
+    return Request(
         index=index,
         input_ids=tuple(ids[:n_tokens]),
         compress_at=n_tokens - question,
@@ -82,9 +81,9 @@ def _takes(policy: Policy, n_tokens: int) -> bool:
     return True
 
 
-def _results(engine: Engine, loaded: LoadedModel, jobs: list[Job]) -> list[JobResult]:
+def _results(engine: Engine, loaded: LoadedModel, jobs: list[Request]) -> list[Answer]:
     results = list(engine.run(loaded, jobs))
     for result in results:
-        if not isinstance(result, JobResult):
+        if not isinstance(result, Answer):
             raise Broken(f"{type(engine).__name__}: {result.reason}", "see that keys and values stay finite")
-    return sorted((result for result in results if isinstance(result, JobResult)), key=lambda result: result.index)
+    return sorted((result for result in results if isinstance(result, Answer)), key=lambda result: result.index)

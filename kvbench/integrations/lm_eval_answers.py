@@ -26,8 +26,8 @@ from kvbench.methods.base import Policy
 from kvbench.methods.full import Full, in_effect
 from kvbench.models.chat import stop_token_ids
 from kvbench.models.load import LoadedModel
-from kvbench.runtime.engine import Arm, ArmResult, Engine, Job, SampleFailure, model_shape
 from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.requests import Answer, Arm, Engine, Request, SampleFailure, model_shape
 
 SHORT_CONTEXTS = ("refuse", "full")
 
@@ -172,12 +172,12 @@ class CompressedAnswers:
         stop_ids: tuple[int, ...],
         new_tokens: int,
         forced: Continuation | None = None,
-    ) -> Job:
+    ) -> Request:
         context_ids = self._fitting(context_ids, new_tokens)
         compress_at = max(1, len(context_ids) - self.question_tokens)
         arm = self._arm(compress_at)
         digest = hashlib.sha256(f"{self.seed}|{context_ids}".encode()).digest()
-        return Job(
+        return Request(
             index=index,
             input_ids=context_ids,
             compress_at=compress_at,
@@ -228,12 +228,11 @@ class CompressedAnswers:
         texts = tokenizer.batch_decode([[*before, token] for token in range(len(tokenizer))])
         return [str(text)[start:] for text in texts]
 
-    def _run(self, jobs: list[Job]) -> Iterator[tuple[int, ArmResult]]:
+    def _run(self, jobs: list[Request]) -> Iterator[tuple[int, Answer]]:
         for result in self.engine.run(self.loaded, jobs):
             if isinstance(result, SampleFailure):
                 raise ModelError(f"request {result.index} cannot be answered: {result.reason}")
-            (arm,) = result.arms
             self.tally.requests += 1
-            self.tally.kept_slots += sum(arm.slots_per_layer)
+            self.tally.kept_slots += sum(result.slots_per_layer)
             self.tally.full_slots += result.full_slots
-            yield result.index, arm
+            yield result.index, result

@@ -30,7 +30,7 @@ from kvbench.paths import cache_folder
 from kvbench.plan import Plan
 from kvbench.records.environment import describe_environment
 from kvbench.records.schema import HASHES
-from kvbench.runtime.engine import Job
+from kvbench.runtime.requests import Request
 from kvbench.tasks.base import Sample
 
 WEIGHT_FILES = ("*.safetensors", "config.json")
@@ -73,7 +73,7 @@ class Making:
         return {"call": self.call, **dict(zip(HASHES, hashes, strict=True))}
 
 
-def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jobs: Mapping[int, Job]) -> Making:
+def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jobs: Mapping[int, Request]) -> Making:
     """What a call would make its answers with.
 
     Raises:
@@ -97,7 +97,7 @@ def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jo
     )
 
 
-def question_sha256(job: Job, sample: Sample) -> str:
+def question_sha256(job: Request, sample: Sample) -> str:
     """Hash of everything that is put to the model for one sample, and of what its answer is scored against.
 
     Args:

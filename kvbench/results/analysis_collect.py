@@ -12,8 +12,8 @@ from kvbench.models.load import LoadedModel
 from kvbench.models.prompt import encode_sample
 from kvbench.results.analysis_measures import adjacent_cosines, attention_uniformity, kept_shares, unrotated
 from kvbench.runtime.attention import attention_implementation
-from kvbench.runtime.engine import model_shape
 from kvbench.runtime.observe import Observer
+from kvbench.runtime.requests import model_shape
 from kvbench.tasks.base import Sample
 
 THRESHOLDS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)

@@ -1,4 +1,11 @@
-"""The decode loop: one token for every row of a batch at a time, without asking the host anything inside a step.
+"""The decode loop: one token for every sequence of a batch at a time, without asking the host anything inside a step.
+
+A `Sequence` is the token-by-token plan of one row, and what came of it. It feeds some tokens that are known beforehand
+(the question under `before_question`, the gold answer if it is forced along that) and then, if it generates, whatever
+the model chooses. What the device needs of it is two integer tables, made before the first step:
+
+    feed[row, step]     token to feed at this step, or -1: feed what was chosen last
+    targets[row, step]  token whose likelihood under this step's logits is wanted, or -1
 
 All that a step reads or writes lives in tensors that are allocated once (`_Tables`), so that a step can be captured in
 a CUDA graph and replayed. The host looks at the chosen tokens only every `check_every` steps, lets finished rows go
@@ -9,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,69 +27,118 @@ from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.compiled import CompiledLayers, can_compile
 from kvbench.runtime.head import padded_head
-from kvbench.runtime.strands import Strand, reference_rows
+from kvbench.runtime.requests import Arm, Request
 
 EAGER_STEPS = 2  # steps before a shape is captured: they compile kernels and fill library workspaces
 MAX_CAPTURES = 8
 
 
 @dataclass
-class Decoded:
-    """What decoding gave one strand.
+class Sequence:
+    """One row of a decode batch: an arm that generates its answer or is forced along the gold one.
 
     Attributes:
-        chosen: token chosen at each step.
+        request: the request it belongs to.
+        arm: its arm.
+        forced: whether it follows the gold answer (else it generates).
+        feed: tokens fed at the first steps; after them a generating sequence feeds its own choices. After a prefill of
+            the whole prompt, that is the token which the prefill chose, the answer's first.
+        targets: per step, the token whose likelihood is wanted, or -1.
+        n_steps: decode steps needed at most.
+        answer_step: step whose choice is the first answer token that decoding itself produces.
+        row: the row in the cache.
+        chosen: token chosen at each step so far.
         nll: negative log-likelihood of each step's target, nats (0 where there is none).
         kl: KL(reference || arm) at each step that has a target, nats.
         finite: whether all logits were finite.
     """
 
-    chosen: list[int]
-    nll: list[float]
-    kl: list[float]
+    request: Request
+    arm: Arm
+    forced: bool
+    feed: list[int]
+    targets: list[int]
+    n_steps: int
+    answer_step: int = 0
+    row: int = -1
+    chosen: list[int] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
     finite: bool = True
+
+    @classmethod
+    def generating(cls, request: Request, arm: Arm, first_token: int = -1) -> Sequence:
+        """A sequence that generates; `first_token` is the prefill's choice if the whole prompt was prefilled."""
+        question = list(request.question_ids)
+        feed = question or [first_token]
+        n_steps = len(question) + request.max_new_tokens - 1
+        return cls(request, arm, False, feed, [], n_steps, max(0, len(question) - 1))
+
+    @classmethod
+    def along_gold(cls, request: Request, arm: Arm) -> Sequence:
+        """A sequence that follows the gold answer; needs at least one gold token."""
+        question, gold = list(request.question_ids), list(request.gold_ids)
+        # Without a question to read, the prefill's logits have already judged gold[0].
+        targets = [-1] * (len(question) - 1) + gold if question else gold[1:]
+        return cls(request, arm, True, question + gold[:-1], targets, len(question) + len(gold) - 1)
+
+    @property
+    def first_tokens(self) -> list[int]:
+        """Tokens of the answer that were there before the first step."""
+        return [] if self.forced or self.request.question_ids else self.feed
+
+    @property
+    def ending(self) -> tuple[list[int], str] | None:
+        """The answer, its stop token left out, and "stop" or "length"; None as long as the sequence has to go on."""
+        tokens = self.first_tokens + self.chosen[self.answer_step :]
+        limit = self.request.max_new_tokens
+        for position, token in enumerate(tokens[:limit]):
+            if token in self.request.stop_ids and position >= self.request.min_new_tokens:
+                return tokens[:position], "stop"
+        return (tokens[:limit], "length") if len(tokens) >= limit else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no further step is needed."""
+        return len(self.chosen) >= self.n_steps or (not self.forced and self.ending is not None)
+
+
+def reference_rows(sequences: list[Sequence]) -> list[int]:
+    """For each sequence the index of its request's reference among those of the same kind; its own index if none."""
+    found = {(s.request.index, s.forced): i for i, s in enumerate(sequences) if s.arm.key == s.request.reference.key}
+    return [found.get((s.request.index, s.forced), i) for i, s in enumerate(sequences)]
 
 
 class _Tables:
     """Static tensors of the loop, for at most `max_rows` rows and `n_steps` steps."""
 
     def __init__(self, max_rows: int, n_steps: int, max_stops: int, device: torch.device):
-        def integers(*size: int) -> Tensor:
-            return torch.full(size, -1, dtype=torch.int64, device=device)
+        def integers(*size: int, value: int = -1) -> Tensor:
+            return torch.full(size, value, dtype=torch.int64, device=device)
 
         self.n_steps, self.max_stops = n_steps, max_stops
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
-        self.last = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.feed = integers(max_rows, n_steps)
-        self.targets = integers(max_rows, n_steps)
-        self.chosen = integers(max_rows, n_steps)
-        self.partners = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.step = integers(1, value=0)
+        self.last, self.partners, self.stop_allowed_from = (integers(max_rows, value=0) for _ in range(3))
+        self.feed, self.targets, self.chosen = (integers(max_rows, n_steps) for _ in range(3))
         self.stops = integers(max_rows, max_stops)
-        self.stop_allowed_from = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.nll = torch.zeros(max_rows, n_steps, device=device)
-        self.kl = torch.zeros(max_rows, n_steps, device=device)
+        self.nll, self.kl = torch.zeros(2, max_rows, n_steps, device=device)
         self.finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
-    def fill(self, strands: list[Strand], first_step: int, chosen: list[list[int]]) -> None:
+    def fill(self, sequences: list[Sequence], first_step: int) -> None:
         """Describe the batch's rows to the device; called between steps only."""
-        device = self.step.device
-        n_rows = len(strands)
-        feed = torch.full((n_rows, self.n_steps), -1, dtype=torch.int64)
-        targets = feed.clone()
-        stops = torch.full((n_rows, self.max_stops), -1, dtype=torch.int64)
-        allowed = torch.zeros(n_rows, dtype=torch.int64)
-        for row, strand in enumerate(strands):
-            feed[row, : len(strand.feed)] = torch.tensor(strand.feed, dtype=torch.int64)
-            targets[row, : len(strand.targets)] = torch.tensor(strand.targets, dtype=torch.int64)
-            stop_ids = torch.tensor(strand.job.stop_ids, dtype=torch.int64)
-            stops[row, : len(stop_ids)] = stop_ids
-            allowed[row] = strand.answer_step + strand.job.min_new_tokens - len(strand.first_choice)
-        self.feed[:n_rows] = feed.to(device)
-        self.targets[:n_rows] = targets.to(device)
-        self.stops[:n_rows] = stops.to(device)
-        self.stop_allowed_from[:n_rows] = allowed.to(device)
-        self.partners[:n_rows] = torch.tensor(reference_rows(strands), device=device)
-        self.last[:n_rows] = torch.tensor([tokens[-1] if tokens else 0 for tokens in chosen], device=device)
+
+        def put(target: Tensor, rows: list[Any]) -> None:
+            width = target.shape[1] if target.ndim == 2 else 0
+            padded = [row + [-1] * (width - len(row)) for row in rows] if width else rows
+            target[: len(rows)] = torch.tensor(padded, dtype=torch.int64).to(target.device)
+
+        put(self.feed, [s.feed for s in sequences])
+        put(self.targets, [s.targets for s in sequences])
+        put(self.stops, [list(s.request.stop_ids) for s in sequences])
+        allowed = [s.answer_step + s.request.min_new_tokens - len(s.first_tokens) for s in sequences]
+        put(self.stop_allowed_from, allowed)
+        put(self.partners, reference_rows(sequences))
+        put(self.last, [s.chosen[-1] if s.chosen else 0 for s in sequences])
         self.finite[:] = True
         self.step.fill_(first_step)
 
@@ -96,11 +152,11 @@ class _Captured:
 
 
 class DecodeLoop:
-    """Decodes batches of strands whose prompts are in a `RaggedCache`.
+    """Decodes batches of sequences whose prompts are in a `RaggedCache`.
 
     Args:
         loaded: the model.
-        cache: the cache that holds the strands' rows.
+        cache: the cache that holds the sequences' rows.
         check_every: steps between looks at which rows have finished.
         cuda_graphs: capture steps in CUDA graphs (ignored on a CPU or if the model spans several devices).
         compile_layers: run the decoder layers as compiled code (ignored likewise).
@@ -129,83 +185,63 @@ class DecodeLoop:
         self._layers = CompiledLayers(loaded.model) if compile_layers and can_compile(loaded) else None
         self.compiled = self._layers is not None
 
-    def run(self, strands: list[Strand]) -> list[Decoded]:
-        """Decode strands to their ends.
-
-        Args:
-            strands: row i of the cache is strand i; forced strands first.
-
-        Returns:
-            One `Decoded` per strand.
-        """
-        decoded = [Decoded([], [], []) for _ in strands]
-        active = list(range(len(strands)))
-        n_steps = max((strand.n_steps for strand in strands), default=0)
+    def run(self, sequences: list[Sequence]) -> None:
+        """Decode sequences to their ends; row i of the cache is sequence i, forced ones come first."""
+        active = [*sequences]
+        n_steps = max((sequence.n_steps for sequence in sequences), default=0)
         if n_steps == 0:
-            return decoded
-        tables = self._prepare(strands, n_steps)
-        step = 0
-        refill = True
-        model = self.loaded.model
+            return
+        tables = self._prepare(sequences, n_steps)
+        step, refill, model = 0, True, self.loaded.model
         layers = self._layers.active() if self._layers is not None else nullcontext()
         head = padded_head(model) if self.loaded.device.type == "cpu" else nullcontext()
         with torch.inference_mode(), attention_implementation(model), layers, head:
-            while True:
-                going = [i for i in active if not _finished(strands[i], decoded[i])]
-                if not going:
-                    return decoded
-                if self._worth_shrinking(strands, active, going):
-                    self.cache.keep_rows([active.index(i) for i in going])
+            while going := [sequence for sequence in active if not sequence.finished]:
+                if self._worth_shrinking(active, going):
+                    kept = set(map(id, going))
+                    self.cache.keep_rows([row for row, sequence in enumerate(active) if id(sequence) in kept])
                     active, refill = going, True
                 if refill:
-                    tables.fill([strands[i] for i in active], step, [decoded[i].chosen for i in active])
+                    tables.fill(active, step)
                     refill = False
-                n_forced = sum(strands[i].forced for i in active)
-                until = min(step + self.check_every, max(strands[i].n_steps for i in going))
+                n_forced = sum(sequence.forced for sequence in active)
+                until = min(step + self.check_every, max(sequence.n_steps for sequence in going))
                 for _ in range(step, until):
                     self._step(tables, len(active), n_forced)
-                self._collect(tables, decoded, active, step, until)
+                self._collect(tables, active, step, until)
                 step = until
 
-    def _worth_shrinking(self, strands: list[Strand], active: list[int], going: list[int]) -> bool:
+    def _worth_shrinking(self, active: list[Sequence], going: list[Sequence]) -> bool:
         """With graphs every new shape costs a capture, so only a much smaller batch is worth one."""
         if not self.cuda_graphs:
             return len(going) < len(active)
-        forced_done = any(strands[i].forced for i in active) and not any(strands[i].forced for i in going)
+        forced_done = any(s.forced for s in active) and not any(s.forced for s in going)
         return forced_done or len(going) <= len(active) // 2
 
-    def _prepare(self, strands: list[Strand], n_steps: int) -> _Tables:
-        max_stops = max(1, *(len(strand.job.stop_ids) for strand in strands))
+    def _prepare(self, sequences: list[Sequence], n_steps: int) -> _Tables:
+        max_stops = max(1, *(len(sequence.request.stop_ids) for sequence in sequences))
         tables = self._tables
         if tables is None or tables.n_steps < n_steps or tables.max_stops < max_stops:
             capacity = 1 << (n_steps - 1).bit_length()
-            tables = _Tables(self.cache.max_rows, capacity, max(max_stops, 4), self.loaded.device)
-            self._tables = tables
+            tables = self._tables = _Tables(self.cache.max_rows, capacity, max(max_stops, 4), self.loaded.device)
             self._captured.clear()
         return tables
 
     def _step(self, tables: _Tables, n_rows: int, n_forced: int) -> None:
-        if not (self.cuda_graphs and self.cache.capturable):
-            self._forward(tables, n_rows, n_forced)
-            self.cache.count_step()
-            return
-        shape = (self.cache.graph_key, n_forced)
-        captured = self._captured.setdefault(shape, _Captured())
+        captured = _Captured()
+        if self.cuda_graphs and self.cache.capturable:
+            captured = self._captured.setdefault((self.cache.graph_key, n_forced), captured)
         if captured.eager_steps < EAGER_STEPS:
             captured.eager_steps += 1
             self._forward(tables, n_rows, n_forced)
         else:
             if captured.graph is None:
                 captured.graph = self._capture(lambda: self._forward(tables, n_rows, n_forced))
-                self._forget_oldest()
+                while len(self._captured) > MAX_CAPTURES:  # the most recent only: each holds memory
+                    del self._captured[next(iter(self._captured))]
             captured.graph.replay()
             self.replayed_steps += 1
         self.cache.count_step()
-
-    def _forget_oldest(self) -> None:
-        """Keep the most recent captures only: each holds memory."""
-        while len(self._captured) > MAX_CAPTURES:
-            del self._captured[next(iter(self._captured))]
 
     def _capture(self, forward: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -248,18 +284,15 @@ class DecodeLoop:
         tables.nll[:n_forced].index_copy_(1, tables.step, nll)
         tables.kl[:n_forced].index_copy_(1, tables.step, kl)
 
-    def _collect(self, tables: _Tables, decoded: list[Decoded], active: list[int], start: int, stop: int) -> None:
+    def _collect(self, tables: _Tables, active: list[Sequence], start: int, stop: int) -> None:
         """Fetch what steps `start` to `stop` gave; the only place that waits for the device."""
         n_rows = len(active)
-        chosen = tables.chosen[:n_rows, start:stop].tolist()
-        nll = tables.nll[:n_rows, start:stop].tolist()
-        kl = tables.kl[:n_rows, start:stop].tolist()
-        finite = tables.finite[:n_rows].tolist()
-        for row, index in enumerate(active):
-            decoded[index].chosen += chosen[row]
-            decoded[index].nll += nll[row]
-            decoded[index].kl += kl[row]
-            decoded[index].finite &= finite[row]
+        found = [table[:n_rows, start:stop].tolist() for table in (tables.chosen, tables.nll, tables.kl)]
+        for sequence, chosen, nll, kl, finite in zip(active, *found, tables.finite[:n_rows].tolist(), strict=True):
+            sequence.chosen += chosen
+            sequence.nll += nll
+            sequence.kl += kl
+            sequence.finite &= finite
 
 
 def _suppress_early_stops(logits: Tensor, tables: _Tables, n_rows: int) -> Tensor:
@@ -269,9 +302,3 @@ def _suppress_early_stops(logits: Tensor, tables: _Tables, n_rows: int) -> Tenso
     safe = stops.clamp(min=0)
     penalty = torch.where(early & (stops >= 0), -torch.inf, 0.0)
     return logits.scatter_add(1, safe, penalty.to(logits.dtype))
-
-
-def _finished(strand: Strand, decoded: Decoded) -> bool:
-    if len(decoded.chosen) >= strand.n_steps:
-        return True
-    return not strand.forced and strand.answer(decoded.chosen) is not None

@@ -20,13 +20,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvbench.errors import KvbenchError, ModelError
+from kvbench.errors import KvbenchError, ModelError, failure_reason
 from kvbench.methods.base import LayerStates
 from kvbench.methods.full import Full
 from kvbench.models.device_map import input_device
 from kvbench.models.local import quiet
 from kvbench.runtime.attention import EXAMPLES, attention_implementation
-from kvbench.runtime.failures import failure_reason
 from kvbench.runtime.observe import observe
 from kvbench.runtime.plain_cache import PlainCache
 

@@ -9,8 +9,8 @@ import torch
 from kvbench.methods.base import LayerStates
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.runtime.engine import Arm, Job
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Arm, Request
 
 pytestmark = pytest.mark.integration("kvpress")
 
@@ -76,12 +76,11 @@ def test_the_answer_is_that_of_the_plain_engine(eager, press_class):
     (text,) = pipe._forward(inputs, max_new_tokens=N_NEW, press=press)
     assert eager.model.model.layers[0].self_attn._forward_hooks == {}
     arm = Arm.of(press.policy)
-    job = Job(
+    job = Request(
         index=0, input_ids=tuple(ids[0].tolist()), compress_at=N_CONTEXT, gold_ids=(), arms=(arm,), reference=arm,
         stop_ids=(2,), max_new_tokens=N_NEW,
     )  # fmt: skip
-    (result,) = PlainEngine().run(eager, [job])
-    (expected,) = result.arms
+    (expected,) = PlainEngine().run(eager, [job])
     assert text == eager.tokenizer.decode(expected.token_ids, skip_special_tokens=True)
     (full,) = pipe._forward(inputs, max_new_tokens=N_NEW, press=None)
     assert text != full  # compression changes this answer, so the agreement is not trivial

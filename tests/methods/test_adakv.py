@@ -13,7 +13,7 @@ from kvbench.methods.knorm import Knorm
 from kvbench.methods.pyramidkv import PyramidKV
 from kvbench.methods.snapkv import SnapKV
 from kvbench.reference.adakv import head_budgets, reference_adakv
-from kvbench.runtime.engine import Arm
+from kvbench.runtime.requests import Arm
 
 BASES = [
     SnapKV(observation_tokens=12),

@@ -12,10 +12,10 @@ from kvbench.errors import ModelError
 from kvbench.methods.full import Full
 from kvbench.models.byte_tokenizer import byte_tokenizer
 from kvbench.models.load import LoadedModel
-from kvbench.runtime.engine import Arm, Job, SampleFailure
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.model_check import layer_windows
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Arm, Request, SampleFailure
 
 SPEC = importlib.util.spec_from_file_location(
     "model_table", Path(__file__).resolve().parents[2] / "scripts" / "model_table.py"
@@ -58,10 +58,10 @@ def ask(engine, model, ids, gold):
         max_context_tokens=512, max_prompt_tokens=None, chat_format="none", source="random weights",
     )  # fmt: skip
     arm = Arm("full", Full())
-    job = Job(0, tuple(ids[0].tolist()), ids.shape[1], tuple(gold), (arm,), arm, (2,), NEW_TOKENS, NEW_TOKENS)
+    job = Request(0, tuple(ids[0].tolist()), ids.shape[1], tuple(gold), (arm,), arm, (2,), NEW_TOKENS, NEW_TOKENS)
     [result] = engine.run(loaded, [job])
     assert not isinstance(result, SampleFailure), result
-    return result.arms[0].token_ids, torch.tensor(result.arms[0].gold_nll)
+    return result.token_ids, torch.tensor(result.gold_nll)
 
 
 def compressed(model, ids):

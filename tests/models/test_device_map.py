@@ -11,14 +11,14 @@ from kvbench.methods.registry import build_policy
 from kvbench.models.config import named_config
 from kvbench.models.device_map import check_device_map, describe_placement, input_device
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.runtime.engine import Arm, Job, JobResult
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Arm, Request
 
 METHODS = [("full", 1.0), ("h2o", 0.5), ("cam", 0.5), ("kvmerger_bias", 0.5)]
 
 
-def jobs(n_jobs: int) -> list[Job]:
+def jobs(n_jobs: int) -> list[Request]:
     generator = torch.Generator().manual_seed(1)
     options = {"whole_first_layers": 1, "whole_last_layers": 0}
     arms = tuple(
@@ -29,7 +29,7 @@ def jobs(n_jobs: int) -> list[Job]:
     for index in range(n_jobs):
         ids = tuple(torch.randint(3, 250, (40 + 9 * index,), generator=generator).tolist())
         gold = tuple(torch.randint(3, 250, (4,), generator=generator).tolist())
-        made.append(Job(index, ids, len(ids), gold, arms, arms[0], (2,), 7, seed=index))
+        made.append(Request(index, ids, len(ids), gold, arms, arms[0], (2,), 7, seed=index))
     return made
 
 
@@ -37,8 +37,7 @@ def answers(loaded: LoadedModel, engine: FusedEngine | PlainEngine) -> list[tupl
     results = sorted(
         engine.run(loaded, jobs(2 if isinstance(engine, FusedEngine) else 1)), key=lambda result: result.index
     )
-    assert all(isinstance(result, JobResult) for result in results)
-    return [arm for result in results for arm in result.arms]
+    return results
 
 
 def assert_same(found: list, expected: list) -> None:

@@ -8,8 +8,8 @@ import torch
 from kvbench.methods.registry import build_policy
 from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
-from kvbench.runtime.engine import Arm, Job, JobResult
 from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.requests import Answer, Arm, Request
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,22 +26,21 @@ METHODS = [
 ]
 
 
-def job(n_tokens: int, new_tokens: int) -> Job:
+def job(n_tokens: int, new_tokens: int) -> Request:
     generator = torch.Generator().manual_seed(n_tokens)
     ids = tuple(torch.randint(3, 250, (n_tokens,), generator=generator).tolist())
     gold = tuple(torch.randint(3, 250, (8,), generator=generator).tolist())
     arms = tuple(Arm.of(build_policy(name, {"budget": budget})) for name, budget in METHODS)
-    return Job(0, ids, n_tokens, gold, arms, arms[0], (), new_tokens)
+    return Request(0, ids, n_tokens, gold, arms, arms[0], (), new_tokens)
 
 
-def run(loaded: LoadedModel, engine: FusedEngine, what: Job) -> tuple[JobResult, float]:
-    (result,) = engine.run(loaded, [what])
+def run(loaded: LoadedModel, engine: FusedEngine, what: Request) -> tuple[list[Answer], float]:
+    list(engine.run(loaded, [what]))
     torch.cuda.synchronize()
     start = time.perf_counter()
-    (result,) = engine.run(loaded, [what])
+    answers = list(engine.run(loaded, [what]))
     torch.cuda.synchronize()
-    assert isinstance(result, JobResult)
-    return result, time.perf_counter() - start
+    return answers, time.perf_counter() - start
 
 
 def test_a_model_on_two_gpus_answers_like_on_one():
@@ -55,8 +54,8 @@ def test_a_model_on_two_gpus_answers_like_on_one():
     assert devices == sorted(devices)
     assert set(devices) == {0, 1}
     got, _ = run(spread, FusedEngine(), what)
-    assert got.settings["kernels"] == ["triton"]
-    for arm, other in zip(got.arms, expected.arms, strict=True):
+    assert got[0].settings["kernels"] == ["triton"]
+    for arm, other in zip(got, expected, strict=True):
         assert arm.token_ids == other.token_ids, arm.arm.key
         assert arm.slots_per_layer == other.slots_per_layer
         assert arm.gold_nll == pytest.approx(other.gold_nll, abs=1e-4)
@@ -70,10 +69,10 @@ def test_seven_arms_of_a_7b_model_on_two_gpus(capsys):
     for name, placement in (("one GPU", {"device": "cuda:0"}), ("two GPUs", {"device_map": "auto"})):
         loaded = load_model(named_config("random-llama2-7b", **placement))
         torch.cuda.reset_peak_memory_stats(1)
-        result, seconds[name] = run(loaded, FusedEngine(), what)
+        answers, seconds[name] = run(loaded, FusedEngine(), what)
         peak = [torch.cuda.max_memory_allocated(index) / 2**30 for index in (0, 1)]
         with capsys.disabled():
-            print(f"\n{name}: {seconds[name]:.2f} s a sample, GiB {peak[0]:.1f} + {peak[1]:.1f}, {result.settings}")
+            print(f"\n{name}: {seconds[name]:.2f} s a sample, GiB {peak[0]:.1f} + {peak[1]:.1f}, {answers[0].settings}")
         del loaded
         torch.cuda.empty_cache()
     assert peak[1] > 5

@@ -14,21 +14,21 @@ from kvbench.runtime import decode, fused
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.compiled import CompiledLayers, can_compile, decoder_layers
-from kvbench.runtime.engine import Arm, Job
 from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.requests import Arm, Request
 
 BUDGETS = [("full", 1.0), ("h2o", 0.5), ("h2o", 0.35), ("cam", 0.5), ("cam", 0.35), ("h2o", 0.7), ("cam", 0.7)]
 ARMS = tuple(Arm.of(build_policy(name, {"budget": budget})) for name, budget in BUDGETS)
 
 
-def jobs(n_rows: int) -> list[Job]:
+def jobs(n_rows: int) -> list[Request]:
     """Jobs of at most seven arms that make one batch of `n_rows` rows."""
     made = []
     for index, first in enumerate(range(0, n_rows, len(ARMS))):
         n_tokens = 40 + 9 * index
         ids = torch.randint(3, 250, (n_tokens,), generator=torch.Generator().manual_seed(index)).tolist()
         made.append(
-            Job(
+            Request(
                 index=index, input_ids=tuple(ids), compress_at=n_tokens, gold_ids=(), arms=ARMS[: n_rows - first],
                 reference=ARMS[0], stop_ids=(), max_new_tokens=6,
             )
@@ -40,7 +40,7 @@ def answers(loaded, n_rows: int, compiled: bool) -> list[list[int]]:
     tokens = []
     for result in FusedEngine(max_rows=32, compile=compiled).run(loaded, jobs(n_rows)):
         assert (result.settings["batch_rows"], result.settings["compiled"]) == (n_rows, compiled)
-        tokens += [arm.token_ids for arm in result.arms]
+        tokens.append(result.token_ids)
     return tokens
 
 
@@ -134,5 +134,5 @@ def test_a_compiler_that_fails_is_named_with_the_remedy(tiny_mha, monkeypatch):
 
 def test_a_cpu_is_not_compiled_for_and_the_record_says_so(tiny_gqa):
     assert not can_compile(tiny_gqa)
-    (result,) = FusedEngine(compile=True).run(tiny_gqa, jobs(2))
+    result, _ = FusedEngine(compile=True).run(tiny_gqa, jobs(2))
     assert result.settings["compiled"] is False

@@ -30,9 +30,9 @@ from kvbench.methods.cam import CaM
 from kvbench.methods.h2o import H2O
 from kvbench.methods.kvmerger import KVMerger, KVMergerBias
 from kvbench.methods.registry import build_policy, load_policies
-from kvbench.runtime.engine import Arm, Job
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Arm, Request
 
 WHOLE = {"whole_first_layers": 1, "whole_last_layers": 0}
 POLICIES = [H2O(budget=0.35), CaM(budget=0.35), KVMerger(budget=0.5, **WHOLE), KVMergerBias(budget=0.5, **WHOLE)]
@@ -71,9 +71,9 @@ GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
 def engine_result(engine, model, ids, policy):
     arm = Arm.of(policy)
-    job = Job(0, tuple(ids[0].tolist()), ids.shape[1], (), (arm,), arm, (2,), max_new_tokens=12, min_new_tokens=12)
+    job = Request(0, tuple(ids[0].tolist()), ids.shape[1], (), (arm,), arm, (2,), max_new_tokens=12, min_new_tokens=12)
     (result,) = engine.run(loaded(model), [job])
-    return result.arms[0]
+    return result
 
 
 def compressed(model, policy, inputs, **options):

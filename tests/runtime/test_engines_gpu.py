@@ -6,9 +6,9 @@ import torch
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.runtime.engine import Arm, Job
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Arm, Request
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +33,7 @@ ARMS = tuple(
 )
 
 
-def jobs(count: int, question: int = 0) -> list[Job]:
+def jobs(count: int, question: int = 0) -> list[Request]:
     generator = torch.Generator().manual_seed(1)
     made = []
     for index in range(count):
@@ -41,7 +41,7 @@ def jobs(count: int, question: int = 0) -> list[Job]:
         ids = tuple(torch.randint(3, 250, (n_tokens,), generator=generator).tolist())
         gold = tuple(torch.randint(3, 250, (6,), generator=generator).tolist())
         made.append(
-            Job(
+            Request(
                 index=index, input_ids=ids, compress_at=n_tokens - question, gold_ids=gold, arms=ARMS,
                 reference=ARMS[0], stop_ids=(2,), max_new_tokens=12 + index, seed=index,
             )
@@ -54,14 +54,11 @@ def jobs(count: int, question: int = 0) -> list[Job]:
 def test_triton_and_graphs_give_the_plain_engine_s_tokens(shape, question):
     loaded = load_model(named_config(shape, n_layers=8, dtype="float32", device="cuda"))
     todo = jobs(3, question)
-    plain = {r.index: r for r in PlainEngine().run(loaded, todo)}
-    fused = {r.index: r for r in FusedEngine(max_rows=4 * len(ARMS)).run(loaded, todo)}
-    for job in todo:
-        settings = fused[job.index].settings
-        assert settings["kernels"] == ["triton"]
-        assert settings["cuda_graphs"]
-        for expected, got in zip(plain[job.index].arms, fused[job.index].arms, strict=True):
-            assert got.slots_per_layer == expected.slots_per_layer
-            assert got.token_ids == expected.token_ids, got.arm.key
-            assert got.gold_nll == pytest.approx(expected.gold_nll, abs=1e-3)
-            assert got.kl == pytest.approx(expected.kl, abs=1e-3)
+    plain, fused = PlainEngine().run(loaded, todo), FusedEngine(max_rows=4 * len(ARMS)).run(loaded, todo)
+    for expected, got in zip(plain, fused, strict=True):
+        assert got.settings["kernels"] == ["triton"]
+        assert got.settings["cuda_graphs"]
+        assert got.slots_per_layer == expected.slots_per_layer
+        assert got.token_ids == expected.token_ids, got.arm.key
+        assert got.gold_nll == pytest.approx(expected.gold_nll, abs=1e-3)
+        assert got.kl == pytest.approx(expected.kl, abs=1e-3)

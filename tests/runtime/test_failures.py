@@ -4,27 +4,26 @@ import fault_policies
 import pytest
 import torch
 
-from kvbench.errors import BudgetError
+from kvbench.errors import BudgetError, failure_reason
 from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.runtime.engine import Arm, Job, JobResult, SampleFailure
-from kvbench.runtime.failures import ends_the_run, failure_reason, is_out_of_memory
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Answer, Arm, Request, SampleFailure, ends_the_run, is_out_of_memory
 
 GOOD = (Arm.of(Full()), Arm.of(H2O(budget=0.5)), Arm.of(fault_policies.Newest(budget=0.5)))
 ENGINES = [FusedEngine(), PlainEngine()]
 both_engines = pytest.mark.parametrize("engine", ENGINES, ids=["fused", "plain"])
 
 
-def jobs(*arms: Arm, count: int = 2) -> list[Job]:
+def jobs(*arms: Arm, count: int = 2) -> list[Request]:
     generator = torch.Generator().manual_seed(0)
     lengths = [40 + 20 * index for index in range(count)]
     prompts = [tuple(torch.randint(3, 250, (n_tokens,), generator=generator).tolist()) for n_tokens in lengths]
     return [
-        Job(
+        Request(
             index=index, input_ids=ids, compress_at=len(ids), gold_ids=(5, 6, 7), arms=arms, reference=GOOD[0],
             stop_ids=(2,), max_new_tokens=4,
         )
@@ -37,10 +36,9 @@ def outcome(results) -> tuple[dict[tuple[int, str], list[int]], dict[tuple[int, 
     good: dict[tuple[int, str], list[int]] = {}
     failed: dict[tuple[int, str], str] = {}
     for result in results:
-        if isinstance(result, JobResult):
-            new = {(result.index, arm.arm.key): arm.token_ids for arm in result.arms}
-            assert not new.keys() & good.keys()
-            good.update(new)
+        if isinstance(result, Answer):
+            assert (result.index, result.arm.key) not in good
+            good[result.index, result.arm.key] = result.token_ids
         else:
             failed.update({(result.index, arm.key): result.reason for arm in result.arms})
     assert not good.keys() & failed.keys()

@@ -9,9 +9,9 @@ import torch
 import kvbench
 from kvbench.methods.base import CompressedLayer, Policy
 from kvbench.methods.registry import build_policy, load_policies
-from kvbench.runtime.engine import Arm, Job
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Arm, Request
 
 N_TOKENS, NEW_TOKENS = 32, 16  # a prompt as long as the window of SnapKV, which leaves it nothing to choose
 
@@ -49,13 +49,12 @@ def test_every_method_answers_as_the_model_itself(tiny_gqa, whole, policy):
     prompt = tuple(ids[0].tolist())
     arms = (Arm.of(policy), Arm.of(build_policy("h2o", {"budget": 0.5})))
     reference = Arm.of(build_policy("full"))
-    job = Job(0, prompt, N_TOKENS, prompt[:3], arms, reference, (), max_new_tokens=NEW_TOKENS)
+    job = Request(0, prompt, N_TOKENS, prompt[:3], arms, reference, (), max_new_tokens=NEW_TOKENS)
     for engine in (PlainEngine(), FusedEngine()):
-        (result,) = engine.run(tiny_gqa, [job])
-        first, second = result.arms
+        first, second = engine.run(tiny_gqa, [job])
         assert first.token_ids == expected
         assert first.kl == pytest.approx([0.0] * 3, abs=1e-6)
-        assert (sum(first.slots_per_layer), first.cache_bytes) == (result.full_slots, result.full_bytes)
+        assert (sum(first.slots_per_layer), first.cache_bytes) == (first.full_slots, first.full_bytes)
         assert first.arm is arms[0]
         assert max(second.kl) > 1e-4
     with kvbench.compress(tiny_gqa.model, policy) as cache:

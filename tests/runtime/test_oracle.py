@@ -14,9 +14,9 @@ from kvbench.models.config import named_config
 from kvbench.models.load import load_model
 from kvbench.runtime import cache as ragged
 from kvbench.runtime import observe
-from kvbench.runtime.engine import Arm, Job
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Arm, Request
 
 
 def no_launch(right):
@@ -53,12 +53,12 @@ def test_a_wrong_kernel_changes_the_fused_engine_alone(monkeypatch, triton_devic
     fused = FusedEngine(cuda_graphs=False, compile=False)
     arm = Arm.of(policy)
     ids = torch.randint(3, 250, (28,), generator=torch.Generator().manual_seed(0)).tolist()
-    job = Job(0, tuple(ids[:24]), 24, tuple(ids[24:]), (arm,), arm, (), max_new_tokens=2)
+    job = Request(0, tuple(ids[:24]), 24, tuple(ids[24:]), (arm,), arm, (), max_new_tokens=2)
 
     def run(engine, kernels):
         (result,) = engine.run(loaded, [job])
         assert result.settings["kernels"] == kernels
-        return result.arms[0]
+        return result
 
     right = run(PlainEngine(), "torch")
     assert run(fused, ["triton"]).gold_nll == pytest.approx(right.gold_nll, abs=1e-3)
