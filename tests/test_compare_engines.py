@@ -44,8 +44,8 @@ def test_other_tokens_are_counted_and_told_by_the_exit_code(script, monkeypatch,
 
     def wrong(engine, *arguments):
         for result in original(engine, *arguments):
-            last = result.arms[-1]
-            result.arms[-1] = dataclasses.replace(last, token_ids=[-1, *last.token_ids[1:]], kl=[2.0, *last.kl[1:]])
+            if result.arm.key == "tova@0.5":
+                result = dataclasses.replace(result, token_ids=[-1, *result.token_ids[1:]], kl=[2.0, *result.kl[1:]])
             yield result
 
     monkeypatch.setattr(script.FusedEngine, "run", wrong)
