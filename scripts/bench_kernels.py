@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from kvbench.ops.column_sums_triton import KernelConfig, column_sums_triton, default_config
-from kvbench.ops.fused_forward import forward_with_log_sum_exp
-from kvbench.runtime.observe import observe
+from kvbench.ops.observe import forward_with_log_sum_exp, observe
 
 Row = dict[str, Any]
 Producer = Callable[[torch.device], Iterator[Row]]

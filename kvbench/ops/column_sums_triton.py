@@ -10,7 +10,7 @@ that counts. Per logit the kernel spends D multiply-adds, one multiply-add for s
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvbench.errors import ConfigError
+from kvbench.ops.dispatch import current_device
 
 MAX_HEAD_DIM = 256
 
@@ -32,15 +33,7 @@ class KernelConfig(NamedTuple):
 
 
 def default_config(head_dim: int, dtype: torch.dtype) -> KernelConfig:
-    """The configuration used unless another is given, by head dimension and dtype; fixed, so that runs are repeatable.
-
-    Args:
-        head_dim: D.
-        dtype: of queries and keys.
-
-    Returns:
-        The configuration; `scripts/bench_kernels.py --sweep` times the alternatives.
-    """
+    """The configuration by head dimension and dtype; `scripts/bench_kernels.py --sweep` times the alternatives."""
     if dtype == torch.float32:  # no tensor cores: full fp32 products; larger tiles spill registers
         return KernelConfig(32, 64, 8, 2) if head_dim <= 128 else KernelConfig(16, 32, 4, 2)
     # Two programs a multiprocessor (250 registers a thread, no spills on sm_90), so that the exponentials of one can
@@ -59,7 +52,7 @@ def column_sums_triton(
         keys: `(H_k, T, D)`, same dtype.
         log_sum_exp: `(H, T)` fp32, natural logarithm, of the scaled causal logits.
         scaling: factor on the logits.
-        config: tile sizes and launch parameters; the default suits the head dimension and dtype.
+        config: tile sizes and launch parameters; fixed by default, so that runs are repeatable.
 
     Returns:
         `(H, T)` fp32.
@@ -71,58 +64,25 @@ def column_sums_triton(
     if head_dim > MAX_HEAD_DIM:
         raise ConfigError(f"head dimension {head_dim} is above {MAX_HEAD_DIM}, the kernel's limit: use kernels=torch")
     config = config or default_config(head_dim, query.dtype)
-    query, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys))
-    log_sum_exp = log_sum_exp if log_sum_exp.stride(-1) == 1 else log_sum_exp.contiguous()
+    query, keys, log_sum_exp = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, log_sum_exp))
     sums = torch.empty(n_query_heads, n_tokens, dtype=torch.float32, device=query.device)
-    grid = (triton.cdiv(n_tokens, config.block_keys) * n_query_heads,)
-    with _device_guard(query.device):
-        _column_sums_kernel[grid](
-            query,
-            keys,
-            log_sum_exp,
-            sums,
-            n_tokens,
-            n_query_heads,
-            n_query_heads // keys.shape[0],
-            scaling * math.log2(math.e),
-            query.stride(0),
-            query.stride(1),
-            keys.stride(0),
-            keys.stride(1),
-            log_sum_exp.stride(0),
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_QUERIES=config.block_queries,
-            BLOCK_KEYS=config.block_keys,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    with current_device(query.device):
+        _column_sums_kernel[(triton.cdiv(n_tokens, config.block_keys) * n_query_heads,)](
+            query, keys, log_sum_exp, sums, n_tokens, n_query_heads, n_query_heads // keys.shape[0],
+            scaling * math.log2(math.e), *query.stride()[:2], *keys.stride()[:2], log_sum_exp.stride(0),
+            HEAD_DIM=head_dim, BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_QUERIES=config.block_queries, BLOCK_KEYS=config.block_keys,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return sums
-
-
-def _device_guard(device: torch.device) -> Any:
-    """Make the tensors' GPU current: Triton launches on the current one, which may be another."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
 @triton.jit
 def _add_blocks(
-    acc,
-    query_ptr,
-    log_sum_exp_ptr,
-    keys_transposed,
-    first_query,
-    stop_query,
-    first_key,
-    n_tokens,
-    scale_log2,
-    stride_query_token,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-):
+    acc, query_ptr, log_sum_exp_ptr, keys_transposed, first_query, stop_query, first_key, n_tokens, scale_log2,
+    stride_query_token, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
     """Add the probabilities of queries `first_query .. stop_query - 1` to `acc`; only `DIAGONAL` blocks are masked."""
     dims = tl.arange(0, BLOCK_DIM)
     offsets = tl.arange(0, BLOCK_QUERIES)
@@ -149,24 +109,10 @@ def _add_blocks(
 # Not specialised on the numbers that change from prompt to prompt: one compilation serves every length.
 @triton.jit(do_not_specialize=["n_tokens", "n_query_heads", "group_size", "stride_log_sum_exp_head"])
 def _column_sums_kernel(
-    query_ptr,
-    keys_ptr,
-    log_sum_exp_ptr,
-    sums_ptr,
-    n_tokens,
-    n_query_heads,
-    group_size,
-    scale_log2,
-    stride_query_head,
-    stride_query_token,
-    stride_keys_head,
-    stride_keys_token,
-    stride_log_sum_exp_head,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-):
+    query_ptr, keys_ptr, log_sum_exp_ptr, sums_ptr, n_tokens, n_query_heads, group_size, scale_log2, stride_query_head,
+    stride_query_token, stride_keys_head, stride_keys_token, stride_log_sum_exp_head,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
     """One block of keys of one query head. The first keys see the most queries: their programs start first."""
     program = tl.program_id(0)
     head = (program % n_query_heads).to(tl.int64)
@@ -187,37 +133,11 @@ def _column_sums_kernel(
     first_query = (first_key // BLOCK_QUERIES) * BLOCK_QUERIES
     below_diagonal = tl.minimum(tl.cdiv(first_key + BLOCK_KEYS, BLOCK_QUERIES) * BLOCK_QUERIES, n_tokens)
     acc = _add_blocks(
-        acc,
-        query_ptr,
-        log_sum_exp_ptr,
-        keys_transposed,
-        first_query,
-        below_diagonal,
-        first_key,
-        n_tokens,
-        scale_log2,
-        stride_query_token,
-        HEAD_DIM,
-        BLOCK_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        True,
-    )
+        acc, query_ptr, log_sum_exp_ptr, keys_transposed, first_query, below_diagonal, first_key, n_tokens, scale_log2,
+        stride_query_token, HEAD_DIM, BLOCK_DIM, BLOCK_QUERIES, BLOCK_KEYS, True,
+    )  # fmt: skip
     acc = _add_blocks(
-        acc,
-        query_ptr,
-        log_sum_exp_ptr,
-        keys_transposed,
-        below_diagonal,
-        n_tokens,
-        first_key,
-        n_tokens,
-        scale_log2,
-        stride_query_token,
-        HEAD_DIM,
-        BLOCK_DIM,
-        BLOCK_QUERIES,
-        BLOCK_KEYS,
-        False,
-    )
+        acc, query_ptr, log_sum_exp_ptr, keys_transposed, below_diagonal, n_tokens, first_key, n_tokens, scale_log2,
+        stride_query_token, HEAD_DIM, BLOCK_DIM, BLOCK_QUERIES, BLOCK_KEYS, False,
+    )  # fmt: skip
     tl.store(sums_ptr + head * n_tokens + columns, tl.sum(acc, axis=0), mask=columns < n_tokens)

@@ -29,64 +29,38 @@ def choose_backend(requested: str, device: torch.device | str) -> str:
         device: where the tensors live.
 
     Returns:
-        "torch" or "triton".
+        "torch" or "triton". Triton runs on CUDA with the package installed, and on any device under its interpreter
+        (environment variable TRITON_INTERPRET=1, meant for tests), but there only if it is asked for by name.
 
     Raises:
         ConfigError: if `requested` is none of the three, or "triton" is requested where it cannot run.
     """
     if requested not in BACKENDS:
         raise ConfigError(f"kernels={requested!r} is not one of {', '.join(BACKENDS)}: choose one of these")
-    if requested == "torch":
+    on_cuda = torch.device(device).type == "cuda"
+    if requested == "torch" or (requested == "auto" and not on_cuda):
         return "torch"
-    device = torch.device(device)
-    reason = triton_obstacle(device)
-    if requested == "triton":
-        if reason is not None:
-            raise ConfigError(
-                f"kernels='triton' on device {str(device)!r}: {reason}; use kernels=torch or kernels=auto"
-            )
-        return "triton"
-    if device.type != "cuda":
-        return "torch"
-    if reason is not None:
-        _warn_once(f"kernels=auto takes the slower torch version on {device}: {reason}")
-        return "torch"
-    return "triton"
-
-
-def triton_obstacle(device: torch.device | str) -> str | None:
-    """Say why Triton kernels cannot run on a device.
-
-    Args:
-        device: where the tensors live.
-
-    Returns:
-        The reason, or None if they can run: on CUDA with Triton installed, and on any device under Triton's
-        interpreter (environment variable TRITON_INTERPRET=1, meant for tests).
-    """
+    reason = ""
     if not _triton_installed():
-        return "the package triton is not installed"
-    if torch.device(device).type != "cuda" and not triton_interpreted():
-        return "Triton kernels need a CUDA device"
-    return None
+        reason = "the package triton is not installed"
+    elif not on_cuda and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        reason = "Triton kernels need a CUDA device"
+    if reason and requested == "triton":
+        raise ConfigError(f"kernels='triton' on device {str(device)!r}: {reason}; use kernels=torch or kernels=auto")
+    if reason:
+        _warn_once(f"kernels=auto takes the slower torch version on {device}: {reason}")
+    return "torch" if reason else "triton"
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current one until the block ends: Triton launches kernels there, wherever their tensors lie.
 
-    A model that is spread over several GPUs calls its layers without doing so.
-
-    Args:
-        device: where the tensors live; nothing happens for the CPU or the GPU that is current already.
+    A model that is spread over several GPUs calls its layers without doing so. Nothing happens for the CPU or the GPU
+    that is current already.
     """
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
-
-
-def triton_interpreted() -> bool:
-    """Whether Triton kernels defined in this process run in its interpreter, on tensors of any device."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache

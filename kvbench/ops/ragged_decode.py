@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvbench.ops.observe_torch import cap_logits
+from kvbench.ops.observe import cap_logits
 
 
 @dataclass(slots=True)

@@ -1,10 +1,15 @@
 """How a transformers model reaches this package: one attention implementation, named "kvbench", set for a `with` block.
 
-Inside the block the model is called with one more keyword, `attention_context=`, which transformers hands down to the
-attention function of every layer. The context does the work:
+The attention function of every layer looks for its context, which does the work. It is either the keyword
+`attention_context=`, which transformers hands down from the model's call,
 
     with attention_implementation(model):
         model(input_ids=prompt, attention_context=observer, use_cache=False, logits_to_keep=1)
+
+or, inside `generate`, which refuses unknown keywords, the cache that has just taken the layer's keys: transformers
+calls `Cache.update` and the attention function one after the other in the same thread, so `update` leaves a note in a
+context variable. That works in any thread (streaming generates in one of its own), for several models at a time, and a
+forward pass that went past the cache is noticed instead of computed wrongly.
 
 `AttentionInterface` and `AttentionMaskInterface` are the public plug-in points; registering a name there is all that
 outlasts the block, and nothing refers to that name afterwards. A context must not be a mapping, a sequence or an object
@@ -13,13 +18,15 @@ with a method `to`: accelerate moves those between devices when a model is sprea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function
 
 from kvbench.errors import KvbenchError, ModelError
 from kvbench.ops.dispatch import current_device
@@ -33,10 +40,13 @@ _UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "head_mask")
 
 
 class AttentionContext(Protocol):
-    """What `attention_context=` has to be: the prompt's `Observer` or the decode batch's `RaggedCache`."""
+    """What does the work of a layer: the prompt's `Observer`, the decode batch's `RaggedCache`, `generate`'s cache."""
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attend in one layer; a model that caps its logits also passes `softcap=`, the bound.
+        """Attend in one layer.
+
+        Two more keywords are passed only where there is something to pass: `softcap=`, the bound of a model that caps
+        its logits, and to a context that left a note `mask=`, what `_mask` returns.
 
         Args:
             layer_index: index of the layer, from 0.
@@ -51,32 +61,32 @@ class AttentionContext(Protocol):
         ...
 
 
+_note: ContextVar[tuple[AttentionContext, int, Tensor] | None] = ContextVar("kvbench_note", default=None)
+
+
+def leave_note(context: AttentionContext, layer_index: int, key: Tensor) -> None:
+    """Tell the attention function that runs next who attends, if it gets this very `key` in this very layer."""
+    _note.set((context, layer_index, key))
+
+
 @contextmanager
-def registered_attention(
-    model: PreTrainedModel, name: str, attention: Callable[..., Any], mask: Callable[..., Any]
-) -> Iterator[None]:
-    """Let a model's attention layers call a function of ours, until the block ends.
+def attention_implementation(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model's attention layers call their context, until the block ends.
 
     The former implementation comes back however the block ends; blocks may be nested.
 
     Args:
         model: a causal language model whose layers use transformers' attention interface.
-        name: what the implementation is called in transformers' registers, where it stays.
-        attention: the attention function.
-        mask: the function that makes its mask.
-
-    Yields:
-        Nothing.
 
     Raises:
         ModelError: if the model's class does not let its attention implementation be set.
     """
     previous = model.config._attn_implementation
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     try:
-        model.set_attn_implementation(name)
-        if model.config._attn_implementation != name:
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
             raise ModelError(
                 f"{type(model).__name__} keeps its attention implementation {previous!r}: use a model whose layers go "
                 f"through transformers' AttentionInterface, e.g. {EXAMPLES}"
@@ -85,18 +95,6 @@ def registered_attention(
     finally:
         if model.config._attn_implementation != previous:
             model.set_attn_implementation(previous)
-
-
-def attention_implementation(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Let a model's attention layers call the `attention_context` it is given, until the block ends.
-
-    Args:
-        model: a causal language model whose layers use transformers' attention interface.
-
-    Returns:
-        The block (see `registered_attention`).
-    """
-    return registered_attention(model, IMPLEMENTATION, _attention, _mask)
 
 
 def _attention(
@@ -111,67 +109,71 @@ def _attention(
     attention_context: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention function: check that the context computes all this layer asks for, then call it."""
-    if attention_context is None:
-        raise KvbenchError(
-            f"attention_context=None reached {type(module).__name__}: inside attention_implementation(model) call "
-            "model(input_ids, attention_context=...) with an Observer or a RaggedCache"
-        )
-    if attention_mask is not None:
-        raise KvbenchError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} is not supported: give whole prompts, one a call, "
-            "without padding and without a mask"
-        )
-    if dropout:
-        raise KvbenchError(f"attention dropout {dropout} is not supported: call model.eval() first")
-    refuse_arguments(module, kwargs)
-    optional = {} if softcap is None else {"softcap": softcap}
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    """The registered attention function: find the context, check that it computes all this layer asks for, call it."""
+    optional: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     layer_index = cast(int, module.layer_idx)
-    with current_device(query.device):
-        output = attention_context.attend(layer_index, query, key, value, scaling, **optional)
-    return output, None
-
-
-def refuse_arguments(module: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Refuse an attention layer that asks for more than softmax attention, soft-capped or not.
-
-    Args:
-        module: the layer.
-        arguments: the keywords that it gave its attention function.
-
-    Raises:
-        ModelError: with the argument that cannot be heeded.
-    """
+    if attention_context is None:
+        note = _note.get()
+        _note.set(None)
+        if note is None or note[1] != layer_index or note[2] is not key:
+            raise ModelError(
+                f"layer {layer_index} of {type(module).__name__} ran without attention_context= and without the "
+                "compressed cache: inside compress() call model.generate(...), or pass past_key_values=cache on every "
+                "call (Phi-3 itself drops it where prompt and answer cross original_max_position_embeddings: keep both "
+                "on one side); elsewhere pass an Observer or a RaggedCache"
+            )
+        attention_context, optional["mask"] = note[0], attention_mask
+    elif attention_mask is not None:
+        _refuse_mask(query.shape[2], attention_mask, kwargs.get("sliding_window"))
+    if dropout:
+        raise ModelError(f"attention dropout {dropout} is not supported, only 0 is: call model.eval() first")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise ModelError("gradients through our attention are not supported: call the model under torch.no_grad()")
     for name in _UNSUPPORTED_ARGUMENTS:
-        if arguments.get(name) is not None:
+        if kwargs.get(name) is not None:
             raise ModelError(
                 f"{type(module).__name__} needs the attention argument {name!r}, which kvbench lacks: "
                 f"use a model with plain softmax attention, e.g. {EXAMPLES}"
             )
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    with current_device(query.device):
+        return attention_context.attend(layer_index, query, key, value, scaling, **optional), None
 
 
-def _mask(
-    *args: Any, attention_mask: Tensor | None = None, q_length: Any = None, local_size: int | None = None, **kwargs: Any
-) -> None:
-    """The registered mask function: no mask is needed, and one that hides a token is refused instead of ignored.
-
-    Positional and further keyword arguments differ between versions of transformers and are not needed.
-    """
-    if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
-        hidden = int((~attention_mask.bool()).sum())
+def _refuse_mask(n_queries: int, mask: Tensor, window: int | None) -> None:
+    """Refuse what whole prompts and decode batches cannot heed: hidden tokens, or more tokens than a window holds."""
+    if mask.dim() == 2:
         raise KvbenchError(
-            f"attention_mask hides {hidden} tokens, at most 0 are supported: give whole prompts, one a call, without "
-            "padding"
+            f"attention_mask hides {int((~mask.bool()).sum())} tokens, at most 0 are supported: give whole prompts, "
+            "one a call, without padding"
         )
-    if local_size is not None and isinstance(q_length, int) and 1 < q_length > local_size:
+    if window is not None and n_queries > window:
         raise ModelError(
-            f"{q_length} tokens exceed the model's sliding window of {local_size}: lower model.max_prompt_tokens until "
+            f"{n_queries} tokens exceed the model's sliding window of {window}: lower model.max_prompt_tokens until "
             "prompt and answer fit into the window"
         )
-    if not kwargs.get("allow_is_causal_skip", True) and isinstance(q_length, int) and q_length > 1:
-        raise KvbenchError(
-            f"{q_length} position_ids that describe several packed sequences, or a model's own mask, are not "
-            "supported: give one whole prompt a call"
+    raise KvbenchError(
+        f"attention_mask of shape {tuple(mask.shape)} is not supported: give whole prompts, one a call, without "
+        "padding, without a mask, and within the model's sliding window"
+    )
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The registered mask function: what is hidden beside the future, which every context hides by itself.
+
+    None for nothing; `(B, T)` bool over all tokens seen, False for padding; transformers' own `(B, 1, Q, K)` bool where
+    more tokens were seen than a sliding window holds. Anything else is refused.
+    """
+    n_queries, window, padding = kwargs.get("q_length"), kwargs.get("local_size"), kwargs.get("attention_mask")
+    several = isinstance(n_queries, int) and n_queries > 1
+    causal = window is not None or kwargs.get("mask_function") is causal_mask_function
+    if kwargs.get("use_vmap") or not causal or (several and not kwargs.get("allow_is_causal_skip", True)):
+        raise ModelError(
+            f"{n_queries} position_ids that describe several packed sequences, or a model's own mask, are not "
+            "supported: give plain text prompts, one sequence a row"
         )
+    if window is not None and (kwargs.get("kv_offset") or (several and cast(int, n_queries) > window)):
+        mask: Tensor | None = AttentionMaskInterface()["sdpa"](*args, **kwargs)
+        return mask
+    return None if padding is None or bool(padding.all()) else padding

@@ -1,27 +1,118 @@
 """`CompressedCache`: what `model.generate` takes for its cache while a policy keeps only part of it.
 
 Per layer there are two kinds of storage. Layers with full attention are compressed: their keys and values are observed
-during the prefill, compressed at once and dropped, so not even the prefill holds more than one layer's full cache.
-Layers with a sliding window keep transformers' own storage. The first forward pass is the prompt; every later one
-brings a token per row.
+during the prefill, compressed at once and dropped, so not even the prefill holds more than one layer's full cache; what
+is left are rows of a `RaggedCache`. Layers with a sliding window keep transformers' own storage. The first forward pass
+is the prompt; every later one brings a token per row.
+
+Prompts of a batch are padded on the left. Every row is observed and compressed on its own, without its padding, exactly
+as it would be alone.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.errors import KvbenchError, ModelError
-from kvbench.methods.base import Policy
+from kvbench.methods.base import LayerStates, Policy
 from kvbench.methods.full import in_effect
+from kvbench.ops.observe import cap_logits
+from kvbench.runtime.attention import IMPLEMENTATION, leave_note
 from kvbench.runtime.cache import RaggedCache
-from kvbench.runtime.cache_report import CacheReport, LayerReport
-from kvbench.runtime.compressed_layers import CompressedCacheLayer, cache_layers
-from kvbench.runtime.compressed_prompt import check_padding, observers_of, prompt_lengths, rows_for
-from kvbench.runtime.generate_attention import IMPLEMENTATION, leave_note
+from kvbench.runtime.model_check import layer_windows
 from kvbench.runtime.observe import Observer
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer at the end of the prompt, summed over all rows and KV heads.
+
+    Attributes:
+        index: the layer, from 0.
+        compressed: False for a layer left alone because it has a sliding window.
+        slots: slots kept.
+        full_slots: slots the uncompressed cache would hold: one per prompt token, padding not counted; in a layer left
+            alone, those of its window.
+        n_bytes: bytes of the kept slots: keys, values, bias, state of the policy.
+        full_bytes: bytes of keys and values of `full_slots`.
+    """
+
+    index: int
+    compressed: bool
+    slots: int
+    full_slots: int
+    n_bytes: int
+    full_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Requested and measured budget of the last `generate`, in numbers, so it outlives the cache; `str()` is a table.
+
+    Attributes:
+        method: the policy's name.
+        requested_budget: the policy's budget, in (0, 1].
+        prompt_tokens: length of each row's prompt in tokens, padding not counted.
+        new_tokens: tokens added to each row since.
+        layers: one entry per layer.
+        allocated_bytes: storage in use now, room for new tokens included; 0 after the block.
+    """
+
+    method: str
+    requested_budget: float
+    prompt_tokens: tuple[int, ...]
+    new_tokens: int
+    layers: tuple[LayerReport, ...]
+    allocated_bytes: int
+
+    @property
+    def measured_budget(self) -> float:
+        """Slots kept over slots of the full cache, in the layers that are compressed."""
+        compressed = [layer for layer in self.layers if layer.compressed]
+        return sum(layer.slots for layer in compressed) / sum(layer.full_slots for layer in compressed)
+
+    @property
+    def measured_bytes_ratio(self) -> float:
+        """Bytes kept over bytes of the full cache, in all layers, those left alone included."""
+        return self.n_bytes / self.full_bytes
+
+    @property
+    def layers_left_alone(self) -> tuple[int, ...]:
+        """Indices of the layers that are not compressed."""
+        return tuple(layer.index for layer in self.layers if not layer.compressed)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes kept of the prompts, in all layers."""
+        return sum(layer.n_bytes for layer in self.layers)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of the full cache of the prompts, in all layers."""
+        return sum(layer.full_bytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        prompts = "+".join(map(str, self.prompt_tokens))
+        lines = [
+            f"{self.method}, budget {self.requested_budget:g} requested, {self.measured_budget:.4f} measured in "
+            f"{len(self.layers) - len(self.layers_left_alone)} of {len(self.layers)} layers; bytes of all layers "
+            f"{self.measured_bytes_ratio:.4f} of the full cache; prompt {prompts} tokens, {self.new_tokens} new",
+            "layer      slots of   full       bytes of   full",
+        ]
+        for layer in self.layers:
+            numbers = f"{layer.index:5d} {layer.slots:10d} {layer.full_slots:9d} {layer.n_bytes:11d}"
+            note = "" if layer.compressed else "   left alone (sliding window)"
+            lines.append(f"{numbers} {layer.full_bytes:10d}{note}")
+        return "\n".join(lines)
 
 
 class CompressedCache(Cache):
@@ -46,10 +137,8 @@ class CompressedCache(Cache):
     _reports: dict[int, LayerReport]
 
     def __init__(self, config: PreTrainedConfig, policy: Policy, seed: int = 0, kernels: str = "auto"):
-        super().__init__(layers=cache_layers(config))
-        self.policy = policy
-        self.seed = seed
-        self.kernels = kernels
+        super().__init__(layers=_cache_layers(config))
+        self.policy, self.seed, self.kernels = policy, seed, kernels
         self._config = config
         self._closed = False
         self.reset()
@@ -76,9 +165,9 @@ class CompressedCache(Cache):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all storage in use now."""
-        total = self._rows.allocated_bytes if self._rows is not None else 0
         kept = [tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-        return total + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        rows = self._rows.allocated_bytes if self._rows is not None else 0
+        return rows + sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def reset(self) -> None:
         """Forget the prompt and free its memory, so that the next call starts a new one."""
@@ -123,15 +212,11 @@ class CompressedCache(Cache):
         layer = self.layers[layer_idx]
         keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if layer_idx not in self._ranks and layer_idx not in self._reports:
-            slots = layer.keys.shape[0] * layer.keys.shape[1] * layer.keys.shape[2]
+            slots = math.prod(layer.keys.shape[:3])
             n_bytes = 2 * layer.keys.numel() * layer.keys.element_size()
             self._reports[layer_idx] = LayerReport(layer_idx, False, slots, slots, n_bytes, n_bytes)
         leave_note(self, layer_idx, keys)
         return keys, values
-
-    def compresses(self, layer_index: int) -> bool:
-        """Whether a layer is compressed rather than left alone."""
-        return layer_index in self._ranks
 
     def attend(
         self,
@@ -139,20 +224,21 @@ class CompressedCache(Cache):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
         scaling: float,
-        softcap: float | None,
+        softcap: float | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend in a compressed layer: over the whole prompt, which is then compressed, or over what is left of it.
+        """Attend over the whole prompt, which is then compressed, over what is left of it, or over a sliding window.
 
         Args:
             layer_index: the layer, from 0.
             query: `(B, H, Q, D)` after RoPE.
-            key: `(B, H_k, Q, D)` after RoPE.
-            value: `(B, H_k, Q, D)`.
-            mask: `(B, T)` bool, over all tokens seen, False for padding, or None for no padding.
+            key: what `update` returned, `(B, H_k, K, D)`.
+            value: likewise.
             scaling: factor on the logits.
             softcap: bound that logits are soft-capped to (Gemma 2), or None.
+            mask: `(B, T)` bool over all tokens seen, False for padding; None for no padding; `(B, 1, Q, K)` only where
+                more tokens were seen than a sliding window holds.
 
         Returns:
             `(B, Q, H, D)`; zeros for padding.
@@ -161,14 +247,17 @@ class CompressedCache(Cache):
             BudgetError: if the policy cannot run with so few slots.
             ModelError: if a prompt is padded elsewhere than on the left, or new tokens come with another mask.
         """
-        rank = self._ranks[layer_index]
+        rank = self._ranks.get(layer_index)
+        if rank is None:
+            return _attend_window(query, key, value, mask, scaling, softcap)
         if layer_index not in self._reports:
             if self._rows is None:
                 self._begin(query, key, mask, softcap)
             return self._read_prompt(layer_index, query, key, value, scaling, softcap)
         assert self._rows is not None
         if rank == 0:
-            check_padding(mask, self._prompt_tokens, self.layers[layer_index].seen_tokens - self._new_tokens - 1)
+            padded_tokens = self.layers[layer_index].seen_tokens - self._new_tokens - 1
+            _check_padding(mask, [padded_tokens - n_tokens for n_tokens in self._prompt_tokens])
             self._rows.make_room()
         self._rows.update(key, value, rank)
         output = self._rows.attend(rank, query, key, value, scaling, softcap=softcap)
@@ -178,19 +267,11 @@ class CompressedCache(Cache):
         return output
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let every row become a copy of another (beam search).
-
-        Args:
-            beam_idx: `(B,)` int64, the row that each row becomes.
-        """
+        """Let every row become a copy of another (beam search): `(B,)` int64, the row that each row becomes."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, in the order given.
-
-        Args:
-            indices: `(B',)` int64 with B' at most B.
-        """
+        """Keep some rows, in the order given: `(B',)` int64 with B' at most B."""
         if self._rows is None:
             return
         rows = indices.tolist()
@@ -223,28 +304,37 @@ class CompressedCache(Cache):
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _release(self) -> None:
-        self.layers = cache_layers(self._config)
-        full = [index for index, layer in enumerate(self.layers) if isinstance(layer, CompressedCacheLayer)]
+        self.layers = _cache_layers(self._config)
+        full = [index for index, layer in enumerate(self.layers) if isinstance(layer, _CompressedLayer)]
         self._ranks = {index: rank for rank, index in enumerate(full)}
         self._rows = None
         self._observers = []
 
     def _begin(self, query: Tensor, key: Tensor, mask: Tensor | None, softcap: float | None) -> None:
+        """Make a row with reserved storage for every prompt, and an observer that compresses each layer into it."""
         # Only the torch kernels know soft-capped logits; the prefill refuses kernels="triton" by name.
         kernels = "torch" if softcap is not None and self.kernels == "auto" else self.kernels
-        policy = in_effect(self.policy)
-        self._prompt_tokens = prompt_lengths(query, mask)
-        self._rows = rows_for(policy, self._prompt_tokens, len(self._ranks), query, key, kernels)
-        self._observers = observers_of(self._rows, policy, self._prompt_tokens, self.seed, self._config)
+        policy, n_layers, n_heads = in_effect(self.policy), len(self._ranks), query.shape[1]
+        self._prompt_tokens = _prompt_lengths(query, mask)
+        budgets = [policy.layer_budgets(n_tokens, n_layers) for n_tokens in self._prompt_tokens]
+        self._rows = rows = RaggedCache(
+            n_layers, n_heads, key.shape[1], key.shape[3], key.dtype, backend=kernels, max_rows=len(budgets)
+        )
+        for n_tokens in self._prompt_tokens:
+            rows.add_row(policy, position=n_tokens)
+        rows.reserve_rows(budgets)
+
+        def write(row: int, states: LayerStates) -> None:
+            rows.write(states.layer_index, row, policy.compress(states, budgets[row][states.layer_index]))
+
+        observed = {"needs": policy.needs, "window_tokens": policy.window_tokens, "n_layers": n_layers}
+        shared: dict[str, Any] = {**observed, "n_query_heads": n_heads, "seed": self.seed, "backend": kernels}
+        self._observers = [
+            Observer(on_layer=partial(write, row), config=self._config, **shared) for row in range(len(budgets))
+        ]
 
     def _read_prompt(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None,
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor:
         """Attend over every row's prompt and compress it, one row after the other."""
         assert self._rows is not None
@@ -259,3 +349,128 @@ class CompressedCache(Cache):
         full_bytes = full_slots * 2 * key.shape[3] * key.element_size()
         self._reports[layer_index] = LayerReport(layer_index, True, slots, full_slots, n_bytes, full_bytes)
         return output
+
+
+class _CompressedLayer(CacheLayerMixin):
+    """What transformers sees of a compressed layer: how many tokens went through it, padding included.
+
+    Keys and values are stored by the cache that the layer belongs to, after attention has seen them.
+
+    Args:
+        window: the layer's sliding window in tokens, None for none: more tokens are refused.
+    """
+
+    is_sliding = is_croppable = False
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.seen_tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: storage comes with the first prompt."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new tokens; returns the arguments, which attention gets as they are."""
+        n_tokens = key_states.shape[2]
+        if self.seen_tokens and n_tokens != 1:
+            raise ModelError(
+                f"{n_tokens} tokens at once on a compressed cache, at most 1 is supported: call model.generate(...) or "
+                "cache.reset() for a new prompt, and leave out assisted decoding and chunked prefill"
+            )
+        self.seen_tokens += n_tokens
+        if self.window is not None and self.seen_tokens > self.window:
+            raise ModelError(
+                f"{self.seen_tokens} tokens exceed the sliding window of {self.window}, which every layer of the model "
+                "has: shorten prompt or answer"
+            )
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, which is not the number of slots kept."""
+        return self.seen_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all tokens seen."""
+        return self.seen_tokens + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.6
+
+
+def _cache_layers(config: PreTrainedConfig) -> list[Any]:
+    """Empty storage for every layer: transformers' own where a sliding window keeps the past short, else ours.
+
+    A window as wide as the model's context (Phi-3, 128k) does not. Nor does any where all layers have one: they are
+    compressed, and prompt and answer have to fit.
+    """
+    context = getattr(config, "max_position_embeddings", math.inf)
+    windows = layer_windows(config)
+    short = [window is not None and window < context for window in windows]
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    for index, window in enumerate(windows):
+        if not short[index] or all(short):
+            layers[index] = _CompressedLayer(window)
+    return layers
+
+
+def _prompt_lengths(query: Tensor, mask: Tensor | None) -> list[int]:
+    """Tokens of each row's prompt, padding not counted; refuses masks that hide anything but padding before it."""
+    batch_size, padded_tokens = query.shape[0], query.shape[2]
+    if mask is None:
+        return [padded_tokens] * batch_size
+    if tuple(mask.shape) != (batch_size, padded_tokens):
+        raise ModelError(
+            f"attention_mask of shape {tuple(mask.shape)} does not fit {batch_size} prompts of {padded_tokens} tokens: "
+            "give one 0 or 1 per token"
+        )
+    if hidden := int((~mask[:, -1].bool()).sum()):
+        raise ModelError(
+            f"{hidden} rows of attention_mask hide their last token, at most 0 may: pad on the left "
+            "(tokenizer.padding_side='left')"
+        )
+    if holes := int((mask[:, 1:] < mask[:, :-1]).sum()):
+        raise ModelError(
+            f"attention_mask hides tokens after a prompt has begun in {holes} places, 0 are supported: pad on the left"
+        )
+    lengths: list[int] = mask.sum(1).tolist()
+    return lengths
+
+
+def _check_padding(mask: Tensor | None, expected: list[int]) -> None:
+    """Refuse a mask `(B, T + new)` over later tokens that hides anything but the padding that the prompts came with."""
+    hidden = [0] * len(expected) if mask is None else (~mask.bool()).sum(1).tolist()
+    if hidden != expected:
+        raise ModelError(
+            f"attention_mask hides {hidden} tokens of the rows, their prompts began with {expected} of padding: give "
+            "the prompts' mask with a 1 added per new token"
+        )
+
+
+def _attend_window(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """Attention of a layer left alone; arguments and result as `CompressedCache.attend`."""
+    batch_size, n_heads, n_queries, head_dim = query.shape
+    n_kv_heads, n_keys = key.shape[1:3]
+    if mask is None and softcap is None:
+        several = n_queries > 1
+        output = scaled_dot_product_attention(query, key, value, is_causal=several, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2)
+    if mask is None or mask.dim() == 2:  # no more tokens were seen than the window holds
+        if mask is not None and mask.shape[1] < n_keys:
+            raise ModelError(
+                f"attention_mask of shape {tuple(mask.shape)} does not fit {n_keys} tokens: give one 0 or 1 per token"
+            )
+        causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)
+        mask = causal[None, None] if mask is None else causal & mask[:, None, None, -n_keys:].bool()
+    if softcap is None:  # with a mask the fused kernels take no groups of heads
+        key, value = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (key, value))
+        return scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
+    grouped = query.float().view(batch_size, n_kv_heads, -1, n_queries, head_dim)  # SDPA cannot cap logits
+    logits = cap_logits(grouped @ key.float().unsqueeze(2).transpose(3, 4) * scaling, softcap)
+    weights = logits.masked_fill(~mask.unsqueeze(2), torch.finfo(torch.float32).min).softmax(-1)
+    return (weights @ value.float().unsqueeze(2)).view(query.shape).transpose(1, 2).to(query.dtype)

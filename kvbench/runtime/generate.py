@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import Policy
+from kvbench.runtime.attention import IMPLEMENTATION, attention_implementation
 from kvbench.runtime.compressed_cache import CompressedCache
-from kvbench.runtime.generate_attention import compressed_attention, refuse_nested
 from kvbench.runtime.model_check import check_model
 
 # Options of `generate` that read a prompt in pieces, take tokens back, bring a cache of their own or ask for attention
@@ -57,9 +57,13 @@ def compress(
     """
     if not isinstance(policy, Policy):
         raise ConfigError(f"policy={policy!r} is no Policy: give an instance with a budget, e.g. KVMerger(budget=0.35)")
-    refuse_nested(model)
+    if isinstance(model, PreTrainedModel) and model.config._attn_implementation == IMPLEMENTATION:
+        raise ModelError(
+            f"this {type(model).__name__} is inside a compress() block already, at most 1 is possible: leave it before "
+            "you enter another"
+        )
     check_model(model)
-    with compressed_attention(model):
+    with attention_implementation(model):
         cache = CompressedCache(model.config, policy, seed, kernels)
         try:
             with _generate_with(model, cache):

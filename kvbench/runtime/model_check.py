@@ -25,8 +25,8 @@ from kvbench.methods.base import LayerStates
 from kvbench.methods.full import Full
 from kvbench.models.device_map import input_device
 from kvbench.models.local import quiet
+from kvbench.ops.observe import observe
 from kvbench.runtime.attention import EXAMPLES, attention_implementation
-from kvbench.runtime.observe import observe
 from kvbench.runtime.plain_cache import PlainCache
 
 PROMPT_TOKENS, STEPS = 12, 4

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ConfigError
-from kvbench.ops.fused_forward import forward_with_log_sum_exp
-from kvbench.runtime.observe import observe
+from kvbench.ops.observe import forward_with_log_sum_exp, observe
 
 # Kernels are imported inside the tests: tests/conftest.py decides first whether they run on a GPU or are interpreted.
 

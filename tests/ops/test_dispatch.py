@@ -3,7 +3,7 @@ import torch
 
 from kvbench.errors import ConfigError
 from kvbench.ops import dispatch as backend
-from kvbench.ops.dispatch import choose_backend, triton_obstacle
+from kvbench.ops.dispatch import choose_backend
 
 
 def test_auto_is_torch_on_the_cpu() -> None:
@@ -43,7 +43,6 @@ def test_triton_where_it_cannot_run_is_refused(
 def test_the_interpreter_serves_any_device_but_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backend, "_triton_installed", lambda: True)
-    assert triton_obstacle("cpu") is None
     assert choose_backend("triton", "cpu") == "triton"
     assert choose_backend("auto", "cpu") == "torch"
 

@@ -7,9 +7,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrain
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import LayerStates
 from kvbench.methods.expected_attention import turn
-from kvbench.ops.rotary import rotary_frequencies
 from kvbench.runtime.attention import attention_implementation
-from kvbench.runtime.observe import Observer
+from kvbench.runtime.observe import Observer, rotary_frequencies
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import LayerStates
-from kvbench.ops import observe_torch
-from kvbench.runtime import observe as observe_module
-from kvbench.runtime.observe import Observer, observe
+from kvbench.ops import observe as observe_module
+from kvbench.ops.observe import observe
+from kvbench.runtime.observe import Observer
 
 SHAPES = [(4, 4, 70, 16), (6, 2, 129, 16), (4, 1, 64, 8), (3, 3, 1, 8), (9, 3, 200, 64)]
 SHAPE_IDS = ["H{}-{}-T{}-D{}".format(*shape) for shape in SHAPES]
@@ -21,8 +21,8 @@ SHAPE_IDS = ["H{}-{}-T{}-D{}".format(*shape) for shape in SHAPES]
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make short prompts span several blocks, the last one incomplete."""
-    monkeypatch.setattr(observe_torch, "MIN_BLOCK_QUERIES", 32)
-    monkeypatch.setattr(observe_torch, "MAX_BLOCK_QUERIES", 32)
+    monkeypatch.setattr(observe_module, "MIN_BLOCK_QUERIES", 32)
+    monkeypatch.setattr(observe_module, "MAX_BLOCK_QUERIES", 32)
 
 
 def random_states(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -83,7 +83,7 @@ def test_every_query_gives_one_unit_of_mass(shape: tuple[int, int, int, int]) ->
 
 
 def test_blocks_of_the_usual_size_agree_too() -> None:
-    query, keys, values = random_states((2, 1, 2 * observe_torch.MAX_BLOCK_QUERIES + 11, 8))
+    query, keys, values = random_states((2, 1, 2 * observe_module.MAX_BLOCK_QUERIES + 11, 8))
     output, attention = softmax_attention(query, keys, values, 0.3)
     got = observe(query, keys, values, 0.3, column_sums=True, window_tokens=20)
     assert got.column_sums is not None
@@ -154,7 +154,7 @@ def test_the_observer_reports_each_layer_with_views() -> None:
         expected, attention = softmax_attention(query[0], keys[0], values[0], 0.25)
         assert relative_rms_error(output[0].transpose(0, 1), expected) < 2e-6
     assert [layer.layer_index for layer in states] == [0, 1]
-    assert (observer.layers_seen, observer.backends) == ({0, 1}, {"torch"})
+    assert observer.backends == {"torch"}
     layer = states[1]
     assert (layer.n_layers, layer.n_query_heads, layer.seed) == (2, 6, 7)
     assert (layer.keys.data_ptr(), layer.values.data_ptr()) == (keys.data_ptr(), values.data_ptr())
@@ -167,7 +167,6 @@ def test_the_observer_reports_each_layer_with_views() -> None:
 
 def test_the_observer_computes_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observe_module, "observe_torch", lambda *args: pytest.fail("column sums were not asked for"))
-    monkeypatch.setattr(observe_module, "window_rows", lambda *args: pytest.fail("rows were not asked for"))
     states: list[LayerStates] = []
     observer = Observer(frozenset(), 32, 1, 6, 0, states.append)
     observer.attend(0, *(x[None] for x in random_states((6, 2, 33, 16))), 0.25)
@@ -202,8 +201,6 @@ def test_soft_capped_logits(column_sums: bool) -> None:
         assert relative_rms_error(got.column_sums, attention.sum(1)) < 1e-6
     else:
         assert got.column_sums is None
-    rows = observe_torch.window_rows(query, keys, 0.3, 20, softcap=2.0)
-    assert relative_rms_error(rows, attention[:, -20:]) < 1e-6
     assert relative_rms_error(observe(query, keys, values, 0.3, **options).output, output) > 0.1
     with pytest.raises(ConfigError, match=r"capped at 2\.0: use kernels=auto or torch"):
         observe(query, keys, values, 0.3, softcap=2.0, backend="triton", **options)

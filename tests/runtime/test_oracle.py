@@ -12,6 +12,7 @@ from kvbench.methods.h2o import H2O
 from kvbench.methods.kvmerger import KVMerger
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
+from kvbench.ops import observe as observation
 from kvbench.runtime import cache as ragged
 from kvbench.runtime import observe
 from kvbench.runtime.fused import FusedEngine
@@ -28,7 +29,7 @@ WRONG_KERNELS = [  # an arm, a kernel that it runs on a GPU, and a wrong version
     (H2O(budget=0.5), "policies.selection_triton", "heavy_and_recent", lambda right: lambda s, *n: right(-s, *n)),
     (H2O(budget=0.5), "policies.selection_triton", "keep_slots", lambda right: lambda k, v, *s: right(k, -v, *s)),
     (H2O(budget=0.5), "policies.h2o_triton", "_h2o_kernel", no_launch),
-    (H2O(budget=0.5), "attention.column_sums_triton", "column_sums_triton", lambda right: lambda *x: -right(*x)),
+    (H2O(budget=0.5), "ops.column_sums_triton", "column_sums_triton", lambda right: lambda *x: -right(*x)),
     (CaM(budget=0.5), "policies.cam_triton", "_cam_kernel", no_launch),
     (MERGER, "policies.segments_triton", "exact_chain_starts", lambda right: lambda k, *n: right(k.flip(1), *n)),
     (MERGER, "policies.kvmerger_triton", "merge_segments", lambda right: lambda k, v, *s, **o: right(k, -v, *s, **o)),
@@ -40,7 +41,7 @@ WRONG_KERNELS = [  # an arm, a kernel that it runs on a GPU, and a wrong version
 def as_on_a_gpu(monkeypatch, triton_device):
     """Let "auto" be Triton in every module that ever asked."""
     choice = {"auto": "triton", "torch": "torch"}
-    for module in (observe, ragged, h2o, kvmerger):
+    for module in (observation, observe, ragged, h2o, kvmerger):
         monkeypatch.setattr(module, "choose_backend", lambda kernels, device: choice[kernels], raising=False)
 
 
