@@ -150,6 +150,41 @@ def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
     return logits
 
 
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Causal attention of the last Q of K tokens, nothing observed: SDPA, or written out for soft-capped logits.
+
+    Args:
+        query: `(B, H, Q, D)`; Q is 1 or K.
+        key: `(B, H_k, K, D)`.
+        value: likewise.
+        scaling: factor on the logits.
+        softcap: see `cap_logits`.
+        mask: `(B, T)` bool over all tokens seen, of which the keys are the last, False for padding; or
+            `(B, 1, Q, K)` bool, the whole mask; None for no padding.
+
+    Returns:
+        `(B, Q, H, D)`.
+    """
+    batch_size, n_heads, n_queries, head_dim = query.shape
+    n_kv_heads, n_keys = key.shape[1:3]
+    if mask is None and softcap is None:
+        causal = n_queries > 1
+        output = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2)
+    if mask is None or mask.dim() == 2:
+        past = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)
+        mask = past[None, None] if mask is None else past & mask[:, None, None, -n_keys:].bool()
+    if softcap is None:  # with a mask the fused kernels take no groups of heads
+        key, value = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (key, value))
+        return scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
+    grouped = query.float().view(batch_size, n_kv_heads, -1, n_queries, head_dim)
+    logits = cap_logits(grouped @ key.float().unsqueeze(2).transpose(3, 4) * scaling, softcap)
+    weights = logits.masked_fill(~mask.unsqueeze(2), torch.finfo(torch.float32).min).softmax(-1)
+    return (weights @ value.float().unsqueeze(2)).view(query.shape).transpose(1, 2).to(query.dtype)
+
+
 def window_rows(query: Tensor, keys: Tensor, scaling: float, window_tokens: int) -> Tensor | None:
     """Causal softmax rows `(H, min(W, T), T)` fp32 of the last W queries, by one matrix product; None for W = 0."""
     if not window_tokens:

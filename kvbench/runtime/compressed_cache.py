@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from kvbench.errors import KvbenchError, ModelError
 from kvbench.methods.base import LayerStates, Policy
 from kvbench.methods.full import in_effect
-from kvbench.ops.observe import cap_logits
+from kvbench.ops.observe import softmax_attention
 from kvbench.runtime.attention import IMPLEMENTATION, leave_note
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.model_check import layer_windows
@@ -249,7 +247,12 @@ class CompressedCache(Cache):
         """
         rank = self._ranks.get(layer_index)
         if rank is None:
-            return _attend_window(query, key, value, mask, scaling, softcap)
+            if mask is not None and mask.shape[-1] < key.shape[2]:
+                raise ModelError(
+                    f"attention_mask of shape {tuple(mask.shape)} does not fit {key.shape[2]} tokens: give one 0 or 1 "
+                    "per token"
+                )
+            return softmax_attention(query, key, value, scaling, softcap, mask)
         if layer_index not in self._reports:
             if self._rows is None:
                 self._begin(query, key, mask, softcap)
@@ -448,29 +451,3 @@ def _check_padding(mask: Tensor | None, expected: list[int]) -> None:
             f"attention_mask hides {hidden} tokens of the rows, their prompts began with {expected} of padding: give "
             "the prompts' mask with a 1 added per new token"
         )
-
-
-def _attend_window(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
-) -> Tensor:
-    """Attention of a layer left alone; arguments and result as `CompressedCache.attend`."""
-    batch_size, n_heads, n_queries, head_dim = query.shape
-    n_kv_heads, n_keys = key.shape[1:3]
-    if mask is None and softcap is None:
-        several = n_queries > 1
-        output = scaled_dot_product_attention(query, key, value, is_causal=several, scale=scaling, enable_gqa=True)
-        return output.transpose(1, 2)
-    if mask is None or mask.dim() == 2:  # no more tokens were seen than the window holds
-        if mask is not None and mask.shape[1] < n_keys:
-            raise ModelError(
-                f"attention_mask of shape {tuple(mask.shape)} does not fit {n_keys} tokens: give one 0 or 1 per token"
-            )
-        causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(n_keys - n_queries)
-        mask = causal[None, None] if mask is None else causal & mask[:, None, None, -n_keys:].bool()
-    if softcap is None:  # with a mask the fused kernels take no groups of heads
-        key, value = (x.repeat_interleave(n_heads // n_kv_heads, 1) for x in (key, value))
-        return scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
-    grouped = query.float().view(batch_size, n_kv_heads, -1, n_queries, head_dim)  # SDPA cannot cap logits
-    logits = cap_logits(grouped @ key.float().unsqueeze(2).transpose(3, 4) * scaling, softcap)
-    weights = logits.masked_fill(~mask.unsqueeze(2), torch.finfo(torch.float32).min).softmax(-1)
-    return (weights @ value.float().unsqueeze(2)).view(query.shape).transpose(1, 2).to(query.dtype)

@@ -21,13 +21,10 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvbench.errors import KvbenchError, ModelError, failure_reason
-from kvbench.methods.base import LayerStates
-from kvbench.methods.full import Full
 from kvbench.models.device_map import input_device
 from kvbench.models.local import quiet
-from kvbench.ops.observe import observe
+from kvbench.ops.observe import softmax_attention
 from kvbench.runtime.attention import EXAMPLES, attention_implementation
-from kvbench.runtime.plain_cache import PlainCache
 
 PROMPT_TOKENS, STEPS = 12, 4
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
@@ -38,7 +35,7 @@ comes to 0.4 and more."""
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the check found.
+    """What the check found and the engines need to know.
 
     Attributes:
         shape: `n_layers`, `n_query_heads`, `n_kv_heads`, `head_dim`, all counts, the same in every layer.
@@ -56,12 +53,6 @@ _checked: WeakKeyDictionary[PreTrainedModel, tuple[str, ModelFacts]] = WeakKeyDi
 
 def check_model(model: PreTrainedModel) -> ModelFacts:
     """Refuse a model that would be computed wrongly; the answer for an unchanged one is remembered.
-
-    Args:
-        model: a causal language model in evaluation mode.
-
-    Returns:
-        What the engines need to know of it.
 
     Raises:
         ModelError: with the model's class, what is not supported, and the remedy.
@@ -87,9 +78,6 @@ def check_model(model: PreTrainedModel) -> ModelFacts:
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     """The sliding window of each layer in tokens, the querying token included; None for a layer without.
-
-    Args:
-        config: the model's text configuration.
 
     Raises:
         ModelError: if a layer is neither full nor sliding-window attention.
@@ -156,33 +144,41 @@ def _is_text_decoder(config: PreTrainedConfig) -> bool:
         return False
 
 
-class _Probe(PlainCache):
-    """Attention context and cache of the probe: the whole prompt, then one token after the other."""
+class _Probe(DynamicCache):
+    """Attention context and cache of the probe: the whole prompt, then one token after the other.
+
+    It attends over what it stores, as our caches do, not over what a model hands its attention: those may differ.
+    """
 
     def __init__(self) -> None:
-        super().__init__(Full(), position=0)
+        super().__init__()
+        self.reads_prompt = True
         self.shapes: set[tuple[int, ...]] = set()
         self.soft_capped = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Store new keys and values, which must have the shape of those that attention got."""
+        stored: Any = self.layers[layer_idx : layer_idx + 1]
+        if stored and stored[0].keys.shape[1::2] != key_states.shape[1::2]:
+            shapes = " and ".join(str(tuple(x.shape[1::2])) for x in (stored[0].keys, key_states))
+            raise ModelError(f"its attention and its cache get heads and channels of the shapes {shapes}")
+        return super().update(key_states, value_states, layer_idx)
 
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
         """Attend over the prompt, which is stored, or in a step over all that is stored."""
         self.soft_capped |= softcap is not None
-        if self.position:
-            return super().attend(layer_index, query, key, value, scaling, softcap)
-        n_stored = len(self.slots_per_layer)
-        if layer_index != n_stored:
-            raise ModelError(f"layer {layer_index} attends where layer {n_stored} is next")
-        if query.shape[2:] != key.shape[2:] or key.shape != value.shape or query.shape[1] % key.shape[1]:
-            shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
-            raise ModelError(f"queries, keys and values have the shapes {shapes}")
-        self.shapes.add((query.shape[1], *key.shape[1::2]))
-        self.add(LayerStates(key[0], value[0], layer_index, 0, query.shape[1], 0).whole())
-        output = observe(
-            query[0], key[0], value[0], scaling, column_sums=False, window_tokens=0, backend="torch", softcap=softcap
-        ).output
-        return output.transpose(0, 1)[None]
+        if self.reads_prompt:
+            if layer_index != len(self.layers):
+                raise ModelError(f"layer {layer_index} attends where layer {len(self.layers)} is next")
+            if query.shape[2:] != key.shape[2:] or key.shape != value.shape or query.shape[1] % key.shape[1]:
+                shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
+                raise ModelError(f"queries, keys and values have the shapes {shapes}")
+            self.shapes.add((query.shape[1], *key.shape[1::2]))
+            self.update(key, value, layer_index)
+        stored: Any = self.layers[layer_index]
+        return softmax_attention(query, stored.keys, stored.values, scaling, softcap)
 
 
 @torch.no_grad()
@@ -198,14 +194,14 @@ def _probe(model: PreTrainedModel, window: int | None) -> ModelFacts:
         with quiet(), attention_implementation(model):  # a class that keeps its own is told in one line, here
             prompt = {"input_ids": ids[:, :-STEPS], "use_cache": False, "logits_to_keep": 1}
             ours = [model(**prompt, attention_context=probe).logits[0, -1]]
-            if len(probe.slots_per_layer) != n_layers:
+            if len(probe.layers) != n_layers:
                 raise ModelError(
-                    f"{len(probe.slots_per_layer)} of {n_layers} layers go through transformers' AttentionInterface"
+                    f"{len(probe.layers)} of {n_layers} layers go through transformers' AttentionInterface"
                 )
             if len(probe.shapes) > 1:
                 raise ModelError(f"layers have heads of {len(probe.shapes)} shapes, 1 is possible")
+            probe.reads_prompt = False
             for position in range(n_tokens - STEPS, n_tokens):
-                probe.position = position
                 at = torch.tensor([[position]], device=ids.device)
                 step: dict[str, Any] = {"input_ids": ids[:, position : position + 1], "position_ids": at}
                 output = model(**step, past_key_values=probe, attention_context=probe, use_cache=True)
@@ -226,11 +222,10 @@ def _probe(model: PreTrainedModel, window: int | None) -> ModelFacts:
 
 
 def _distances(ours: Tensor, own: Tensor) -> Tensor:
-    """Norm of the difference over the norm of `own`, per position; what is added to all logits of one counts for none.
+    """Norm of the difference of `(n, V)` logits over the norm of `own`, per position.
 
-    Args:
-        ours: `(n, V)`.
-        own: `(n, V)`; where it is not finite the answer is 0: the engines report such samples themselves.
+    What is added to all logits of one counts for none; where `own` is not finite the answer is 0: the engines report
+    such samples themselves.
     """
     ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
     ratios = (ours - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=torch.finfo(own.dtype).tiny)

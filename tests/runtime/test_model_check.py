@@ -1,7 +1,6 @@
 """The model check: what no configuration tells, when it runs, and what becomes of sliding windows in a run."""
 
 import sys
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -30,7 +29,6 @@ from kvbench.runtime import model_check
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.model_check import check_model
 from kvbench.runtime.plain import PlainEngine
-from kvbench.runtime.plain_cache import PlainCache
 from kvbench.runtime.requests import Arm, Request
 
 SIZES = {
@@ -87,10 +85,8 @@ def test_attention_of_the_model_s_own_is_found():
 
 @pytest.mark.parametrize("factor", [torch.nan, 1.01])
 def test_whatever_our_attention_gets_wrong_is_found(monkeypatch, factor):
-    add = PlainCache.add
-    monkeypatch.setattr(
-        PlainCache, "add", lambda cache, layer: add(cache, replace(layer, values=layer.values * factor))
-    )
+    right = model_check.softmax_attention
+    monkeypatch.setattr(model_check, "softmax_attention", lambda *states: right(*states) * factor)
     with pytest.raises(ModelError, match="LlamaForCausalLM is not supported"):
         check_model(llama())
 
