@@ -21,7 +21,8 @@ from speed_timing import Row, peak_bytes, say, take_turns
 
 from kvbench.errors import KvbenchError
 from kvbench.models.config import ModelConfig
-from kvbench.models.load import LOCATORS, resolve_dtype
+from kvbench.models.fetch import LOCATORS
+from kvbench.models.load import resolve_dtype
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.requests import Answer, Arm
 

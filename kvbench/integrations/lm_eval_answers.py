@@ -24,8 +24,8 @@ from functools import cached_property
 from kvbench.errors import BudgetError, ConfigError, ModelError
 from kvbench.methods.base import Policy
 from kvbench.methods.full import Full, in_effect
-from kvbench.models.chat import stop_token_ids
 from kvbench.models.load import LoadedModel
+from kvbench.models.prompt import stop_token_ids
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.requests import Answer, Arm, Engine, Request, SampleFailure, model_shape
 

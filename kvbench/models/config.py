@@ -20,9 +20,12 @@ from omegaconf import OmegaConf
 from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within, check_fields
 
-SOURCES = ("wheel", "hub", "local", "random")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-CHAT_FORMATS = ("template", "llama2", "none")
+CHOICES = {  # Hydra's schemas know no Literal
+    "source": ("wheel", "hub", "local", "random"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device_map": (None, "auto"),
+    "chat_format": ("template", "llama2", "none"),
+}
 DEVICES = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d?))?")
 
 
@@ -37,12 +40,11 @@ class ModelConfig:
         path: a local checkpoint folder; when given it replaces whatever `source` would have found.
         hub_id: "organisation/model" on the hub, for source "hub".
         revision: branch, tag or commit on the hub; the commit it stands for is recorded.
-        dtype: "auto" (float32 on CPU, bfloat16 on CUDA), "float32", "bfloat16" or "float16".
+        dtype: "auto" is float32 on CPU, bfloat16 on CUDA.
         device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
-        device_map: "auto" spreads the layers over all GPUs (see `device_map.py`); None puts the whole model on
-            `device`.
+        device_map: "auto" spreads the layers over all GPUs; None puts the whole model on `device`.
         max_prompt_tokens: prompts longer than this many tokens are truncated, before the chat wrapper; None for what
-            the context leaves.
+            the context leaves beside the new tokens.
         chat_format: "template" (the tokenizer's own chat template), "llama2" (LongBench's bare `[INST]` frame) or
             "none".
         parse_special_tokens: whether text of a data row that spells a special token becomes that token, as with the
@@ -56,7 +58,7 @@ class ModelConfig:
         n_kv_heads: KV heads H_k; a divisor of `n_query_heads`.
         head_dim: head dimension D, even (rotary positions turn pairs of channels).
         intermediate_size: width of the feed-forward layer.
-        vocab_size: vocabulary size, at least that of the byte tokenizer (`byte_tokenizer.MIN_VOCAB_SIZE`).
+        vocab_size: vocabulary size, at least `random_llama.MIN_VOCAB_SIZE`.
         max_context_tokens: positions of the random model.
     """
 
@@ -84,11 +86,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
-        _one_of("source", self.source, SOURCES)
-        _one_of("dtype", self.dtype, DTYPES)
-        _one_of("chat_format", self.chat_format, CHAT_FORMATS)
-        if self.device_map not in (None, "auto"):
-            raise ConfigError(f"model.device_map={self.device_map!r} is unknown: use null or auto")
+        for field, allowed in CHOICES.items():
+            if (value := getattr(self, field)) not in allowed:
+                names = ", ".join(choice or "null" for choice in allowed)
+                raise ConfigError(f"model.{field}={value!r} is unknown: use one of {names}")
         if not DEVICES.fullmatch(self.device):
             raise ConfigError(f"model.device={self.device!r} is unknown: use auto, cpu, cuda or cuda:N")
         if self.effective_source == "hub" and not self.hub_id:
@@ -111,11 +112,7 @@ class ModelConfig:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ModelConfig:
-        """Build from a configuration group.
-
-        Raises:
-            ConfigError: if a key is no field of this class, or a value is out of range.
-        """
+        """Build from a configuration group; a ConfigError if a key is no field, or a value is out of range."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key in mapping:
             if key not in known:
@@ -133,23 +130,10 @@ def model_config_folder() -> Path:
 
 
 def named_config(name: str, **overrides: Any) -> ModelConfig:
-    """Read `configs/model/<name>.yaml` without Hydra.
-
-    Args:
-        name: the file's name without its ending.
-        overrides: fields to replace.
-
-    Raises:
-        ConfigError: if there is no such file; the message lists the names.
-    """
+    """Read `configs/model/<name>.yaml` without Hydra, some fields replaced; a ConfigError lists the names."""
     folder = model_config_folder()
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if name not in names:
         raise ConfigError(f"model={name} is unknown: choose one of {', '.join(names)}")
     merged: Any = OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), overrides)
     return ModelConfig.from_mapping({str(key): merged[key] for key in merged})
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"model.{field}={value!r} is unknown: use one of {', '.join(allowed)}")

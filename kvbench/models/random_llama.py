@@ -1,4 +1,4 @@
-"""A Llama of any shape with seeded random weights: for tests (tiny) and for timing (real shapes), no download.
+"""A Llama of any shape with seeded random weights, and its byte tokenizer: for tests and timing, no download.
 
 Weights are drawn with variance 1 / fan-in, embeddings with variance 1, so that attention is neither uniform nor
 one-hot at any size and logits differ clearly between tokens.  Draws happen on the target device: the same seed gives
@@ -9,20 +9,52 @@ from __future__ import annotations
 
 import psutil
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from kvbench.errors import ConfigError
-from kvbench.models.byte_tokenizer import MIN_VOCAB_SIZE, byte_tokenizer
 from kvbench.models.config import ModelConfig
+
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+MIN_VOCAB_SIZE = 259
+"""Three special tokens and 256 bytes."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "[{{ message['role'] }}]\n{{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
+
+def byte_tokenizer(max_context_tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per UTF-8 byte; ids 0, 1, 2 are pad, bos, eos; a BOS opens every encoded text.
+
+    Decoding what was encoded gives the text back, whatever it is.
+
+    Args:
+        max_context_tokens: recorded as the tokenizer's `model_max_length`.
+    """
+    tokens = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    # Without merges the pattern that splits words changes no id, and takes two thirds of the time.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, BOS, EOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, add_bos_token=True,
+        chat_template=CHAT_TEMPLATE, model_max_length=max_context_tokens, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
 
 
 def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The byte tokenizer of a random model.
-
-    Raises:
-        ConfigError: if the vocabulary is too small for it.
-    """
+    """The byte tokenizer of a random model; a ConfigError if the vocabulary is too small for it."""
     if config.vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(f"model.vocab_size={config.vocab_size} is below {MIN_VOCAB_SIZE}, the byte tokenizer's size")
     return byte_tokenizer(config.max_context_tokens)
@@ -31,32 +63,18 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def build_random_llama(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
 ) -> LlamaForCausalLM:
-    """Build the model on `device`.
-
-    Args:
-        config: the shape fields and `seed` are read.
-        tokenizer: names the special tokens.
-        dtype: dtype of the weights.
-        device: where the weights are created.
+    """Build the model on `device`, from the shape fields and `seed` of `config`.
 
     Raises:
         ConfigError: if the device has no memory for the weights.
     """
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_query_heads,
-        num_key_value_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_context_tokens,
-        tie_word_embeddings=False,
-        dtype=dtype,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_query_heads,
+        num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim,
+        max_position_embeddings=config.max_context_tokens, tie_word_embeddings=False, dtype=dtype, **special,
+    )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(shape)
     nn.Module.to(model, dtype)
@@ -70,27 +88,18 @@ def build_random_llama(
     model.to_empty(device=device)
     # Rotary frequencies are not weights: `to_empty` leaves them undefined, so they are computed again.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=shape).to(device)
-    draw_weights(model, config.seed)
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    _draw_weights(model, config.seed)
+    model.generation_config = GenerationConfig(**special)
     return model
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module, seed: int) -> None:
-    """Fill all weights of `model` in place, from a generator of its own.
-
-    Args:
-        model: matrices named `embed_tokens` get variance 1, other matrices 1 / fan-in, vectors (norms) become 1.
-        seed: seed of the generator.
-    """
-    generator: torch.Generator | None = None
+def _draw_weights(model: nn.Module, seed: int) -> None:
+    """Fill all weights in place: variance 1 for `embed_tokens`, 1 / fan-in for other matrices, ones for vectors."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
-            continue
-        if generator is None:
-            generator = torch.Generator(parameter.device).manual_seed(seed)
-        std = 1.0 if "embed_tokens" in name else parameter.shape[1] ** -0.5
-        parameter.normal_(0.0, std, generator=generator)
+        else:
+            std = 1.0 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+            parameter.normal_(0.0, std, generator=generator)

@@ -21,8 +21,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvbench.errors import KvbenchError, ModelError, failure_reason
-from kvbench.models.device_map import input_device
-from kvbench.models.local import quiet
+from kvbench.models.checkpoint import quiet
+from kvbench.models.load import input_device
 from kvbench.ops.observe import softmax_attention
 from kvbench.runtime.attention import EXAMPLES, attention_implementation
 

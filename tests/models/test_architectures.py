@@ -10,8 +10,8 @@ from transformers.utils import logging
 import kvbench
 from kvbench.errors import ModelError
 from kvbench.methods.full import Full
-from kvbench.models.byte_tokenizer import byte_tokenizer
 from kvbench.models.load import LoadedModel
+from kvbench.models.random_llama import byte_tokenizer
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.model_check import layer_windows
 from kvbench.runtime.plain import PlainEngine

@@ -1,13 +1,12 @@
 """The converter on a tiny GGUF file written here, against the model the file was made from."""
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kvbench.errors import ModelError
-from kvbench.models.gguf import convert_llama_gguf, parameter_name, unpermute_rotary
+from kvbench.models.gguf import convert_llama_gguf
 
 N_QUERY_HEADS, N_KV_HEADS, HIDDEN = 4, 2, 64
 BYTES = [chr(33 + i) for i in range(94)]
@@ -122,14 +121,6 @@ def test_same_logits_as_the_original(converted):
     assert loaded.generation_config.eos_token_id == 2
 
 
-def test_same_weights_as_transformers_reads(converted):
-    _, folder, parent = converted
-    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    theirs = AutoModelForCausalLM.from_pretrained(parent, gguf_file="tiny.gguf", dtype=torch.float32).state_dict()
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
 def test_tokenizer_splits_digits_and_knows_its_special_tokens(converted):
     _, folder, _ = converted
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -152,16 +143,3 @@ def test_unknown_kinds_are_refused(tmp_path, changes, word):
     write_gguf(tmp_path / "tiny.gguf", tiny_llama(), **changes)
     with pytest.raises(ModelError, match=word):
         convert_llama_gguf(tmp_path / "tiny.gguf", tmp_path)
-
-
-def test_unknown_tensor_is_refused():
-    assert parameter_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
-    with pytest.raises(ModelError, match="attn_qkv"):
-        parameter_name("blk.3.attn_qkv.weight")
-
-
-def test_rotary_order_is_undone():
-    weight = np.arange(64, dtype=np.float32).reshape(16, 4)
-    interleaved = llama_cpp_rows(weight, 2)
-    assert interleaved[:8, 0].tolist() == [0, 16, 4, 20, 8, 24, 12, 28]
-    assert torch.equal(unpermute_rotary(torch.from_numpy(interleaved), 2), torch.from_numpy(weight))

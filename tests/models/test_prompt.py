@@ -5,7 +5,8 @@ import pytest
 from llama_like import llama_like_tokenizer
 
 from kvbench.errors import ModelError
-from kvbench.models.prompt import RETOKENIZE_MARGIN_TOKENS, encode_sample
+from kvbench.models.prompt import RETOKENIZE_MARGIN_TOKENS, encode_sample, frame, stop_token_ids, wrap
+from kvbench.models.special_tokens import rewrite_spellings
 from kvbench.tasks.base import Sample
 
 PROMPT = (
@@ -206,3 +207,69 @@ def test_stops_and_minimum_come_from_the_sample(tiny_gqa):
     encoded = encode_sample(sample(stop_newline=True, min_new_tokens=1), tiny_gqa)
     assert encoded.stop_token_ids == (2, newline)
     assert encoded.min_new_tokens == 1
+
+
+# The chat wrapper, and what ends a turn.
+
+
+@pytest.fixture
+def own(tiny_model):
+    """A tiny model with a tokenizer of its own, so that tests may change its template."""
+    return tiny_model(n_layers=1)
+
+
+def with_template(loaded, template):
+    loaded.tokenizer.chat_template = template
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "chat", "expected"),
+    [
+        ("llama2", True, ("[INST]A prompt[/INST]", 6, True)),
+        ("none", True, ("A prompt", 0, True)),
+        ("llama2", False, ("A prompt", 0, True)),
+        ("template", False, ("A prompt", 0, True)),
+        ("template", True, ("<|bos|>[user]\nA prompt\n[assistant]\n", 14, False)),  # a template writes its own BOS
+    ],
+)
+def test_what_stands_around_a_prompt(tiny_gqa, chat_format, chat, expected):
+    assert wrap("A prompt", replace(tiny_gqa, chat_format=chat_format), chat=chat) == expected
+
+
+def test_templates_may_trim_the_message(own):
+    trimming = with_template(own, "A text. user: {{ messages[0]['content'] | trim }}\nbot: ")
+    wrapped = wrap("  text ", trimming, chat=True)
+    assert wrapped.text == "A text. user: text\nbot: "
+    assert wrapped.text[wrapped.prompt_start + 2 :].startswith("text\nbot")  # two trimmed characters come before
+
+
+def test_a_message_that_the_template_rewrites_has_no_position(own):
+    rewriting = with_template(own, "{{ messages[0]['content'] | upper }}\u27e6prompt\u27e7")
+    assert wrap("text", rewriting, chat=True).prompt_start is None
+
+
+def test_templates_that_fail_or_forget_are_errors(own):
+    with pytest.raises(ModelError, match=r"needs a system prompt.*model\.chat_format=none"):
+        wrap("x", with_template(own, "{{ raise_exception('needs a system prompt') }}"), chat=True)
+    with pytest.raises(ModelError, match="leaves out the user's message"):
+        frame(with_template(own, "hello"), chat=True)
+
+
+def test_stops_are_all_ends_once(own):
+    assert stop_token_ids(replace(own, stop_token_ids=(7, 2)), stop_newline=False) == (2, 7)
+    llama = replace(own, tokenizer=llama_like_tokenizer(), chat_format="llama2")  # a newline is "▁" and a byte
+    assert stop_token_ids(llama, stop_newline=True) == (2, llama.tokenizer.convert_tokens_to_ids("<0x0A>"))
+    own.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    end_of_turn = own.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert stop_token_ids(own, stop_newline=False) == (2, end_of_turn)
+    assert stop_token_ids(replace(own, chat_format="none"), stop_newline=False) == (2,)
+
+
+def test_rewriting_keeps_lengths_and_leaves_no_special_token(tiny_gqa):
+    tokenizer = tiny_gqa.tokenizer
+    text = "a <|eos|> b <|bos|><|pad|> [INST]"
+    protected = rewrite_spellings(text, tokenizer)
+    assert protected == "a ＜|eos|> b ＜|bos|>＜|pad|> [INST]"
+    assert not set(tokenizer(protected, add_special_tokens=False)["input_ids"]) & {0, 1, 2}
+    assert rewrite_spellings("x[/INST][INST]", tokenizer, ("[INST]", "[/INST]")) == "x［/INST]［INST]"

@@ -1,12 +1,17 @@
+"""Random models, and the tokenizer of bytes that they have."""
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kvbench.errors import ConfigError
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
+from kvbench.models.random_llama import BOS, EOS, MIN_VOCAB_SIZE, PAD, byte_tokenizer
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+TOKENIZER = byte_tokenizer(8192)
 
 
 def test_shapes_are_those_of_the_configuration(tiny_gqa, tiny_mha):
@@ -65,10 +70,43 @@ def test_every_token_the_model_can_emit_decodes(tiny_gqa):
 
 
 @pytest.mark.gpu
-@needs_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_real_shapes_are_made_on_the_device():
     loaded = load_model(named_config("random-llama2-7b", n_layers=8), device="cuda")
     assert {parameter.device.type for parameter in loaded.model.parameters()} == {"cuda"}
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
     assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.isfinite(loaded.model(torch.arange(64, device=loaded.device)[None]).logits).all()
+
+
+@given(st.text())
+def test_decoding_undoes_encoding(text):
+    assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False)["input_ids"]) == text
+
+
+@given(st.text())
+def test_skipping_special_tokens_drops_the_bos_alone(text):
+    assume(not any(token in text for token in (PAD, BOS, EOS)))
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_one_token_per_byte_after_one_bos():
+    text = "né 语\n 12"
+    input_ids = TOKENIZER(text)["input_ids"]
+    assert input_ids[0] == TOKENIZER.bos_token_id == 1
+    assert len(input_ids) == 1 + len(text.encode())
+    assert len(TOKENIZER) == MIN_VOCAB_SIZE
+
+
+def test_the_template_writes_its_own_bos_once():
+    message = [{"role": "user", "content": "hi"}]
+    text = TOKENIZER.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert text == "<|bos|>[user]\nhi\n[assistant]\n"
+    assert TOKENIZER(text, add_special_tokens=False)["input_ids"].count(TOKENIZER.bos_token_id) == 1
+
+
+def test_saved_tokenizer_is_the_same(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again("né <|eos|>")["input_ids"] == TOKENIZER("né <|eos|>")["input_ids"]
+    assert again.chat_template == TOKENIZER.chat_template

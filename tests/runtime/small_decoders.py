@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from kvbench.models.byte_tokenizer import byte_tokenizer
 from kvbench.models.load import LoadedModel
+from kvbench.models.random_llama import byte_tokenizer
 
 VOCABULARY = 61
 FULL, SLIDING = "full_attention", "sliding_attention"

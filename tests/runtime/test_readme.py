@@ -8,7 +8,7 @@ import torch
 from small_decoders import build, padded, prompt
 
 import kvbench
-from kvbench.models.byte_tokenizer import byte_tokenizer
+from kvbench.models.random_llama import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEP = {"num_hidden_layers": 12}  # KVMerger leaves three layers whole by default

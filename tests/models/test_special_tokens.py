@@ -10,9 +10,9 @@ from llama_like import llama_like_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from kvbench.errors import ModelError
-from kvbench.models.byte_tokenizer import BOS, EOS, PAD, byte_tokenizer
-from kvbench.models.contain import PRIVATE_USE, _put_back, encode_contained, special_tokens, spellings_in
 from kvbench.models.prompt import encode_sample, encode_text
+from kvbench.models.random_llama import BOS, EOS, PAD, byte_tokenizer
+from kvbench.models.special_tokens import PRIVATE_USE, _put_back, encode_data_as_text, special_tokens, spellings_in
 from kvbench.tasks.base import Sample
 
 HOSTILE = (
@@ -37,7 +37,7 @@ def controls(tokenizer, ids) -> list[int]:
 @pytest.mark.parametrize("tokenizer", [BYTES, LLAMA], ids=["bytes", "llama"])
 @pytest.mark.parametrize("text", [HOSTILE, "<s>", "</s></s>", "x<s", "<|bos|><|bos|>", f"a{BOS}b{EOS}{PAD}"])
 def test_what_a_row_spells_stays_text(tokenizer, text):
-    ids, ends = encode_contained(tokenizer, text, (0, len(text)), add_special_tokens=False)
+    ids, ends = encode_data_as_text(tokenizer, text, (0, len(text)), add_special_tokens=False)
     assert controls(tokenizer, ids) == []
     assert tokenizer.decode(ids) == text
     assert len(ids) == len(ends)
@@ -49,7 +49,7 @@ def test_what_a_row_spells_stays_text(tokenizer, text):
 def test_any_mixture_stays_text_and_can_be_decoded(parts):
     text = "".join(parts)
     for tokenizer in (BYTES, LLAMA):
-        ids, _ = encode_contained(tokenizer, text, (0, len(text)), add_special_tokens=False)
+        ids, _ = encode_data_as_text(tokenizer, text, (0, len(text)), add_special_tokens=False)
         assert controls(tokenizer, ids) == []
         assert tokenizer.decode(ids) == text
         if not spellings_in(text, tokenizer):
@@ -59,10 +59,10 @@ def test_any_mixture_stays_text_and_can_be_decoded(parts):
 def test_tokens_outside_of_the_data_keep_their_meaning():
     head, data, tail = f"{BOS}[user]\n", f"one{EOS}two", EOS
     text = head + data + tail
-    ids, _ = encode_contained(BYTES, text, (len(head), len(head) + len(data)), add_special_tokens=False)
+    ids, _ = encode_data_as_text(BYTES, text, (len(head), len(head) + len(data)), add_special_tokens=False)
     assert controls(BYTES, ids) == [BYTES.bos_token_id, BYTES.eos_token_id]
     assert (ids[0], ids[-1]) == (BYTES.bos_token_id, BYTES.eos_token_id)
-    whole, _ = encode_contained(BYTES, text, None, add_special_tokens=False)
+    whole, _ = encode_data_as_text(BYTES, text, None, add_special_tokens=False)
     assert controls(BYTES, whole) == [BYTES.bos_token_id, BYTES.eos_token_id, BYTES.eos_token_id]
 
 
@@ -138,7 +138,7 @@ def test_repeated_spellings_are_put_back_in_one_pass(tokenizer, n_spellings):
     """Work is counted: one call of the tokenizer beyond the few that differ, and each token read a few times."""
     text = f"{tokenizer.eos_token} " * n_spellings
     counting = Counting(tokenizer)
-    encode_contained(counting, text, (0, len(text)), add_special_tokens=False)
+    encode_data_as_text(counting, text, (0, len(text)), add_special_tokens=False)
     assert counting.calls <= 3
     assert counting.characters <= len(text) + 10
     places = [match.start() for match in spellings_in(text, tokenizer)]
@@ -152,7 +152,7 @@ def test_repeated_spellings_are_put_back_in_one_pass(tokenizer, n_spellings):
 def test_a_row_that_holds_every_stand_in_is_refused_in_one_line():
     text = EOS + "".join(map(chr, PRIVATE_USE))
     with pytest.raises(ModelError, match="holds all 6400 characters of the private use area"):
-        encode_contained(BYTES, text, (0, len(text)), add_special_tokens=False)
+        encode_data_as_text(BYTES, text, (0, len(text)), add_special_tokens=False)
 
 
 def test_a_token_added_after_the_data_stays():
@@ -160,7 +160,7 @@ def test_a_token_added_after_the_data_stays():
     tokenizer = llama_like_tokenizer()
     special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
-    ids, _ = encode_contained(tokenizer, "<s>" * 3, (0, 9), add_special_tokens=True)
+    ids, _ = encode_data_as_text(tokenizer, "<s>" * 3, (0, 9), add_special_tokens=True)
     assert controls(tokenizer, ids) == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 

@@ -1,11 +1,12 @@
-"""Keep text of a data set that spells a special token from becoming one, without changing the text.
+"""Keep text of a data set that spells a special token from becoming one.
 
 A tokenizer turns `<|im_end|>` into the token that ends a turn, wherever it stands: a data row could close the user's
-message and open another. Here such a spelling is encoded as the ordinary characters it is made of, while the chat
-template's own tokens stay what they are. Text that spells no special token is encoded exactly as without this module.
+message and open another. `encode_data_as_text` encodes such a spelling as the ordinary characters it is made of, while
+the chat template's own tokens stay what they are; text that spells no special token is encoded exactly as by the
+tokenizer alone. How: the first character of each spelling is replaced by a character of the private use area, which no
+spelling has; the text is encoded; the tokens of that character are replaced by those of the character it stands for.
 
-How: the first character of each spelling is replaced by a character of the private use area, which no spelling has;
-the text is encoded; the tokens of that character are replaced by those of the character it stands for.
+`rewrite_spellings` is for tokenizers with which that cannot be done: it changes the text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from kvbench.errors import ModelError
 
 PRIVATE_USE = range(0xE000, 0xF900)
+Span = tuple[int, int]
+"""First and last + 1 character index."""
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -33,15 +36,26 @@ def spellings_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[re.Match
     return list(re.finditer("|".join(map(re.escape, tokens)), text)) if tokens else []
 
 
-def encode_contained(
-    tokenizer: PreTrainedTokenizerBase, text: str, data: tuple[int, int] | None, *, add_special_tokens: bool
+def rewrite_spellings(text: str, tokenizer: PreTrainedTokenizerBase, others: Iterable[str] = ()) -> str:
+    """Replace the first character of each spelling, and of the `others`, by its full-width form: `＜|im_end|>`.
+
+    Lengths and character positions stay.
+    """
+    for spelling in sorted({*special_tokens(tokenizer), *others}, key=len, reverse=True):
+        first = chr(ord(spelling[0]) + 0xFEE0) if "!" <= spelling[0] <= "~" else "\ufffd"
+        text = text.replace(spelling, first + spelling[1:])
+    return text
+
+
+def encode_data_as_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, data: Span | None, *, add_special_tokens: bool
 ) -> tuple[list[int], list[int]]:
     """Token ids of a text, part of which is data that may spell special tokens.
 
     Args:
         tokenizer: a fast tokenizer.
         text: the whole text.
-        data: first and last + 1 character index of the data; None if all of the text is ours.
+        data: where the data is; None if all of the text is ours.
         add_special_tokens: whether the tokenizer adds its own, such as BOS.
 
     Returns:
@@ -55,47 +69,51 @@ def encode_contained(
         raise ModelError(
             f"tokenizer {type(tokenizer).__name__} cannot tell character positions: use a folder with tokenizer.json"
         )
-    marked, places = text, list[int]()
-    if data is not None:
-        held = set(text)
-        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in held)
-        while found := [
-            m.start() for m in spellings_in(marked, tokenizer) if m.end() > data[0] and m.start() < data[1]
-        ]:
-            stand_in = next(unused, None)  # a second round only where one spelling lies within another
-            if stand_in is None:
-                raise ModelError(
-                    f"data that spells special tokens holds all {len(PRIVATE_USE)} characters of the private use area, "
-                    "by one of which they are kept text: set model.protect_special_tokens=true to rewrite such text"
-                )
-            characters = list(marked)
-            for place in found:
-                characters[place] = stand_in
-            marked = "".join(characters)
-            places += found
+    marked, places = (text, []) if data is None else _mark(tokenizer, text, data)
     # `verbose=False`: no warning about texts above the context; they are cut or refused by the caller.
-    encoded = tokenizer(
-        marked,
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )[0]
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    encoded = tokenizer(marked, add_special_tokens=add_special_tokens, **options)[0]
     ids, spans = encoded.ids, encoded.offsets
-    if places:
+    if data is not None and places:
         ids, spans = _put_back(tokenizer, text, sorted(places), ids, spans)
-        _check(tokenizer, ids, spans, data or (0, 0))
+        special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
+        for index, (start, end) in zip(ids, spans, strict=True):
+            if index in special and start < end and end > data[0] and start < data[1]:
+                raise ModelError(
+                    f"tokenizer {type(tokenizer).__name__} makes the special token "
+                    f"{tokenizer.convert_ids_to_tokens(index)} of a data row's text at character {start}: set "
+                    "model.protect_special_tokens=true to rewrite such text"
+                )
     return ids, [end for _, end in spans]
 
 
+def _mark(tokenizer: PreTrainedTokenizerBase, text: str, data: Span) -> tuple[str, list[int]]:
+    """The text with a stand-in for the first character of each spelling in the data, and the places of those."""
+    held, places = set(text), list[int]()
+    unused = (chr(code) for code in PRIVATE_USE if chr(code) not in held)
+    while found := [m.start() for m in spellings_in(text, tokenizer) if m.end() > data[0] and m.start() < data[1]]:
+        stand_in = next(unused, None)  # a second round only where one spelling lies within another
+        if stand_in is None:
+            raise ModelError(
+                f"data that spells special tokens holds all {len(PRIVATE_USE)} characters of the private use area, "
+                "by one of which they are kept text: set model.protect_special_tokens=true to rewrite such text"
+            )
+        characters = list(text)
+        for place in found:
+            characters[place] = stand_in
+        text = "".join(characters)
+        places += found
+    return text, places
+
+
 def _put_back(
-    tokenizer: PreTrainedTokenizerBase, text: str, places: list[int], ids: list[int], spans: list[tuple[int, int]]
-) -> tuple[list[int], list[tuple[int, int]]]:
+    tokenizer: PreTrainedTokenizerBase, text: str, places: list[int], ids: list[int], spans: list[Span]
+) -> tuple[list[int], list[Span]]:
     """Replace the tokens that hold the stand-ins at `places` (ascending) by those of the original characters.
 
     One pass over the tokens, and one call of the tokenizer for each different text that is put back.
     """
-    new_ids, new_spans = list[int](), list[tuple[int, int]]()
+    new_ids, new_spans = list[int](), list[Span]()
     encoded: dict[str, list[int]] = {}
     token, n_tokens, covered = 0, len(ids), 0
     for place in places:
@@ -125,16 +143,3 @@ def _put_back(
         new_ids += encoded[original]
         new_spans += [(start, covered)] * len(encoded[original])
     return new_ids + ids[token:], new_spans + spans[token:]
-
-
-def _check(
-    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], spans: Iterable[tuple[int, int]], data: tuple[int, int]
-) -> None:
-    special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
-    for index, (start, end) in zip(ids, spans, strict=True):
-        if index in special and start < end and end > data[0] and start < data[1]:
-            token = tokenizer.convert_ids_to_tokens(index)
-            raise ModelError(
-                f"tokenizer {type(tokenizer).__name__} makes the special token {token} of a data row's text at "
-                f"character {start}: set model.protect_special_tokens=true to rewrite such text"
-            )

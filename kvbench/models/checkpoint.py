@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +23,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from kvbench.errors import ModelError
-from kvbench.models.config import ModelConfig
-from kvbench.paths import user_path
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder with weights, configuration and tokenizer.
-
-    Attributes:
-        folder: the folder.
-        source: what it is, for the record: a path, or a package or hub id with its exact version.
-    """
-
-    folder: Path
-    source: str
-
-
-def locate(config: ModelConfig, report: Callable[[str], None]) -> Checkpoint:
-    """The folder `config.path`.
-
-    Args:
-        config: `path` is read.
-        report: told what takes time (nothing here).
-
-    Raises:
-        ModelError: if `path` is no folder.
-    """
-    folder = user_path(config.path or "")
-    if not folder.is_dir():
-        raise ModelError(f"model.path={config.path} is no folder: name a folder with config.json and *.safetensors")
-    return Checkpoint(folder, str(folder.resolve()))
-
-
 def open_checkpoint(folder: Path) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
-    """Read what a folder has beside its weights.
-
-    Args:
-        folder: the checkpoint folder.
-
-    Returns:
-        The tokenizer, the positions of the model, and the token ids that end an answer, as its configuration says.
+    """The tokenizer, the positions of the model, and the token ids that end an answer, as its configuration says.
 
     Raises:
         ModelError: if the folder is unsafe (pickled weights, its own code), incomplete, or cannot be read.
@@ -106,21 +68,21 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device, devi
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE, **placement
         )
     model, loading = loaded
-    if missing := loading["missing_keys"]:  # transformers would go on with random values
-        raise ModelError(
-            f"model folder {folder} lacks {len(missing)} weights ({_some(missing)}): download all its *.safetensors "
-            "files"
+    problem = ""
+    if keys := loading["missing_keys"]:  # transformers would go on with random values
+        problem = f"lacks {len(keys)} weights ({_some(keys)}): download all its *.safetensors files"
+    elif keys := loading["unexpected_keys"]:  # and here without them
+        problem = (
+            f"holds {len(keys)} weights that {type(model).__name__} with this config.json has not ({_some(keys)}): "
+            "download config.json and *.safetensors of one model"
         )
-    if unexpected := loading["unexpected_keys"]:  # and here without them
-        raise ModelError(
-            f"model folder {folder} holds {len(unexpected)} weights that {type(model).__name__} with this config.json "
-            f"has not ({_some(unexpected)}): download config.json and *.safetensors of one model"
+    elif keys := _integer_weights(folder, model):
+        problem = (
+            f"holds {len(keys)} weights in integers or float8 ({_some(keys)}), without the quantization_config that "
+            "would tell their scale: use weights in float32, bfloat16 or float16"
         )
-    if integers := _integer_weights(folder, model):
-        raise ModelError(
-            f"model folder {folder} holds {len(integers)} weights in integers or float8 ({_some(integers)}), "
-            "without the quantization_config that would tell their scale: use weights in float32, bfloat16 or float16"
-        )
+    if problem:
+        raise ModelError(f"model folder {folder} {problem}")
     return model
 
 
@@ -159,10 +121,7 @@ def _loading(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bar over the weights, and its table of those that do not fit, out of the output.
-
-    Loading, and what is wrong with the weights, is told by one line of our own.
-    """
+    """Keep transformers' bar over the weights, and its table of those that do not fit, out of the output."""
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -180,38 +139,37 @@ def check_folder(folder: Path) -> None:
     Raises:
         ModelError: with the reason and the remedy.
     """
+    if problem := _problem(folder):
+        raise ModelError(f"model folder {folder} {problem}")
+
+
+def _problem(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"model folder {folder} has no readable config.json ({error}): download it again") from error
+        return f"has no readable config.json ({error}): download it again"
     if not isinstance(config, dict):
-        raise ModelError(f"model folder {folder} has a config.json that is no JSON object: download it again")
+        return "has a config.json that is no JSON object: download it again"
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         if pickled:
-            raise ModelError(
-                f"model folder {folder} has only pickled weights ({pickled[0]}), which can run code when read: "
-                "convert them to *.safetensors"
+            return (
+                f"has only pickled weights ({pickled[0]}), which can run code when read: convert them to *.safetensors"
             )
-        raise ModelError(
-            f"model folder {folder} has no *.safetensors file: download the weights in that format, no other is read"
-        )
+        return "has no *.safetensors file: download the weights in that format, no other is read"
     if (folder / "adapter_config.json").exists():  # transformers would load the adapter, and the base that it names
-        raise ModelError(
-            f"model folder {folder} has an adapter (adapter_config.json): merge it into the weights and save them, or "
-            "remove that file"
-        )
+        return "has an adapter (adapter_config.json): merge it into the weights and save them, or remove that file"
     quantization = config.get("quantization_config")
     if quantization is not None:
         known = {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if not isinstance(method, str) or method not in known:  # transformers would take the weights as they are
-            raise ModelError(
-                f"model folder {folder} has quant_method {method!r}, known are {', '.join(sorted(known))}: use weights "
-                "that are not quantised"
+            return (
+                f"has quant_method {method!r}, known are {', '.join(sorted(known))}: use weights that are not quantised"
             )
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
-        raise ModelError(
-            f"model folder {folder} (model_type {config.get('model_type')!r}) needs its own Python code, which is "
-            "never run here: use a model that transformers knows"
+        return (
+            f"(model_type {config.get('model_type')!r}) needs its own Python code, which is never run here: use a "
+            "model that transformers knows"
         )
+    return ""

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from kvbench.errors import ModelError
-from kvbench.models.chat import frame
+from kvbench.models.checkpoint import quiet
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
-from kvbench.models.local import quiet
+from kvbench.models.prompt import frame
 
 
 @pytest.fixture(scope="module")
