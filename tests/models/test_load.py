@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import dispatch_model
-from kvbench.runtime.engine import Arm, Job, JobResult
 
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.registry import build_policy
@@ -21,6 +20,7 @@ from kvbench.models.load import (
 )
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
+from kvbench.runtime.requests import Answer, Arm, Request
 
 METHODS = [("full", 1.0), ("h2o", 0.5), ("cam", 0.5), ("kvmerger_bias", 0.5)]
 
@@ -58,7 +58,7 @@ def test_loaded_models_are_frozen_in_evaluation_mode(tiny_gqa):
     assert tiny_gqa.source == "random weights, seed 0"
 
 
-def jobs(n_jobs: int) -> list[Job]:
+def jobs(n_jobs: int) -> list[Request]:
     generator = torch.Generator().manual_seed(1)
     options = {"whole_first_layers": 1, "whole_last_layers": 0}
     arms = tuple(
@@ -69,7 +69,7 @@ def jobs(n_jobs: int) -> list[Job]:
     for index in range(n_jobs):
         ids = tuple(torch.randint(3, 250, (40 + 9 * index,), generator=generator).tolist())
         gold = tuple(torch.randint(3, 250, (4,), generator=generator).tolist())
-        made.append(Job(index, ids, len(ids), gold, arms, arms[0], (2,), 7, seed=index))
+        made.append(Request(index, ids, len(ids), gold, arms, arms[0], (2,), 7, seed=index))
     return made
 
 
@@ -77,8 +77,8 @@ def answers(loaded: LoadedModel, engine: FusedEngine | PlainEngine) -> list[tupl
     results = sorted(
         engine.run(loaded, jobs(2 if isinstance(engine, FusedEngine) else 1)), key=lambda result: result.index
     )
-    assert all(isinstance(result, JobResult) for result in results)
-    return [arm for result in results for arm in result.arms]
+    assert all(isinstance(result, Answer) for result in results)
+    return results
 
 
 def assert_same(found: list, expected: list) -> None:
