@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +25,8 @@ from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
 from kvbench.results.summary import summarise
 from kvbench.results.terminal import print_tables
-from kvbench.run import run_plan
+from kvbench.run import Outcome, run_plan
 from kvbench.shards import spell_out_shards
-
-
-@dataclass(frozen=True)
-class JobOutcome:
-    """What one job did: a return value, since a worker's job cannot reach the process that sent it.
-
-    Attributes:
-        error: one line if the job was refused, else empty; the fields below then mean nothing.
-        folder: the run folder.
-        model: name of the model.
-        task: name of the task.
-        compress: "after_question" or "before_question".
-        shard: "2/8", or None without shards.
-        table: whether a table is wanted.
-        samples: (dataset, sample id) by position in the task.
-        n_failed: samples that failed.
-        mix_environments: whether answers of several environments may stand side by side.
-        started_at: seconds since 1970, as `ended_at`.
-    """
-
-    error: str = ""
-    folder: Path = Path()
-    model: str = ""
-    task: str = ""
-    compress: str = ""
-    shard: str | None = None
-    table: bool = True
-    samples: dict[int, tuple[str, str]] = field(default_factory=dict)
-    n_failed: int = 0
-    mix_environments: bool = False
-    started_at: float = 0.0
-    ended_at: float = 0.0
 
 
 class Job:
@@ -72,31 +39,20 @@ class Job:
     """
 
     def __init__(self) -> None:
-        self.outcomes: list[JobOutcome] = []
+        self.outcomes: list[Outcome] = []
         self.begun = False
 
-    def __call__(self, config: DictConfig) -> JobOutcome | None:
+    def __call__(self, config: DictConfig) -> Outcome | None:
         """Run one composed configuration; None if a former job of this process was refused, for there a sweep ends."""
         self.begun = True
         if any(outcome.error for outcome in self.outcomes):
             return None
         try:
-            outcome = _run(config)
+            outcome = replace(run_plan(build_plan(config), Console(stderr=True)), table=config.output.table)
         except KvbenchError as error:  # kept from Hydra, which would add lines of its own
-            outcome = JobOutcome(error=str(error))
+            outcome = Outcome(error=str(error))
         self.outcomes.append(outcome)
         return outcome
-
-
-def _run(config: DictConfig) -> JobOutcome:
-    started_at = time.time()
-    plan = build_plan(config)
-    done = run_plan(plan, Console(stderr=True))
-    return JobOutcome(
-        folder=done.folder, model=plan.model.name, task=plan.task.name, compress=plan.compress,
-        shard=None if plan.shard is None else str(plan.shard), table=config.output.table, samples=done.samples,
-        n_failed=done.n_failed, mix_environments=plan.mix_environments, started_at=started_at, ended_at=time.time(),
-    )  # fmt: skip
 
 
 @command
@@ -113,7 +69,7 @@ def main() -> int:
         if job.begun or isinstance(error, KvbenchError):
             raise
         raise ConfigError(one_line(error)) from error  # Hydra refuses some overrides with a plain ValueError
-    runs: dict[Path, list[JobOutcome]] = {}
+    runs: dict[Path, list[Outcome]] = {}
     for outcome in job.outcomes:
         if not outcome.error:
             runs.setdefault(outcome.folder, []).append(outcome)
@@ -127,7 +83,7 @@ def main() -> int:
     return EXIT_FAILED_SAMPLES if any(outcome.n_failed for outcome in job.outcomes) else 0
 
 
-def report(outcomes: Sequence[JobOutcome]) -> None:
+def report(outcomes: Sequence[Outcome]) -> None:
     """Print the table of one run and, as the last line, one JSON document.
 
     Args:

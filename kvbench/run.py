@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +31,51 @@ from kvbench.records.schema import Record
 from kvbench.runtime.requests import Answer, Arm, Request, SampleFailure
 from kvbench.tasks.base import Sample
 
+_SAME_IN_RECORDS = (
+    "token_ids", "finish", "compressed_tokens", "slots_per_layer", "full_slots", "cache_bytes", "full_bytes",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
-class RunOutcome:
-    """What a call did.
+class Outcome:
+    """What running one plan did: a value that can be pickled, since a worker cannot reach the process that sent it.
 
     Attributes:
+        error: one line if the job was refused, else empty; the fields below then mean nothing.
         folder: the run folder.
+        model: name of the model.
+        task: name of the task.
+        compress: "after_question" or "before_question".
+        shard: "2/8", or None without shards.
+        table: whether a table is wanted.
         samples: (dataset, sample id) of the plan's samples (its shard's only), by position in the task.
         n_failed: samples that failed in this call.
-        wall_s: wall time of this call, seconds.
+        mix_environments: whether answers of several environments may stand side by side.
+        started_at: seconds since 1970, as `ended_at`.
     """
 
-    folder: Path
-    samples: dict[int, tuple[str, str]]
-    n_failed: int
-    wall_s: float
+    error: str = ""
+    folder: Path = Path()
+    model: str = ""
+    task: str = ""
+    compress: str = ""
+    shard: str | None = None
+    table: bool = True
+    samples: dict[int, tuple[str, str]] = field(default_factory=dict)
+    n_failed: int = 0
+    mix_environments: bool = False
+    started_at: float = 0.0
+    ended_at: float = 0.0
 
 
-def run_plan(plan: Plan, console: Console) -> RunOutcome:
-    """Compute what is missing, and what was made by another question, model or method.
-
-    Args:
-        plan: the plan.
-        console: where progress is shown.
-
-    Returns:
-        The outcome; the numbers are in the run folder's records.
+def run_plan(plan: Plan, console: Console) -> Outcome:
+    """Compute what is missing, and what was made by another question, model or method; append it to the run folder.
 
     Raises:
         KvbenchError: for anything the user can mend; what was recorded before stays valid.
         KeyboardInterrupt: if Ctrl-C ended the run before its last sample; what was finished is recorded.
     """
-    start = time.perf_counter()
+    started_at = time.time()
     samples = plan.task.samples()
     if not samples:
         raise DataError(f"task {plan.task.name} has no samples: check its parameters and its data files")
@@ -96,9 +108,8 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
             for result in plan.engine.run(loaded, wanted, interrupts.asked):
                 sample, prompt = samples[result.index], encoded[result.index]
                 if isinstance(result, SampleFailure):
-                    records = [
-                        _failed(_identity(sample, arm, result.index, making), result.reason) for arm in result.arms
-                    ]
+                    same: dict[str, Any] = {"status": "failed", "reason": result.reason}
+                    records = [Record(**_identity(sample, arm, result.index, making), **same) for arm in result.arms]
                 else:
                     records = [_scored(loaded, sample, prompt, result, making)]
                 with interrupts.held():
@@ -112,7 +123,11 @@ def run_plan(plan: Plan, console: Console) -> RunOutcome:
         if n_left := sum(n > 0 for n in waiting.values()):
             raise KeyboardInterrupt(f"{len(wanted) - n_left} of {len(wanted)} samples were finished, {n_left} are left")
     keys = {position: (samples[position].dataset, samples[position].id) for position in positions}
-    return RunOutcome(folder.path, keys, len(failed), time.perf_counter() - start)
+    return Outcome(
+        folder=folder.path, model=plan.model.name, task=plan.task.name, compress=plan.compress,
+        shard=None if plan.shard is None else str(plan.shard), samples=keys, n_failed=len(failed),
+        mix_environments=plan.mix_environments, started_at=started_at, ended_at=time.time(),
+    )  # fmt: skip
 
 
 def _missing(
@@ -216,18 +231,13 @@ def _scored(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, answer: 
     try:
         record = _record(loaded, sample, prompt, answer, identity)
     except Exception as error:
-        return _failed(identity, f"metric {sample.metric} raised {failure_reason(error)}")
-    numbers = {**record.parts, "gold_nll": record.gold_nll, "kl": record.kl}
-    for name, value in numbers.items():
+        reason = f"metric {sample.metric} raised {failure_reason(error)}"
+        return Record(**identity, status="failed", reason=reason)
+    for name, value in {**record.parts, "gold_nll": record.gold_nll, "kl": record.kl}.items():
         if value is not None and not math.isfinite(value):
-            return _failed(identity, f"{name}={value} of metric {sample.metric} is no finite number")
+            reason = f"{name}={value} of metric {sample.metric} is no finite number"
+            return Record(**identity, status="failed", reason=reason)
     return record
-
-
-def _tell(console: Console, broken: list[Record]) -> None:
-    arms = ", ".join(record.arm for record in broken)
-    text = f"sample {broken[0].sample} failed for {arms}: {broken[0].reason}"
-    console.print(printable(text), style="red", markup=False, highlight=False)
 
 
 def _record(
@@ -237,33 +247,29 @@ def _record(
     parts: dict[str, float] = {}
     if sample.answers:  # rows without references (ZeroSCROLLS' test split) are answered, not scored
         parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
-    n_slots = sum(answer.slots_per_layer)
+    same = {name: getattr(answer, name) for name in _SAME_IN_RECORDS}
     return Record(
         **identity,
+        **same,
         score=parts.get("score"),
         parts=parts,
         prediction=prediction,
-        token_ids=answer.token_ids,
-        finish=answer.finish,
         gold_nll=_mean(answer.gold_nll),
         gold_tokens=len(answer.gold_nll),
         kl=_mean(answer.kl),
         kl_per_token=[round(value, 6) for value in answer.kl],
         n_prompt_tokens=len(prompt.input_ids),
         truncated_tokens=prompt.truncated_tokens,
-        compressed_tokens=answer.compressed_tokens,
-        slots_per_layer=answer.slots_per_layer,
-        full_slots=answer.full_slots,
-        budget_measured=n_slots / answer.full_slots,
-        cache_bytes=answer.cache_bytes,
-        full_bytes=answer.full_bytes,
+        budget_measured=sum(answer.slots_per_layer) / answer.full_slots,
         seconds=round(answer.seconds, 4),
         engine=answer.settings,
     )
 
 
-def _failed(identity: dict[str, Any], reason: str) -> Record:
-    return Record(**identity, status="failed", reason=reason)
+def _tell(console: Console, broken: list[Record]) -> None:
+    arms = ", ".join(record.arm for record in broken)
+    text = f"sample {broken[0].sample} failed for {arms}: {broken[0].reason}"
+    console.print(printable(text), style="red", markup=False, highlight=False)
 
 
 def _identity(sample: Sample, arm: Arm, position: int, making: Making) -> dict[str, Any]:

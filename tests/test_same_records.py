@@ -11,7 +11,7 @@ from rich.console import Console
 from kvbench.config import config_folder, register
 from kvbench.plan import build_plan
 from kvbench.records.read import read_records, record_files
-from kvbench.run import RunOutcome, run_plan
+from kvbench.run import Outcome, run_plan
 
 TIMES = ("seconds", "recorded_at", "call")
 TASK = [
@@ -22,7 +22,7 @@ NINE_ARMS = [*TASK, "arms=smoke"]  # 18 rows a sample: no two samples share a ba
 ONE_ARM = [*TASK, "method=cam", "budget=0.5"]  # 3 rows a sample: samples share batches
 
 
-def run(root: Path, arguments: list[str], *more: str) -> RunOutcome:
+def run(root: Path, arguments: list[str], *more: str) -> Outcome:
     register()
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         plan = build_plan(compose("config", overrides=[*arguments, f"output.root={root}", *more]))
