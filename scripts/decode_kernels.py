@@ -15,7 +15,7 @@ from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O, H2OState
 from kvbench.ops import ragged_decode as decode
 from kvbench.ops import ragged_decode_triton as decode_triton
-from kvbench.ops.ragged_decode import RaggedLayer
+from kvbench.ops.ragged_decode import DecodePlan
 from kvbench.runtime.cache import RaggedCache
 
 Row = dict[str, Any]
@@ -52,7 +52,7 @@ def make_cache(
     return cache
 
 
-def reference(query: Tensor, layer: RaggedLayer, scaling: float) -> Tensor:
+def reference(query: Tensor, layer: DecodePlan, scaling: float) -> Tensor:
     """Output `(B, H, D)` in fp64, one block at a time."""
     grouped = query.double().unflatten(1, (layer.offsets.shape[1], -1))
     output = torch.empty_like(grouped)
@@ -93,19 +93,19 @@ def check_ragged_decode(device: torch.device) -> Iterator[Row]:
                 layer.lengths = torch.tensor([length - 13 * head for head in range(heads[1])], device=device)
             cache.write(0, cache.add_row(policy, length, 5), layer)
         cache.prepare()
-        sealed = cache._sealed[0].ragged
+        plan = cache._plans[0]
         query, new_keys, new_values = (
             torch.randn(len(lengths), n, 1, head_dim, device=device).to(dtype) for n in (heads[0], heads[1], heads[1])
         )
-        decode_triton.write_token(new_keys, new_values, sealed)
-        got, _ = decode_triton.ragged_decode(query.squeeze(2), sealed, head_dim**-0.5)
+        decode_triton.write_token(new_keys, new_values, plan)
+        got, _ = decode_triton.ragged_decode(query.squeeze(2), plan, head_dim**-0.5)
         name = f"{str(dtype)[6:]} H={heads[0]}/{heads[1]} D={head_dim} slots={','.join(map(str, lengths))}"
-        expected = reference(query.squeeze(2), sealed, head_dim**-0.5)
+        expected = reference(query.squeeze(2), plan, head_dim**-0.5)
         yield {"case": name, "error": relative_rms_error(got, expected), "limit": LIMITS[dtype]}
         if len(lengths) > 2:
-            assert sealed.attention is not None
-            weights = sealed.attention[: heads[0] * (lengths[2] + 1)].view(heads[0], -1)
-            _, twin = decode.ragged_decode(query.squeeze(2), sealed, head_dim**-0.5, (2,))
+            assert plan.attention is not None
+            weights = plan.attention[: heads[0] * (lengths[2] + 1)].view(heads[0], -1)
+            _, twin = decode.ragged_decode(query.squeeze(2), plan, head_dim**-0.5, (2,))
             error = relative_rms_error(weights, twin[2])
             yield {"case": name + " attention row", "error": error, "limit": LIMITS[dtype]}
 
@@ -125,12 +125,11 @@ def check_rows_steps(device: torch.device) -> Iterator[Row]:
                 query = torch.randn(len(slots), heads[0], 1, 64, device=device)
                 new = torch.randn(2, len(slots), heads[1], 1, 64, device=device)
                 for cache in caches:
-                    cache.update(new[0], new[1], index)
                     cache.attend(index, query, new[0], new[1], 0.125)
             for cache in caches:
                 cache.advance()
         for row, policy in enumerate(policies[:4]):
-            parts = [cache._layer(1).decode_slots(cache._extents(row)[1], torch.tensor(0)) for cache in caches]
+            parts = [cache._layer(1).decode_slots(cache._blocks(row)[1], torch.tensor(0)) for cache in caches]
             for name in ("keys", "values"):
                 got, expected = (getattr(part, name)[:, :-1] for part in reversed(parts))
                 error = relative_rms_error(got, expected)
@@ -192,12 +191,11 @@ def time_decode(device: torch.device) -> Iterator[Row]:
         new = torch.randn(2, len(rows), heads[1], 1, 128, device=device).bfloat16()
 
         def attention(cache: RaggedCache = cache, query: Tensor = query) -> None:
-            for sealed in cache._sealed:
-                decode_triton.ragged_decode(query.squeeze(2), sealed.ragged, 128**-0.5)
+            for plan in cache._plans:
+                decode_triton.ragged_decode(query.squeeze(2), plan, 128**-0.5)
 
         def everything(cache: RaggedCache = cache, query: Tensor = query, new: Tensor = new) -> None:
             for index in range(cache.n_layers):
-                cache.update(new[0], new[1], index)
                 cache.attend(index, query, new[0], new[1], 128**-0.5)
 
         read_bytes = n_layers * heads[1] * sum(n_slots for _, n_slots in rows) * 128 * 2 * 2
@@ -229,8 +227,8 @@ def sweep_decode(device: torch.device) -> Iterator[Row]:
                         launch = decode_triton.Launch(slots, tile, warps, stages)
 
                         def attention(cache: RaggedCache = cache, query: Tensor = query, launch: Any = launch) -> None:
-                            for sealed in cache._sealed:
-                                decode_triton.ragged_decode(query, sealed.ragged, 128**-0.5, launch=launch)
+                            for plan in cache._plans:
+                                decode_triton.ragged_decode(query, plan, 128**-0.5, launch=launch)
 
                         milliseconds, deviation = graph_ms(attention, 15)
                         yield {

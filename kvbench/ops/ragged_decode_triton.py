@@ -2,7 +2,7 @@
 
 Grid of the first kernel: (row x KV head, split). A split's program reads a fixed number of slots and leaves a partial
 softmax (maximum, sum, weighted values); programs beyond a block's length end at once. The grid follows from
-`RaggedLayer.max_slots` alone, so that a step can be captured in a CUDA graph and replayed while rows grow. The second
+`DecodePlan.max_slots` alone, so that a step can be captured in a CUDA graph and replayed while rows grow. The second
 kernel merges the partial results in a fixed order, hence deterministically, and turns stored logits into attention rows
 where a policy asked for them. The query heads of a group share the loads of their keys and values.
 """
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvbench.ops.ragged_decode import RaggedLayer
+from kvbench.ops.ragged_decode import DecodePlan
 
 LOG2_E = 1.0 / math.log(2.0)
 MAX_SPLITS = 128
@@ -239,7 +239,7 @@ def split_slots(n_blocks: int, max_slots: int) -> int:
 
 def ragged_decode(
     query: Tensor,
-    layer: RaggedLayer,
+    plan: DecodePlan,
     scaling: float,
     attention_rows: Sequence[int] = (),
     launch: Launch | None = None,
@@ -248,10 +248,10 @@ def ragged_decode(
 
     Args:
         query: `(B, H, D)`, fp32, fp16 or bf16; the last dimension contiguous.
-        layer: the rows' caches with the new token written. Attention rows are formed in `layer.attention` for the rows
+        plan: the rows' caches with the new token written. Attention rows are formed in `plan.attention` for the rows
             whose `attention_offsets` are not negative.
         scaling: factor on the logits.
-        attention_rows: rows of which views of `layer.attention` are returned.
+        attention_rows: rows of which views of `plan.attention` are returned.
         launch: how the work is cut; by default `default_launch`.
 
     Returns:
@@ -259,51 +259,51 @@ def ragged_decode(
         `attention_rows`, valid until the next call that uses the same buffer.
     """
     n_rows, n_heads, head_dim = query.shape
-    n_kv_heads = layer.offsets.shape[1]
+    n_kv_heads = plan.offsets.shape[1]
     group = n_heads // n_kv_heads
     block_group = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    launch = launch or default_launch(n_rows * n_kv_heads, layer.max_slots, group, query.dtype)
-    n_splits = -(-layer.max_slots // launch.split_slots)
+    launch = launch or default_launch(n_rows * n_kv_heads, plan.max_slots, group, query.dtype)
+    n_splits = -(-plan.max_slots // launch.split_slots)
     output = torch.empty((n_rows, n_heads, head_dim), dtype=query.dtype, device=query.device)
     partial_values = torch.empty((n_rows, n_heads, n_splits, head_dim), dtype=torch.float32, device=query.device)
     partial_max, partial_sum = torch.empty((2, n_rows, n_heads, n_splits), dtype=torch.float32, device=query.device)
-    attention = layer.attention
+    attention = plan.attention
     dummy = partial_max  # never read: stands in for tensors that the constant flags switch off
     _split_kernel[(n_rows * n_kv_heads, n_splits)](
-        query, layer.keys, layer.values, dummy if layer.bias is None else layer.bias,
-        layer.offsets, layer.lengths, layer.bias_offsets,
-        dummy if attention is None else attention, layer.attention_offsets,
+        query, plan.keys, plan.values, dummy if plan.bias is None else plan.bias,
+        plan.offsets, plan.lengths, plan.bias_offsets,
+        dummy if attention is None else attention, plan.attention_offsets,
         partial_values, partial_max, partial_sum,
         scaling * LOG2_E, query.stride(0), query.stride(1), n_splits,
         N_KV_HEADS=n_kv_heads, GROUP=group, BLOCK_GROUP=block_group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
         BLOCK_SLOTS=launch.tile_slots, SPLIT_SLOTS=launch.split_slots,
-        HAS_BIAS=layer.bias is not None, HAS_ATTENTION=attention is not None, STAGES=launch.stages,
+        HAS_BIAS=plan.bias is not None, HAS_ATTENTION=attention is not None, STAGES=launch.stages,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    n_chunks = 1 if attention is None else -(-layer.max_slots // ATTENTION_CHUNK)
+    n_chunks = 1 if attention is None else -(-plan.max_slots // ATTENTION_CHUNK)
     _merge_kernel[(n_rows * n_heads, n_chunks)](
-        output, layer.lengths, dummy if attention is None else attention, layer.attention_offsets,
+        output, plan.lengths, dummy if attention is None else attention, plan.attention_offsets,
         partial_values, partial_max, partial_sum, n_splits,
         N_KV_HEADS=n_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim,
         BLOCK_SPLITS=triton.next_power_of_2(n_splits), SPLIT_SLOTS=launch.split_slots,
         HAS_ATTENTION=attention is not None, CHUNK=ATTENTION_CHUNK,
         num_warps=4,
     )  # fmt: skip
-    return output, {row: layer.attention_views[row] for row in attention_rows}
+    return output, {row: plan.attention_views[row] for row in attention_rows}
 
 
-def write_token(new_keys: Tensor, new_values: Tensor, layer: RaggedLayer) -> None:
+def write_token(new_keys: Tensor, new_values: Tensor, plan: DecodePlan) -> None:
     """Write the new token's key and value of every row and head to slot `length` of its block; one launch.
 
     Args:
         new_keys: `(B, H_k, 1, D)`; any strides, the last dimension contiguous.
         new_values: likewise.
-        layer: where to write.
+        plan: where to write.
     """
     n_rows, n_kv_heads, _, head_dim = new_keys.shape
     _write_kernel[(n_rows * n_kv_heads,)](
-        new_keys, new_values, layer.keys, layer.values, layer.offsets, layer.lengths,
+        new_keys, new_values, plan.keys, plan.values, plan.offsets, plan.lengths,
         new_keys.stride(0), new_keys.stride(1), new_values.stride(0), new_values.stride(1),
         N_KV_HEADS=n_kv_heads, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip

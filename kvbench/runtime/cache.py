@@ -1,8 +1,8 @@
 """The cache of a decode batch whose rows are arms and samples with different numbers of slots, stored without padding.
 
-One `RaggedCache` is both the `past_key_values` of a transformers model (`update` writes the new token) and the
-`attention_context` of its attention layers (`attend` reads what is stored). Prefill writes rows layer by layer; every
-decode step is then one forward pass over all rows and one `advance`:
+One `RaggedCache` is both the `past_key_values` of a transformers model and the `attention_context` of its attention
+layers: `attend` stores the new token and reads what is stored. Prefill writes rows layer by layer; every decode step is
+then one forward pass over all rows and one `advance`:
 
     cache = RaggedCache(n_layers, n_query_heads, n_kv_heads, head_dim, dtype)
     row = cache.add_row(policy, position=n_prompt_tokens, room_tokens=max_new_tokens)
@@ -15,14 +15,15 @@ by data, and with the Triton backend it can be captured in a CUDA graph and repl
 `graph_key`.
 
 Rows whose end nobody knows beforehand (`generate` stops when it likes, beams choose each other's caches) get their room
-in pieces: `make_room` before a step and `choose` copy the blocks into fresh arenas, layer by layer, so that no more
-than one layer ever exists twice.
+in pieces: `make_room` before a step and `choose` copy the blocks into fresh pools, layer by layer, so that no more than
+one layer ever exists twice.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -30,13 +31,19 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.errors import ConfigError
-from kvbench.methods.base import CompressedLayer, Policy, RowsStepper, find_rows_stepper, slot_state
+from kvbench.methods.base import (
+    CompressedLayer,
+    Policy,
+    RowsStepper,
+    StepLayer,
+    StepRow,
+    find_rows_stepper,
+    slot_state,
+)
+from kvbench.ops import ragged_decode
 from kvbench.ops.dispatch import choose_backend, current_device
-from kvbench.runtime.arena import Arena
-from kvbench.runtime.layer import CacheLayer, RowExtent, read_row
-from kvbench.runtime.sealed import SealedLayer, attention_elements, seal_layer
-from kvbench.runtime.side import SideStream
-from kvbench.runtime.tables import DeviceTables, table_columns
+from kvbench.ops.ragged_decode import Blocks, DecodePlan
+from kvbench.runtime.blocks import BlockTable, LayerPools, Pool, SideStream, lay_out
 
 ROOM_TOKENS = 32
 """New tokens a row without a known end has room for at a time: at most that many slots per head lie unused, and a copy
@@ -44,19 +51,38 @@ of the cache is spread over that many steps."""
 
 
 class _Row:
-    """What the host knows of a row beside its extents: its policy, where it started and how far it is."""
+    """A row as the host knows it: its policy, where it started, how far it is, and its blocks, layer by layer."""
 
     def __init__(self, policy: Policy, position: int, room_tokens: int, n_layers: int):
         self.policy = policy
         self.position = position
         self.room = 1 if policy.steps else room_tokens
         self.new_tokens = 0
-        self.extents: list[RowExtent | None] = [None] * n_layers
+        self.blocks: list[Blocks | None] = [None] * n_layers
 
     @property
     def grown(self) -> int:
         """Slots per head that new tokens have added: at most the room less the slot that the next token needs."""
         return min(self.new_tokens, self.room - 1)
+
+
+class _Device:
+    """What the layers on one device share: kernels, table, attention buffer, steppers, a stream beside the main one."""
+
+    def __init__(self, backend: str, table: BlockTable, device: torch.device):
+        self.backend, self.table = backend, table
+        self.attention = Pool((), torch.float32, device)
+        self.steppers: dict[type[Policy], RowsStepper | None] = {}
+        self.side = SideStream(device)
+
+    @property
+    def kernels(self) -> ModuleType:
+        """The module with the backend's `write_token` and `ragged_decode`."""
+        if self.backend == "torch":
+            return ragged_decode
+        from kvbench.ops import ragged_decode_triton  # imports triton, which a CPU may lack
+
+        return ragged_decode_triton
 
 
 class RaggedCache(Cache):
@@ -98,13 +124,11 @@ class RaggedCache(Cache):
         self.backend = backend
         self.backends: set[str] = set()
         self._rows: list[_Row] = []
-        self._layers: list[CacheLayer | None] = [None] * n_layers
-        self._tables: dict[torch.device, DeviceTables] = {}
+        self._layers: list[LayerPools | None] = [None] * n_layers
+        self._devices: dict[torch.device, _Device] = {}
         self._reserved_slots = [0] * n_layers
-        self._attention: dict[torch.device, Arena] = {}
-        self._steppers: dict[torch.device, dict[type[Policy], RowsStepper | None]] = {}
-        self._sides: dict[torch.device, SideStream] = {}
-        self._sealed: list[SealedLayer] = []
+        self._plans: list[DecodePlan] = []
+        self._grown: list[int] = []
         self._dirty = True
         self._generation = 0
         self._graph_key: Hashable = None
@@ -128,10 +152,6 @@ class RaggedCache(Cache):
 
         Returns:
             The row's index.
-
-        Raises:
-            ConfigError: if the cache is full.
-            ValueError: if `room_tokens` is less than 1.
         """
         room_tokens = ROOM_TOKENS if room_tokens is None else room_tokens
         if room_tokens < 1 and not policy.steps:
@@ -145,35 +165,22 @@ class RaggedCache(Cache):
         return len(self._rows) - 1
 
     def reserve(self, slots_per_layer: Sequence[int]) -> None:
-        """Ask for room beforehand: arenas that grow row by row leave the allocator with holes.
+        """Ask for room beforehand: pools that grow row by row leave the allocator with holes.
 
         Args:
             slots_per_layer: for each layer the slots, summed over rows and KV heads, that keys and values will need,
                 room for new tokens included. Takes effect when the layer's device is known: at its first `write`.
-
-        Raises:
-            ValueError: if there is not one number per layer.
         """
-        if len(slots_per_layer) != self.n_layers:
-            raise ValueError(f"{len(slots_per_layer)} reservations for {self.n_layers} layers")
-        self._reserved_slots = list(map(max, self._reserved_slots, slots_per_layer))
-        for index, layer in enumerate(self._layers):
+        self._reserved_slots = [max(pair) for pair in zip(self._reserved_slots, slots_per_layer, strict=True)]
+        for layer, n_slots in zip(self._layers, self._reserved_slots, strict=True):
             if layer is not None:
-                self._reserve(index, layer)
+                layer.reserve(n_slots)
 
     def reserve_rows(self, budgets: Sequence[Sequence[int]]) -> None:
-        """Reserve storage for the present rows before their layers are written.
-
-        Args:
-            budgets: for each row the slots per KV head of each layer.
-        """
+        """Reserve storage for the present rows, given each row's slots per KV head of each layer."""
         rooms = [row.room for row in self._rows]
-        self.reserve(
-            [
-                self.n_kv_heads * sum(budget + room for budget, room in zip(layer, rooms, strict=True))
-                for layer in zip(*budgets, strict=True)
-            ]
-        )
+        by_layer = [zip(layer, rooms, strict=True) for layer in zip(*budgets, strict=True)]
+        self.reserve([self.n_kv_heads * sum(budget + room for budget, room in layer) for layer in by_layer])
 
     def write(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Copy what is left of one layer into the cache.
@@ -191,27 +198,20 @@ class RaggedCache(Cache):
         record, device = self._rows[row], layer.keys.device
         self._check(layer_index, row, layer)
         self._change()
-        if self._layers[layer_index] is None:
-            self.backends.add(choose_backend(self.backend, device))
-            self._layers[layer_index] = CacheLayer(self.head_dim, self.dtype, device)
-            self._reserve(layer_index, self._layer(layer_index))
-        if device not in self._tables:
-            self._tables[device] = DeviceTables(self.n_layers, self.max_rows, self.n_kv_heads, device)
-            self._attention[device] = Arena((), torch.float32, device)
-            self._steppers[device] = {}
-            self._sides[device] = SideStream(device)
-        record.extents[layer_index] = self._layer(layer_index).write(layer, record.room)
+        if device not in self._devices:
+            table = BlockTable(self.n_layers, self.max_rows, self.n_kv_heads, device)
+            self._devices[device] = _Device(choose_backend(self.backend, device), table, device)
+            self.backends.add(self._devices[device].backend)
+        pools = self._layers[layer_index]
+        if pools is None:
+            pools = self._layers[layer_index] = LayerPools(self.head_dim, self.dtype, device)
+            pools.reserve(self._reserved_slots[layer_index])
+        record.blocks[layer_index] = pools.write(layer, record.room)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Shrink the batch to some of its rows, which are renumbered in the order given.
+        """Shrink the batch to some of its rows, distinct indices; they are renumbered in the order given.
 
         The storage of the others is reused after `clear` only.
-
-        Args:
-            rows: indices of rows to keep, each at most once.
-
-        Raises:
-            ValueError: if an index is repeated or out of range.
         """
         if len(set(rows)) != len(rows) or any(not 0 <= row < len(self._rows) for row in rows):
             raise ValueError(f"rows {rows} are not distinct indices below {len(self._rows)}")
@@ -226,9 +226,6 @@ class RaggedCache(Cache):
         Args:
             rows: indices of present rows, at most `max_rows` of them.
             rewrite: copy even if the rows stay as they are, to give each its full room.
-
-        Raises:
-            ValueError: if an index is out of range, or there are more than `max_rows`.
         """
         if len(rows) > self.max_rows or any(not 0 <= row < self.rows for row in rows):
             raise ValueError(f"rows {list(rows)} are not at most {self.max_rows} indices below {self.rows}")
@@ -237,12 +234,17 @@ class RaggedCache(Cache):
         self._change()
         chosen = [copy.copy(self._rows[row]) for row in rows]
         for record in chosen:
-            record.extents = [None] * self.n_layers
+            record.blocks = [None] * self.n_layers
             if not record.policy.steps:
                 record.position += record.new_tokens
                 record.new_tokens = 0
         for index in range(self.n_layers):
-            self._layers[index] = self._copy_layer(index, rows, chosen)
+            old = self._layer(index)
+            kept = [old.read(self._blocks(row)[index], self._rows[row].grown) for row in rows]
+            fresh = self._layers[index] = LayerPools(self.head_dim, self.dtype, old.device)
+            fresh.reserve(sum(layer.n_slots + self.n_kv_heads * chosen[0].room for layer in kept))
+            for record, layer in zip(chosen, kept, strict=True):
+                record.blocks[index] = fresh.write(layer, record.room)
         self._rows = chosen
 
     def make_room(self) -> None:
@@ -254,38 +256,36 @@ class RaggedCache(Cache):
         """Drop all rows; storage stays allocated at its addresses for the next batch."""
         self._outdate()
         self._rows = []
-        for arena in self._arenas():
-            arena.clear()
+        for pool in self._pools():
+            pool.clear()
 
     def row_slots(self, row: int) -> list[int]:
         """Prompt slots kept in each layer, summed over KV heads."""
-        return [sum(extent.lengths) for extent in self._extents(row)]
+        return [sum(blocks.lengths) for blocks in self._blocks(row)]
 
     def row_bytes(self, row: int) -> int:
         """Bytes of what a row keeps of its prompt, over all layers: keys, values, bias, state, scratch slots.
 
         Room for new tokens is left out: every arm needs it alike.
         """
-        record = self._rows[row]
-        return sum(
-            self._layer(index).row_bytes(extent, record.policy.steps) for index, extent in enumerate(self._extents(row))
-        )
+        scratch = self._rows[row].policy.steps
+        return sum(self._layer(index).row_bytes(blocks, scratch) for index, blocks in enumerate(self._blocks(row)))
 
     def layer_use(self, layer_index: int) -> tuple[int, int]:
         """What all rows keep of their prompts in one layer, as soon as it is written: slots and bytes (`row_bytes`)."""
         layer, slots, n_bytes = self._layer(layer_index), 0, 0
         for record in self._rows:
-            extent = record.extents[layer_index]
-            if extent is None:
+            blocks = record.blocks[layer_index]
+            if blocks is None:
                 raise RuntimeError(f"layer {layer_index} is not written yet")
-            slots += sum(extent.lengths)
-            n_bytes += layer.row_bytes(extent, record.policy.steps)
+            slots += sum(blocks.lengths)
+            n_bytes += layer.row_bytes(blocks, record.policy.steps)
         return slots, n_bytes
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all arenas, whether in use or not."""
-        return sum(arena.allocated_bytes for arena in self._arenas())
+        """Bytes of all pools, whether in use or not."""
+        return sum(pool.storage.nbytes for pool in self._pools())
 
     # ---- decode steps ----------------------------------------------------------------------------------------------
 
@@ -293,43 +293,22 @@ class RaggedCache(Cache):
     def position_ids(self) -> Tensor:
         """`(B, 1)` int64 position ids of the next token, on the first layer's device; `advance` adds 1 in place."""
         self.prepare()
-        return self._tables[self._layer(0).device].position_ids[: len(self._rows)]
+        return self._devices[self._layer(0).device].table.position_ids[: len(self._rows)]
 
     def prepare(self) -> None:
-        """Bring the device tables up to date after the batch has changed; called by the first `update` otherwise.
+        """Bring tables and plans up to date after the batch has changed; a step does so itself.
 
         Raises:
             RuntimeError: if the batch is empty or a layer of a row was not written.
         """
         if self._dirty:
-            self._seal()
+            self._plan()
             self._dirty = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new token of every row into one layer (called by the model's attention module).
-
-        Args:
-            key_states: `(B, H_k, 1, D)` after RoPE.
-            value_states: `(B, H_k, 1, D)`.
-            layer_idx: the layer.
-            *args: ignored, for other versions of transformers.
-            **kwargs: ignored, likewise.
-
-        Returns:
-            The arguments: `attend` reads the cache itself.
-
-        Raises:
-            ValueError: if the shapes do not fit the batch.
-            RuntimeError: as `prepare`.
-        """
-        self.prepare()
-        expected = (len(self._rows), self.n_kv_heads, 1, self.head_dim)
-        if tuple(key_states.shape) != expected:
-            raise ValueError(f"new keys have shape {tuple(key_states.shape)}, the batch needs {expected}")
-        with current_device(key_states.device):
-            self._sealed[layer_idx].write(key_states, value_states)
+        """The arguments: `attend` stores them (called by the model's attention module, which hands them on)."""
         return key_states, value_states
 
     def attend(
@@ -341,13 +320,16 @@ class RaggedCache(Cache):
         scaling: float,
         softcap: float | None = None,
     ) -> Tensor:
-        """Attention of the new tokens over their rows, then the step of the rows whose policy has one.
+        """Store the new tokens, attend to their rows, then do the step of the rows whose policy has one.
+
+        Steps of several rows at once may still run when the output is ready: layers share one buffer of attention, so
+        the next layer's attention waits for them, and so does `advance_device`.
 
         Args:
             layer_index: the layer, from 0.
             query: `(B, H, 1, D)` after RoPE.
-            key: ignored: `update` has stored it.
-            value: ignored, likewise.
+            key: `(B, H_k, 1, D)` after RoPE.
+            value: `(B, H_k, 1, D)`.
             scaling: factor on the logits.
             softcap: bound that logits are soft-capped to, or None; only the torch backend knows it.
 
@@ -355,12 +337,31 @@ class RaggedCache(Cache):
             `(B, 1, H, D)`.
 
         Raises:
-            RuntimeError: if a step of the torch backend is captured in a CUDA graph: its lengths are the host's.
+            RuntimeError: as `prepare`, or if a step of the torch backend is captured in a CUDA graph: its lengths are
+                the host's.
         """
-        sealed = self._sealed[layer_index]
-        if sealed.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
+        self.prepare()
+        expected = (len(self._rows), self.n_kv_heads, 1, self.head_dim)
+        if tuple(key.shape) != expected:
+            raise ValueError(f"new keys have shape {tuple(key.shape)}, the batch needs {expected}")
+        plan, place = self._plans[layer_index], self._devices[key.device]
+        if place.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the torch backend cannot be captured in a CUDA graph: ask `capturable` first")
-        return sealed.attend(query.squeeze(2), scaling, softcap).unsqueeze(1)
+        capped = {} if softcap is None else {"softcap": softcap}
+        with current_device(key.device):
+            kernels, alone = place.kernels, tuple(plan.steps)
+            kernels.write_token(key, value, plan)
+            place.side.join()
+            output, attention = kernels.ragged_decode(query.squeeze(2), plan, scaling, alone, **capped)
+            if plan.steppers:
+                with place.side.beside():
+                    for stepper, layer in plan.steppers:
+                        stepper.step(layer)
+            for row, (policy, slots) in plan.steps.items():
+                for state in slot_state(slots.state).values():
+                    state[:, -1] = 0
+                policy.step(slots, attention[row])
+        return output.unsqueeze(1)
 
     def advance(self) -> None:
         """Go on to the next token after a forward pass: lengths, positions and step counters, on device and host."""
@@ -369,9 +370,9 @@ class RaggedCache(Cache):
 
     def advance_device(self) -> None:
         """The device's half of `advance`, without the host's: see `count_step`."""
-        for device, tables in self._tables.items():
-            self._sides[device].join()
-            tables.advance()
+        for place in self._devices.values():
+            place.side.join()
+            place.table.advance()
 
     def count_step(self) -> None:
         """The host's half of `advance`.
@@ -379,14 +380,9 @@ class RaggedCache(Cache):
         A replayed step need not call it: whenever the batch changes, and for `room_left`, the cache asks the device how
         far its rows are. Only the torch backend reads the host's lengths in a step.
         """
-        for index, row in enumerate(self._rows):
-            before = row.grown
+        for row in self._rows:
             row.new_tokens += 1
-            if row.grown == before or self._dirty:
-                continue
-            for layer in self._sealed:
-                for block in layer.ragged.blocks[index] if layer.backend == "torch" else ():
-                    block.length += 1
+        self._grown[:] = [row.grown for row in self._rows]  # the plans' own list
 
     def room_left(self, row: int) -> int | None:
         """New tokens a row can still store; None for a row that steps, which always can."""
@@ -397,7 +393,7 @@ class RaggedCache(Cache):
     @property
     def capturable(self) -> bool:
         """Whether a step may be captured in a CUDA graph: all layers use Triton and lie on one device."""
-        return self.backends == {"triton"} and len(self._tables) == 1
+        return self.backends == {"triton"} and len(self._devices) == 1
 
     @property
     def graph_key(self) -> Hashable:
@@ -418,39 +414,23 @@ class RaggedCache(Cache):
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _layer(self, layer_index: int) -> CacheLayer:
+    def _layer(self, layer_index: int) -> LayerPools:
         layer = self._layers[layer_index]
         if layer is None:
             raise RuntimeError(f"layer {layer_index} was never written: write every layer of a row before decoding")
         return layer
 
-    def _extents(self, row: int) -> list[RowExtent]:
-        extents = self._rows[row].extents
-        missing = [index for index, extent in enumerate(extents) if extent is None]
-        if missing:
+    def _blocks(self, row: int) -> list[Blocks]:
+        blocks = [of_layer for of_layer in self._rows[row].blocks if of_layer is not None]
+        if len(blocks) < self.n_layers:
+            missing = [index for index, of_layer in enumerate(self._rows[row].blocks) if of_layer is None]
             raise RuntimeError(f"row {row} lacks layers {missing}: write every layer of a row before decoding")
-        return [extent for extent in extents if extent is not None]
-
-    def _copy_layer(self, index: int, rows: Sequence[int], chosen: list[_Row]) -> CacheLayer:
-        """Copy one layer's blocks of the given rows into a fresh layer and note in `chosen` where they lie."""
-        old = self._layer(index)
-        kept = [read_row(old, self._extents(row)[index], self._rows[row].grown) for row in rows]
-        fresh = CacheLayer(self.head_dim, self.dtype, old.device)
-        n_slots = sum(layer.n_slots + self.n_kv_heads * chosen[0].room for layer in kept)
-        fresh.keys.reserve(n_slots)
-        fresh.values.reserve(n_slots)
-        for record, layer in zip(chosen, kept, strict=True):
-            record.extents[index] = fresh.write(layer, record.room)
-        return fresh
-
-    def _reserve(self, index: int, layer: CacheLayer) -> None:
-        layer.keys.reserve(self._reserved_slots[index])
-        layer.values.reserve(self._reserved_slots[index])
+        return blocks
 
     def _check(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Refuse what does not fit the model; these are defects of a policy or the caller, not of a configuration."""
         policy = self._rows[row].policy
-        if self._rows[row].extents[layer_index] is not None:
+        if self._rows[row].blocks[layer_index] is not None:
             raise ValueError(f"layer {layer_index} of row {row} is written already")
         shape = (self.n_kv_heads, layer.keys.shape[1], self.head_dim)
         for name, tensor in (("keys", layer.keys), ("values", layer.values)):
@@ -464,9 +444,9 @@ class RaggedCache(Cache):
         if layer.lengths is not None and policy.steps:
             raise ValueError(f"{policy.name} steps and returns ragged heads: a step needs heads of equal length")
 
-    def _arenas(self) -> list[Arena]:
-        layers = [arena for layer in self._layers if layer is not None for arena in layer.arenas]
-        return layers + list(self._attention.values())
+    def _pools(self) -> Iterable[Pool]:
+        layers = [pool for layer in self._layers if layer is not None for pool in layer.pools]
+        return layers + [place.attention for place in self._devices.values()]
 
     def _change(self) -> None:
         """The batch is about to change: note how far its rows are; before the next step look everything up again."""
@@ -474,59 +454,110 @@ class RaggedCache(Cache):
         self._outdate()
 
     def _outdate(self) -> None:
-        """Everything is looked up again before the next step; until then nothing keeps the storage of grown arenas."""
+        """Everything is looked up again before the next step; until then nothing keeps the storage of grown pools."""
         self._dirty = True
-        self._sealed = []
+        self._plans = []
 
     def _pull_steps(self) -> None:
         """Ask the device how many tokens the rows have seen, since replayed steps pass the host by."""
         if not self._dirty:
-            seen = self._tables[self._layer(0).device].step_index[: len(self._rows)].tolist()
+            seen = self._devices[self._layer(0).device].table.step_index[: len(self._rows)].tolist()
             for row, new_tokens in zip(self._rows, seen, strict=True):
                 row.new_tokens = new_tokens
 
-    def _seal(self) -> None:
+    def _plan(self) -> None:
         """Fill the device tables and look up what every layer's steps need."""
         if not self._rows:
             raise RuntimeError("the cache has no rows: add and write rows before decoding")
-        policies, grown = [row.policy for row in self._rows], [row.grown for row in self._rows]
-        by_layer = list(zip(*(self._extents(row) for row in range(len(self._rows))), strict=True))
-        elements = [attention_elements(policies, extents, self.n_query_heads) for extents in by_layer]
-        for index, layer_elements in enumerate(elements):
-            self._attention[self._layer(index).device].reserve(sum(layer_elements))
-        columns = table_columns(by_layer, grown, elements)
-        columns["step_index"] = torch.tensor([row.new_tokens for row in self._rows])
-        columns["position_ids"] = torch.tensor([[row.position + row.new_tokens] for row in self._rows])
-        for device, tables in self._tables.items():
-            tables.fill(**columns)
-            if choose_backend(self.backend, device) == "torch":  # steppers are kernels, and triton may be missing
-                continue
-            for policy in policies:
-                if policy.steps and type(policy) not in self._steppers[device]:
-                    shape = self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, device
-                    stepper = find_rows_stepper(type(policy))
-                    self._steppers[device][type(policy)] = stepper(*shape) if stepper else None
-        self._sealed = [
-            seal_layer(
-                index,
-                layer := self._layer(index),
-                choose_backend(self.backend, layer.device),
-                policies,
-                extents,
-                grown,
-                self._tables[layer.device],
-                self._attention[layer.device].storage,
-                self.n_query_heads,
-                self._steppers[layer.device],
-                self._sides[layer.device],
-            )
-            for index, extents in enumerate(by_layer)
+        by_row = [self._blocks(row) for row in range(len(self._rows))]
+        policies = [row.policy for row in self._rows]
+        self._grown = [row.grown for row in self._rows]
+        layout = lay_out(by_row, self._grown, [policy.steps for policy in policies], self.n_query_heads)
+        for index, n_elements in enumerate(layout.attention_elements):
+            self._devices[self._layer(index).device].attention.reserve(n_elements)
+        columns = layout.columns | {
+            "step_index": torch.tensor([row.new_tokens for row in self._rows]),
+            "position_ids": torch.tensor([[row.position + row.new_tokens] for row in self._rows]),
+        }
+        for device, place in self._devices.items():
+            place.table.fill(**columns)
+            for kind in {type(policy) for policy in policies if policy.steps} - place.steppers.keys():
+                shape = self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, device
+                found = find_rows_stepper(kind) if place.backend == "triton" else None  # kernels; triton may be missing
+                place.steppers[kind] = found(*shape) if found else None
+        views = layout.columns["attention_offsets"].tolist()
+        self._plans = [
+            self._plan_layer(index, policies, list(blocks), layout.longest[index], views[index])
+            for index, blocks in enumerate(zip(*by_row, strict=True))
         ]
-        addresses = tuple(arena.moves for arena in self._arenas())
-        key = (len(self._rows), addresses, tuple(layer.key for layer in self._sealed))
+        addresses = tuple(pool.moves for pool in self._pools())
+        key = (len(self._rows), addresses, tuple(plan.key for plan in self._plans))
         if key != self._graph_key:
             self._graph_key = key
             self._generation += 1
+
+    def _plan_layer(
+        self, index: int, policies: list[Policy], blocks: list[Blocks], longest: int, attention_first: list[int]
+    ) -> DecodePlan:
+        pools, n_rows = self._layer(index), len(blocks)
+        place = self._devices[pools.device]
+        table, attention = place.table, place.attention.storage
+        stepping = [row for row, policy in enumerate(policies) if policy.steps]
+        alone = [row for row in stepping if place.steppers[type(policies[row])] is None]
+        plan = DecodePlan(
+            keys=pools.keys.storage,
+            values=pools.values.storage,
+            offsets=table.offsets[index, :n_rows],
+            lengths=table.lengths[index, :n_rows],
+            bias=pools.bias.storage if any(b.first_bias >= 0 for b in blocks) else None,
+            bias_offsets=table.bias_offsets[index, :n_rows],
+            attention=attention if stepping else None,
+            attention_offsets=table.attention_offsets[index, :n_rows],
+            max_slots=grid_slots(longest),
+            blocks=blocks,
+            grown=self._grown,
+        )
+        for row in alone:
+            n_slots = blocks[row].lengths[0] + 1
+            flat = attention[attention_first[row] :][: self.n_query_heads * n_slots]
+            plan.attention_views[row] = flat.view(self.n_query_heads, n_slots)
+            plan.steps[row] = (policies[row], pools.decode_slots(blocks[row], table.step_index[row]))
+        together: dict[type[Policy], list[int]] = {}
+        for row in stepping:
+            if row not in alone:
+                together.setdefault(type(policies[row]), []).append(row)
+        for kind, rows in together.items():
+            step_layer = StepLayer(
+                index=index,
+                keys=plan.keys,
+                values=plan.values,
+                offsets=plan.offsets,
+                lengths=plan.lengths,
+                attention=attention,
+                attention_offsets=plan.attention_offsets,
+                step_index=table.step_index[:n_rows],
+                states={},
+                rows=[],
+            )
+            for row in rows:
+                for key in blocks[row].states:
+                    name, storage = key[0], pools.states[key].storage
+                    if step_layer.states.setdefault(name, storage) is not storage:
+                        raise ValueError(f"{policies[row].name}: state {name!r} differs in dtype or shape between rows")
+                firsts = {key[0]: first for key, first in blocks[row].states.items()}
+                step_row = StepRow(row, policies[row], blocks[row].lengths[0], firsts, blocks[row].constants)
+                step_layer.rows.append(step_row)
+            stepper = place.steppers[kind]
+            assert stepper is not None
+            stepper.prepare(step_layer)
+            plan.steppers.append((stepper, step_layer))
+        plan.key = (
+            plan.max_slots,
+            plan.bias is not None,
+            tuple((type(stepper), len(layer.rows)) for stepper, layer in plan.steppers),
+            tuple((row, policies[row], blocks[row].first, blocks[row].lengths[0]) for row in alone),
+        )
+        return plan
 
     # ---- transformers' view ----------------------------------------------------------------------------------------
 
@@ -573,6 +604,12 @@ class RaggedCache(Cache):
         self.clear()
 
     def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("RaggedCache has neither beam search nor cropping: rows are chosen with keep_rows")
+        raise TypeError("RaggedCache has neither beam search nor cropping: rows are chosen with keep_rows or choose")
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _unsupported
+
+
+def grid_slots(max_slots: int) -> int:
+    """Round up by at most an eighth, so that batches of similar lengths share launch grids and captured steps."""
+    unit = max(64, 1 << max(0, (max_slots - 1).bit_length() - 3))
+    return -(-max_slots // unit) * unit

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvbench.ops.ragged_decode import HeadBlock, RaggedLayer, ragged_decode
+from kvbench.ops.ragged_decode import Blocks, DecodePlan, ragged_decode
 
 NAN = float("nan")
 
@@ -17,6 +17,8 @@ def make_layer(lengths, n_heads, n_kv_heads, head_dim, dtype=torch.float32, devi
     offsets, bias_offsets, blocks, start = [], [], [], 0
     attention_offsets, n_attention = [], 0
     for row, row_lengths in enumerate(per_head):
+        first_bias = start if row in biased else -1
+        blocks.append(Blocks(start, row_lengths, room, not isinstance(lengths[row], int), first_bias))
         offsets.append([])
         for n in row_lengths:
             offsets[-1].append(start)
@@ -27,36 +29,20 @@ def make_layer(lengths, n_heads, n_kv_heads, head_dim, dtype=torch.float32, devi
         bias_offsets.append(offsets[-1] if row in biased else [-1] * n_kv_heads)
         attention_offsets.append(n_attention if row in wanted else -1)
         n_attention += n_heads * (row_lengths[0] + 1) if row in wanted else 0
-    keys, values = keys.to(device, dtype), values.to(device, dtype)
-    bias = bias.to(device)
-    for row, row_lengths in enumerate(per_head):
-        spans = [(offsets[row][0], n_kv_heads, row_lengths[0])]
-        if not isinstance(lengths[row], int):
-            spans = [(offset, 1, n) for offset, n in zip(offsets[row], row_lengths, strict=True)]
-
-        def view(arena, offset, heads, n):
-            return arena[offset : offset + heads * (n + room)].unflatten(0, (heads, n + room))
-
-        blocks.append(
-            [
-                HeadBlock(view(keys, *s), view(values, *s), view(bias, *s) if row in biased else None, s[2])
-                for s in spans
-            ]
-        )
     attention = torch.full((n_attention,), NAN, device=device) if wanted else None
     views = {}
     for row in wanted:
         span = n_heads * (per_head[row][0] + 1)
         views[row] = attention[attention_offsets[row] :][:span].view(n_heads, -1)
-    return RaggedLayer(
-        keys=keys, values=values,
+    return DecodePlan(
+        keys=keys.to(device, dtype), values=values.to(device, dtype),
         offsets=torch.tensor(offsets, device=device),
         lengths=torch.tensor(per_head, dtype=torch.int32, device=device),
-        bias=bias if biased else None,
+        bias=bias.to(device) if biased else None,
         bias_offsets=torch.tensor(bias_offsets, device=device),
         attention=attention, attention_offsets=torch.tensor(attention_offsets, device=device),
         max_slots=max(n for row in per_head for n in row) + room,
-        blocks=blocks, attention_views=views,
+        blocks=blocks, grown=[0] * len(blocks), attention_views=views,
     )  # fmt: skip
 
 

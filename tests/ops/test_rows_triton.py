@@ -35,7 +35,7 @@ def contents(cache, n_layers):
     for index in range(n_layers):
         for row, record in enumerate(cache._rows):
             if record.policy.steps:
-                slots = cache._layer(index).decode_slots(record.extents[index], torch.tensor(0))
+                slots = cache._layer(index).decode_slots(record.blocks[index], torch.tensor(0))
                 found += [(row, "keys", slots.keys[:, :-1].clone()), (row, "values", slots.values[:, :-1].clone())]
                 found += [(row, name, state[:, :-1].clone()) for name, state in sorted(slot_state(slots.state).items())]
     return found
@@ -96,7 +96,7 @@ def test_same_cache_after_every_step(policies, n_query_heads, n_kv_heads, n_laye
             if isinstance(policies[row], CaM) and policies[row].merge:
                 merged += (changed > 1).tolist()
         before = after
-    for sealed in caches["triton"]._sealed:
+    for sealed in caches["triton"]._plans:
         assert not sealed.steps
         assert sum(len(layer.rows) for _, layer in sealed.steppers) == sum(p.steps for p in policies)
     assert any(isinstance(p, CaM) for p in policies) == bool(merged)

@@ -179,11 +179,10 @@ def test_a_row_past_its_room_harms_no_other():
         cache.update(new[0], new[1], 0)
         cache.attend(0, new[0], new[0], new[1], 1.0)
         cache.advance()
-    blocks = cache._sealed[0].ragged.blocks[1][0]
-    assert torch.equal(blocks.keys[:, :9], long.keys)
-    assert blocks.length == 15
-    assert cache._sealed[0].ragged.lengths.tolist() == [[6, 6], [15, 15]]
-    assert cache._sealed[0].ragged.blocks[0][0].length == 6
+    kept = cache._layer(0).read(cache._blocks(1)[0], cache._grown[1])
+    assert torch.equal(kept.keys[:, :9], long.keys)
+    assert cache._plans[0].lengths.tolist() == [[6, 6], [15, 15]]
+    assert cache._plans[0].grown == [1, 6]
     assert cache.room_left(0) == -4
 
 
@@ -217,10 +216,10 @@ def test_reserve_fixes_the_addresses():
     for _ in range(3):
         cache.write(0, cache.add_row(Whole(), 50, 8), random_layer(2, 50))
     arena = cache._layers[0].keys
-    assert (arena.capacity, arena.moves) == (2048, 1)
+    assert (len(arena.storage), arena.moves) == (2048, 1)
     kept = arena.storage[:50].clone()
     cache.write(0, cache.add_row(Whole(), 900, 8), random_layer(2, 900))
-    assert (arena.capacity, arena.moves) == (2304, 2)
+    assert (len(arena.storage), arena.moves) == (2304, 2)
     assert torch.equal(arena.storage[:50], kept)
 
 
@@ -315,8 +314,8 @@ def test_replayed_steps_are_counted_by_the_device():
     cache.keep_rows([1])
     cache.prepare()
     assert cache.position_ids.tolist() == [[11]]
-    assert cache._sealed[0].ragged.lengths.tolist() == [[11, 11]]
-    assert cache._sealed[0].ragged.blocks[0][0].length == 11
+    assert cache._plans[0].lengths.tolist() == [[11, 11]]
+    assert cache._plans[0].grown == [4]
 
 
 def test_written_in_inference_mode_and_decoded_outside():
@@ -365,7 +364,7 @@ def test_backends_agree_on_growing_stepping_biased_and_ragged_rows(triton_device
             outputs.append(cache.attend(0, query, new[0], new[1], 0.25))
             cache.advance()
         assert relative_rms(outputs[1], outputs[0]) < 1e-6
-    states = [[slots.state.scores for _, slots in cache._sealed[0].steps.values()] for cache in caches.values()]
+    states = [[slots.state.scores for _, slots in cache._plans[0].steps.values()] for cache in caches.values()]
     assert len(states[0]) == len(states[1]) == 2
     assert all(relative_rms(b, a) < 1e-6 for a, b in zip(*states, strict=True))
     assert caches["triton"].backends == {"triton"}
