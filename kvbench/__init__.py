@@ -26,17 +26,13 @@ except PackageNotFoundError:  # running from a source tree that was never instal
 __all__ = ["CompressedCache", "KVMerger", "__version__", "compress"]
 
 
-def _home(name: str) -> Any:
-    """The object of a name that is imported on demand, or None."""
+def __getattr__(name: str) -> Any:
     if name in ("CompressedCache", "compress"):
         return getattr(importlib.import_module("kvbench.runtime.generate"), name)
-    from kvbench.methods.registry import load_policies
+    if not name.startswith("_"):
+        from kvbench.methods.registry import load_policies
 
-    return {policy.__name__: policy for policy in load_policies().values()}.get(name)
-
-
-def __getattr__(name: str) -> Any:
-    found = None if name.startswith("_") else _home(name)
-    if found is None:
-        raise AttributeError(f"module 'kvbench' has no attribute {name!r}")
-    return found
+        for policy in load_policies().values():
+            if policy.__name__ == name:
+                return policy
+    raise AttributeError(f"module 'kvbench' has no attribute {name!r}")

@@ -71,12 +71,7 @@ def leave_note(context: AttentionContext, layer_index: int, key: Tensor) -> None
 
 @contextmanager
 def attention_implementation(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model's attention layers call their context, until the block ends.
-
-    The former implementation comes back however the block ends; blocks may be nested.
-
-    Args:
-        model: a causal language model whose layers use transformers' attention interface.
+    """Let a model's attention layers call their context, until the block ends, however it ends; blocks may be nested.
 
     Raises:
         ModelError: if the model's class does not let its attention implementation be set.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -99,11 +98,11 @@ class CacheReport:
         return sum(layer.full_bytes for layer in self.layers)
 
     def __str__(self) -> str:
-        prompts = "+".join(map(str, self.prompt_tokens))
+        n_compressed = sum(layer.compressed for layer in self.layers)
         lines = [
             f"{self.method}, budget {self.requested_budget:g} requested, {self.measured_budget:.4f} measured in "
-            f"{len(self.layers) - len(self.layers_left_alone)} of {len(self.layers)} layers; bytes of all layers "
-            f"{self.measured_bytes_ratio:.4f} of the full cache; prompt {prompts} tokens, {self.new_tokens} new",
+            f"{n_compressed} of {len(self.layers)} layers; bytes of all layers {self.measured_bytes_ratio:.4f} of the "
+            f"full cache; prompt {'+'.join(map(str, self.prompt_tokens))} tokens, {self.new_tokens} new",
             "layer      slots of   full       bytes of   full",
         ]
         for layer in self.layers:
@@ -116,29 +115,20 @@ class CacheReport:
 class CompressedCache(Cache):
     """A cache that a policy compresses at the end of the prompt.
 
-    Made by `kvbench.compress`; also the context of the model's attention layers inside that block.
-
-    Args:
-        config: the model's text configuration.
-        policy: the method, with its budget.
-        seed: what policies derive their randomness from.
-        kernels: "auto", "torch" or "triton".
-
-    Raises:
-        ModelError: if a layer is neither full nor sliding-window attention.
+    Made by `kvbench.compress`, with the model's text configuration and the options of that function; also the context
+    of the model's attention layers inside the block. A ModelError says if a layer is neither full nor sliding-window
+    attention.
     """
 
     layers: list[Any]  # transformers' own union of layer kinds lacks what all kinds used here have
-    _rows: RaggedCache | None
-    _observers: list[Observer]
-    _prompt_tokens: list[int]
-    _reports: dict[int, LayerReport]
 
     def __init__(self, config: PreTrainedConfig, policy: Policy, seed: int = 0, kernels: str = "auto"):
         super().__init__(layers=_cache_layers(config))
         self.policy, self.seed, self.kernels = policy, seed, kernels
         self._config = config
         self._closed = False
+        full = [index for index, layer in enumerate(self.layers) if isinstance(layer, _CompressedLayer)]
+        self._ranks = {index: rank for rank, index in enumerate(full)}  # of the compressed layers, among themselves
         self.reset()
 
     # ---- for people ------------------------------------------------------------------------------------------------
@@ -163,35 +153,31 @@ class CompressedCache(Cache):
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all storage in use now."""
-        kept = [tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None]
         rows = self._rows.allocated_bytes if self._rows is not None else 0
-        return rows + sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return rows + sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
 
     def reset(self) -> None:
         """Forget the prompt and free its memory, so that the next call starts a new one."""
-        self._release()
-        self._prompt_tokens = []
+        self._free()
+        self._prompt_tokens: list[int] = []
         self._new_tokens = 0
-        self._reports = {}
+        self._reports: dict[int, LayerReport] = {}
 
     def close(self) -> None:
         """Free all memory for good; only `report` works afterwards."""
-        self._release()
+        self._free()
         self._closed = True
+
+    def _free(self) -> None:
+        self.layers = _cache_layers(self._config)
+        self._rows: RaggedCache | None = None
 
     # ---- for the model ---------------------------------------------------------------------------------------------
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values (called by the model's attention module).
-
-        Args:
-            key_states: `(B, H_k, Q, D)` after RoPE.
-            value_states: `(B, H_k, Q, D)`.
-            layer_idx: the layer.
-            *args: handed to transformers' own storage of layers left alone.
-            **kwargs: likewise.
+        """Take a layer's new keys and values `(B, H_k, Q, D)` after RoPE (called by the model's attention module).
 
         Returns:
             What attention gets: in a compressed layer the arguments, else the window's keys and values.
@@ -207,12 +193,7 @@ class CompressedCache(Cache):
                 f"attention implementation {implementation!r} was set inside the compress() block, which needs its own:"
                 " set it before the block"
             )
-        layer = self.layers[layer_idx]
-        keys, values = layer.update(key_states, value_states, *args, **kwargs)
-        if layer_idx not in self._ranks and layer_idx not in self._reports:
-            slots = math.prod(layer.keys.shape[:3])
-            n_bytes = 2 * layer.keys.numel() * layer.keys.element_size()
-            self._reports[layer_idx] = LayerReport(layer_idx, False, slots, slots, n_bytes, n_bytes)
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         leave_note(self, layer_idx, keys)
         return keys, values
 
@@ -228,18 +209,7 @@ class CompressedCache(Cache):
     ) -> Tensor:
         """Attend over the whole prompt, which is then compressed, over what is left of it, or over a sliding window.
 
-        Args:
-            layer_index: the layer, from 0.
-            query: `(B, H, Q, D)` after RoPE.
-            key: what `update` returned, `(B, H_k, K, D)`.
-            value: likewise.
-            scaling: factor on the logits.
-            softcap: bound that logits are soft-capped to (Gemma 2), or None.
-            mask: `(B, T)` bool over all tokens seen, False for padding; None for no padding; `(B, 1, Q, K)` only where
-                more tokens were seen than a sliding window holds.
-
-        Returns:
-            `(B, Q, H, D)`; zeros for padding.
+        Arguments and result as `AttentionContext.attend`; the output of padding is 0.
 
         Raises:
             BudgetError: if the policy cannot run with so few slots.
@@ -252,11 +222,13 @@ class CompressedCache(Cache):
                     f"attention_mask of shape {tuple(mask.shape)} does not fit {key.shape[2]} tokens: give one 0 or 1 "
                     "per token"
                 )
+            if layer_index not in self._reports:
+                kept = self.layers[layer_index].keys
+                slots, n_bytes = math.prod(kept.shape[:3]), 2 * kept.nbytes
+                self._reports[layer_index] = LayerReport(layer_index, False, slots, slots, n_bytes, n_bytes)
             return softmax_attention(query, key, value, scaling, softcap, mask)
         if layer_index not in self._reports:
-            if self._rows is None:
-                self._begin(query, key, mask, softcap)
-            return self._read_prompt(layer_index, query, key, value, scaling, softcap)
+            return self._read_prompt(layer_index, (query, key, value), mask, scaling, softcap)
         assert self._rows is not None
         if rank == 0:
             padded_tokens = self.layers[layer_index].seen_tokens - self._new_tokens - 1
@@ -267,6 +239,42 @@ class CompressedCache(Cache):
         if rank == len(self._ranks) - 1:
             self._rows.advance()
             self._new_tokens += 1
+        return output
+
+    def _read_prompt(
+        self, layer_index: int, states: tuple[Tensor, ...], mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Attend over every row's prompt and compress it, one row after the other; states: query, keys, values."""
+        query, key, _ = states
+        policy, n_layers, rank = in_effect(self.policy), len(self._ranks), self._ranks[layer_index]
+        batch_size, n_heads, padded_tokens, head_dim = query.shape
+        n_kv_heads = key.shape[1]
+        # Only the torch kernels know soft-capped logits; `observe` refuses kernels="triton" by name.
+        kernels = "torch" if softcap is not None and self.kernels == "auto" else self.kernels
+        if self._rows is None:
+            self._prompt_tokens = _prompt_lengths(query, mask)
+            budgets = [policy.layer_budgets(n_tokens, n_layers) for n_tokens in self._prompt_tokens]
+            self._rows = RaggedCache(
+                n_layers, n_heads, n_kv_heads, head_dim, key.dtype, backend=kernels, max_rows=batch_size
+            )
+            for n_tokens in self._prompt_tokens:
+                self._rows.add_row(policy, position=n_tokens)
+            self._rows.reserve_rows(budgets)
+        caught: list[LayerStates] = []
+        observer = Observer(
+            policy.needs, policy.window_tokens, n_layers, n_heads, self.seed, caught.append, kernels, self._config
+        )
+        output = query.new_zeros(batch_size, padded_tokens, n_heads, head_dim)
+        for row, n_tokens in enumerate(self._prompt_tokens):
+            tokens = slice(padded_tokens - n_tokens, None)
+            q, k, v = (x[row : row + 1, :, tokens] for x in states)
+            output[row, tokens] = observer.attend(rank, q, k, v, scaling, softcap)[0]
+            budget_tokens = policy.layer_budgets(n_tokens, n_layers)[rank]
+            self._rows.write(rank, row, policy.compress(caught.pop(), budget_tokens))
+        slots, n_bytes = self._rows.layer_use(rank)
+        full_slots = sum(self._prompt_tokens) * n_kv_heads
+        full_bytes = full_slots * 2 * head_dim * key.element_size()
+        self._reports[layer_index] = LayerReport(layer_index, True, slots, full_slots, n_bytes, full_bytes)
         return output
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -304,63 +312,12 @@ class CompressedCache(Cache):
 
     crop = activate_past_recording = batch_repeat_interleave = _unsupported
 
-    # ---- inside ----------------------------------------------------------------------------------------------------
-
-    def _release(self) -> None:
-        self.layers = _cache_layers(self._config)
-        full = [index for index, layer in enumerate(self.layers) if isinstance(layer, _CompressedLayer)]
-        self._ranks = {index: rank for rank, index in enumerate(full)}
-        self._rows = None
-        self._observers = []
-
-    def _begin(self, query: Tensor, key: Tensor, mask: Tensor | None, softcap: float | None) -> None:
-        """Make a row with reserved storage for every prompt, and an observer that compresses each layer into it."""
-        # Only the torch kernels know soft-capped logits; the prefill refuses kernels="triton" by name.
-        kernels = "torch" if softcap is not None and self.kernels == "auto" else self.kernels
-        policy, n_layers, n_heads = in_effect(self.policy), len(self._ranks), query.shape[1]
-        self._prompt_tokens = _prompt_lengths(query, mask)
-        budgets = [policy.layer_budgets(n_tokens, n_layers) for n_tokens in self._prompt_tokens]
-        self._rows = rows = RaggedCache(
-            n_layers, n_heads, key.shape[1], key.shape[3], key.dtype, backend=kernels, max_rows=len(budgets)
-        )
-        for n_tokens in self._prompt_tokens:
-            rows.add_row(policy, position=n_tokens)
-        rows.reserve_rows(budgets)
-
-        def write(row: int, states: LayerStates) -> None:
-            rows.write(states.layer_index, row, policy.compress(states, budgets[row][states.layer_index]))
-
-        observed = {"needs": policy.needs, "window_tokens": policy.window_tokens, "n_layers": n_layers}
-        shared: dict[str, Any] = {**observed, "n_query_heads": n_heads, "seed": self.seed, "backend": kernels}
-        self._observers = [
-            Observer(on_layer=partial(write, row), config=self._config, **shared) for row in range(len(budgets))
-        ]
-
-    def _read_prompt(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
-    ) -> Tensor:
-        """Attend over every row's prompt and compress it, one row after the other."""
-        assert self._rows is not None
-        rank, padded_tokens = self._ranks[layer_index], query.shape[2]
-        output = query.new_zeros(query.shape[0], padded_tokens, query.shape[1], query.shape[3])
-        for row, (observer, n_tokens) in enumerate(zip(self._observers, self._prompt_tokens, strict=True)):
-            tokens = slice(padded_tokens - n_tokens, None)
-            states = query[row : row + 1, :, tokens], key[row : row + 1, :, tokens], value[row : row + 1, :, tokens]
-            output[row, tokens] = observer.attend(rank, *states, scaling=scaling, softcap=softcap)[0]
-        slots, n_bytes = self._rows.layer_use(rank)
-        full_slots = sum(self._prompt_tokens) * key.shape[1]
-        full_bytes = full_slots * 2 * key.shape[3] * key.element_size()
-        self._reports[layer_index] = LayerReport(layer_index, True, slots, full_slots, n_bytes, full_bytes)
-        return output
-
 
 class _CompressedLayer(CacheLayerMixin):
     """What transformers sees of a compressed layer: how many tokens went through it, padding included.
 
-    Keys and values are stored by the cache that the layer belongs to, after attention has seen them.
-
-    Args:
-        window: the layer's sliding window in tokens, None for none: more tokens are refused.
+    Keys and values are stored by the cache that the layer belongs to, after attention has seen them. More tokens than
+    the layer's sliding window holds, if it has one, are refused.
     """
 
     is_sliding = is_croppable = False

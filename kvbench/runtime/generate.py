@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,13 +18,9 @@ from kvbench.runtime.model_check import check_model
 # Options of `generate` that read a prompt in pieces, take tokens back, bring a cache of their own or ask for attention
 # weights that no kernel here keeps, with the value that switches each off.
 _UNSUPPORTED_OPTIONS: dict[str, Any] = {
-    "assistant_model": None,
-    "prompt_lookup_num_tokens": None,
-    "prefill_chunk_size": None,
-    "cache_implementation": None,
-    "use_cache": True,
-    "output_attentions": False,
-}
+    "assistant_model": None, "prompt_lookup_num_tokens": None, "prefill_chunk_size": None, "cache_implementation": None,
+    "use_cache": True, "output_attentions": False,
+}  # fmt: skip
 
 
 @contextmanager
@@ -73,16 +69,14 @@ def compress(
 
 
 @contextmanager
-def _generate_with(model: PreTrainedModel, cache: CompressedCache) -> Iterator[None]:
+def _generate_with(model: Any, cache: CompressedCache) -> Iterator[None]:
     """Let `model.generate` pass `cache` as `past_key_values` until the block ends.
 
     `generate` has no default cache that could be set, and a cache made by `generate` itself would not tell us about
     beams. So this one object gets an attribute `generate`, as transformers itself gives to a model whose repository
     brings its own (`GenerationMixin.adjust_generation_fn`). No class and no module is touched.
     """
-    attributes = vars(model)
-    own = attributes.get("generate")
-    generate: Callable[..., Any] = cast(Any, model).generate
+    generate, own = model.generate, vars(model).get("generate")
 
     @functools.wraps(generate)
     def generate_compressed(*args: Any, **kwargs: Any) -> Any:
@@ -93,29 +87,28 @@ def _generate_with(model: PreTrainedModel, cache: CompressedCache) -> Iterator[N
                 f"past_key_values holds {cache.get_seq_length()} tokens of an earlier turn, 0 are supported: give the "
                 "whole conversation as one prompt without past_key_values, or call cache.reset() before it"
             )
-        kwargs["past_key_values"] = cache if given is None else given
-        if kwargs["past_key_values"] is not cache:
+        if given is not None and given is not cache:
             raise ModelError(
-                f"past_key_values is a {type(kwargs['past_key_values']).__name__}, only the block's own cache is "
-                "supported: leave it out or pass the cache that compress() yields"
+                f"past_key_values is a {type(given).__name__}, only the block's own cache is supported: leave it out "
+                "or pass the cache that compress() yields"
             )
         cache.reset()
         try:
-            return generate(*args, **kwargs)
+            return generate(*args, **{**kwargs, "past_key_values": cache})
         except BaseException:
             cache.reset()
             raise
 
-    attributes["generate"] = generate_compressed
+    vars(model)["generate"] = generate_compressed
     try:
         yield
     finally:
-        del attributes["generate"]
+        del vars(model)["generate"]
         if own is not None:
-            attributes["generate"] = own
+            vars(model)["generate"] = own
 
 
-def _check_options(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_options(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = args[1] if len(args) > 1 else kwargs.get("generation_config")
     for name, off in _UNSUPPORTED_OPTIONS.items():
         values = [kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None)]
