@@ -73,7 +73,7 @@ def observe(
         column_sums: whether to sum each key's attention over all queries.
         window_tokens: how many last rows of the attention to return; 0 for none.
         backend: "auto", "torch" or "triton" (see `choose_backend`); concerns the column sums only.
-        softcap: bound that logits are soft-capped to (Gemma 2), which only the torch version knows; None for none.
+        softcap: bound that logits are soft-capped to, which only the torch version knows (see `cap_logits`).
 
     Returns:
         The `Observation`. Accumulation is fp32 for every dtype.
@@ -161,8 +161,8 @@ def softmax_attention(
         value: likewise.
         scaling: factor on the logits.
         softcap: see `cap_logits`.
-        mask: `(B, T)` bool over all tokens seen, of which the keys are the last, False for padding; or
-            `(B, 1, Q, K)` bool, the whole mask; None for no padding.
+        mask: `(B, T)` bool over all tokens, the keys' the last of them, False for padding; or the whole
+            `(B, 1, Q, K)` mask; None for no padding.
 
     Returns:
         `(B, Q, H, D)`.

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 from kvbench.errors import KvbenchError, ModelError
 from kvbench.methods.base import LayerStates, Policy
@@ -134,11 +134,7 @@ class CompressedCache(Cache):
     # ---- for people ------------------------------------------------------------------------------------------------
 
     def report(self) -> CacheReport:
-        """Slots and bytes per layer, requested and measured budget of the last prompt; also after the block.
-
-        Raises:
-            KvbenchError: if no prompt has been read yet.
-        """
+        """Slots and bytes per layer, requested and measured budget of the last prompt; also after the block."""
         if len(self._reports) < len(self.layers):
             raise KvbenchError("0 prompts were read, a report needs 1: call model.generate(...) inside the block first")
         return CacheReport(
@@ -277,12 +273,8 @@ class CompressedCache(Cache):
         self._reports[layer_index] = LayerReport(layer_index, True, slots, full_slots, n_bytes, full_bytes)
         return output
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let every row become a copy of another (beam search): `(B,)` int64, the row that each row becomes."""
-        self.batch_select_indices(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, in the order given: `(B',)` int64 with B' at most B."""
+        """Keep copies of some rows, in the order given (beam search): `(B',)` int64 with B' at most B."""
         if self._rows is None:
             return
         rows = indices.tolist()
@@ -292,10 +284,7 @@ class CompressedCache(Cache):
             if index not in self._ranks:
                 layer.batch_select_indices(indices.to(layer.keys.device))
 
-    @property
-    def is_compileable(self) -> bool:
-        """False: a step's storage is none that transformers could compile."""
-        return False
+    reorder_cache = batch_select_indices  # type: ignore[assignment]  # its name in beam search
 
     def __bool__(self) -> bool:
         """Whether tokens were seen: an empty cache is false (Phi-3 drops a true one before a long prompt)."""
@@ -313,22 +302,19 @@ class CompressedCache(Cache):
     crop = activate_past_recording = batch_repeat_interleave = _unsupported
 
 
-class _CompressedLayer(CacheLayerMixin):
+class _CompressedLayer(DynamicLayer):
     """What transformers sees of a compressed layer: how many tokens went through it, padding included.
 
     Keys and values are stored by the cache that the layer belongs to, after attention has seen them. More tokens than
     the layer's sliding window holds, if it has one, are refused.
     """
 
-    is_sliding = is_croppable = False
+    is_croppable = False
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
         self.window = window
         self.seen_tokens = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: storage comes with the first prompt."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Count the new tokens; returns the arguments, which attention gets as they are."""
@@ -349,16 +335,6 @@ class _CompressedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens seen, which is not the number of slots kept."""
         return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over all tokens seen."""
-        return self.seen_tokens + int(query_length), 0
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.6
 
 
 def _cache_layers(config: PreTrainedConfig) -> list[Any]:

@@ -57,17 +57,15 @@ def check_model(model: PreTrainedModel) -> ModelFacts:
     Raises:
         ModelError: with the model's class, what is not supported, and the remedy.
     """
+    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"{type(model).__name__} is no PreTrainedModel: give the transformers model itself, e.g. "
-            "peft_model.get_base_model()"
+            f"{name} is no PreTrainedModel: give the transformers model itself, e.g. peft_model.get_base_model()"
         )
     if not _is_text_decoder(model.config):
-        raise ModelError(
-            f"{type(model).__name__} is not a decoder of text alone: use the text model, e.g. Gemma3ForCausalLM"
-        )
+        raise ModelError(f"{name} is not a decoder of text alone: use the text model, e.g. Gemma3ForCausalLM")
     if model.training:
-        raise ModelError(f"{type(model).__name__} is in training mode, only inference is supported: call model.eval()")
+        raise ModelError(f"{name} is in training mode, only inference is supported: call model.eval()")
     state = f"{model.dtype} {model.config._attn_implementation} {model.config.to_dict()}"
     remembered = _checked.get(model)
     if remembered is None or remembered[0] != state:
@@ -105,9 +103,6 @@ def check_lengths(model: PreTrainedModel, lengths: Sequence[tuple[int, int]]) ->
         model: a model that passes `check_model`.
         lengths: for each sample the tokens that are prefilled, and those that its last query attends to, itself
             included; all may come to lie in one batch.
-
-    Raises:
-        ModelError: with the longest of them.
     """
     window = check_model(model).window_tokens
     first, last = zip(*lengths, strict=True) if lengths else ((0,), (0,))
@@ -157,7 +152,7 @@ class _Probe(DynamicCache):
         self.soft_capped = False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Store new keys and values, which must have the shape of those that attention got."""
+        """Store keys and values, which must have the shape of those that attention got."""
         stored: Any = self.layers[layer_idx : layer_idx + 1]
         if stored and stored[0].keys.shape[1::2] != key_states.shape[1::2]:
             shapes = " and ".join(str(tuple(x.shape[1::2])) for x in (stored[0].keys, key_states))
@@ -185,8 +180,7 @@ class _Probe(DynamicCache):
 def _probe(model: PreTrainedModel, window: int | None) -> ModelFacts:
     limits = [window, getattr(model.config, "max_position_embeddings", None)]
     n_tokens = min([PROMPT_TOKENS + STEPS, *(limit for limit in limits if limit is not None and limit > STEPS)])
-    generator = torch.Generator().manual_seed(0)
-    probe = _Probe()
+    probe, generator = _Probe(), torch.Generator().manual_seed(0)
     try:
         n_layers, vocab_size = int(model.config.num_hidden_layers), int(model.config.vocab_size)
         ids = torch.randint(3, vocab_size, (1, n_tokens), generator=generator).to(input_device(model))
@@ -194,10 +188,8 @@ def _probe(model: PreTrainedModel, window: int | None) -> ModelFacts:
         with quiet(), attention_implementation(model):  # a class that keeps its own is told in one line, here
             prompt = {"input_ids": ids[:, :-STEPS], "use_cache": False, "logits_to_keep": 1}
             ours = [model(**prompt, attention_context=probe).logits[0, -1]]
-            if len(probe.layers) != n_layers:
-                raise ModelError(
-                    f"{len(probe.layers)} of {n_layers} layers go through transformers' AttentionInterface"
-                )
+            if (n_found := len(probe.layers)) != n_layers:
+                raise ModelError(f"{n_found} of {n_layers} layers go through transformers' AttentionInterface")
             if len(probe.shapes) > 1:
                 raise ModelError(f"layers have heads of {len(probe.shapes)} shapes, 1 is possible")
             probe.reads_prompt = False

@@ -67,15 +67,7 @@ class Observer:
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
-        """Attend over the whole prompt in one layer and report its states (see `AttentionContext.attend`).
-
-        Args:
-            layer_index: index of the layer, from 0.
-            query: `(1, H, T, D)` after RoPE.
-            key: `(1, H_k, T, D)` after RoPE.
-            value: `(1, H_k, T, D)`.
-            scaling: factor on the logits.
-            softcap: bound that logits are soft-capped to, or None.
+        """Attend over the whole prompt in one layer and report its states; arguments as `AttentionContext.attend`.
 
         Returns:
             `(1, T, H, D)`.
@@ -91,34 +83,24 @@ class Observer:
                 f"{n_tokens} queries over {key.shape[2]} keys: a prefill takes the whole prompt in one call, "
                 "with use_cache=False"
             )
+        column_sums = "column_sums" in self.needs
+        window_tokens = self.window_tokens if "window_attention" in self.needs else 0
         observation = observe(
-            query[0],
-            key[0],
-            value[0],
-            scaling,
-            column_sums="column_sums" in self.needs,
-            window_tokens=self.window_tokens if "window_attention" in self.needs else 0,
-            backend=self.backend,
-            softcap=softcap,
-        )
+            query[0], key[0], value[0], scaling,
+            column_sums=column_sums, window_tokens=window_tokens, backend=self.backend, softcap=softcap,
+        )  # fmt: skip
         self.backends.add(observation.backend)
         extras = {"queries": query[0], "scaling": torch.tensor(scaling)} if "queries" in self.needs else {}
         if "rotary_frequencies" in self.needs and self.config is not None:
             extras["rotary_frequencies"] = rotary_frequencies(self.config, n_tokens).to(query.device)
         self.on_layer(
             LayerStates(
-                keys=key[0],
-                values=value[0],
-                layer_index=layer_index,
-                n_layers=self.n_layers,
-                n_query_heads=self.n_query_heads,
-                seed=self.seed,
-                column_sums=observation.column_sums,
-                window_attention=observation.window_attention,
+                keys=key[0], values=value[0], layer_index=layer_index, n_layers=self.n_layers,
+                n_query_heads=self.n_query_heads, seed=self.seed, column_sums=observation.column_sums,
+                window_attention=observation.window_attention, extras=extras,
                 kernels=choose_backend(self.backend, query.device),
-                extras=extras,
             )
-        )
+        )  # fmt: skip
         return observation.output.transpose(0, 1)[None]
 
 
