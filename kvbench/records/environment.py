@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,11 +33,7 @@ Environments = list[tuple[int, dict[str, Any]]]
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions of everything that can move a number, the device, and the commit of a source checkout.
-
-    Returns:
-        Plain JSON types; a package that is not installed has version None.
-    """
+    """Versions of everything that can move a number (None if not installed), device, commit of a source checkout."""
     return {
         "kvbench": __version__,
         "commit": _commit(),
@@ -52,19 +49,13 @@ def describe_environment() -> dict[str, Any]:
 
 
 def environments(records: Iterable[Mapping[str, Any]], calls: Iterable[Mapping[str, Any]]) -> Environments:
-    """The environments that answers were made in, the one of most answers first.
-
-    Args:
-        records: records as dictionaries.
-        calls: the calls that made them (see `kvbench.records.read.read_calls`), and others.
-    """
+    """The environments that records were made in, by `calls` (see `read_calls`); the one of most answers first."""
     by_id = {call.get("id"): call["environment"] for call in calls if isinstance(call.get("environment"), dict)}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for record in records:
         environment = by_id.get(record["call"])
         fields = {} if environment is None else {name: environment.get(name) for name in COMPARED}
-        key = json.dumps(fields, sort_keys=True)
-        counts[key] = counts.get(key, 0) + 1
+        counts[json.dumps(fields, sort_keys=True)] += 1
     return [(n, json.loads(key)) for key, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
@@ -72,15 +63,14 @@ def mixture(found: Environments) -> str:
     """How environments differ, in one line; empty if there is one at most."""
     if len(found) < 2:
         return ""
-    flat = [(n, {**fields, **(fields.get("packages") or {}), "packages": None}) for n, fields in found]
-    known = [fields for (_, fields), (_, named) in zip(flat, found, strict=True) if named]
-    names = sorted({name for fields in known for name in fields})
-    differing = [name for name in names if len({str(fields.get(name)) for fields in known}) > 1]
-    texts = []
-    for (n, fields), (_, named) in zip(flat, found, strict=True):
-        what = ", ".join(f"{name} {fields.get(name)}" for name in differing) or "that say it"
-        texts.append(f"{n} answers: {what if named else UNVERIFIED}")
-    return "; ".join(texts)
+    flat = [(n, {**fields, **(fields.get("packages") or {}), "packages": None}) for n, fields in found if fields]
+    names = sorted({name for _, fields in flat for name in fields})
+    differing = [name for name in names if len({str(fields.get(name)) for _, fields in flat}) > 1]
+    texts = [
+        f"{n} answers: {', '.join(f'{name} {fields.get(name)}' for name in differing) or 'that say it'}"
+        for n, fields in flat
+    ]
+    return "; ".join(texts + [f"{n} answers: {UNVERIFIED}" for n, fields in found if not fields])
 
 
 def doubts(records: Sequence[Mapping[str, Any]], calls: Iterable[Mapping[str, Any]], n_left_out: int) -> list[str]:
@@ -103,12 +93,7 @@ def doubts(records: Sequence[Mapping[str, Any]], calls: Iterable[Mapping[str, An
 
 
 def refuse_mixture(found: Environments, where: object, remedy: str) -> None:
-    """Refuse answers of several environments.
-
-    Args:
-        found: see `environments`.
-        where: what holds them.
-        remedy: how to say that they may be one table.
+    """Refuse answers of several environments in one place; `remedy` is how to say that they may be one table.
 
     Raises:
         RecordError: if there are several; the message says how they differ.
@@ -128,14 +113,11 @@ def _commit() -> str | None:
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
         return None
+    words = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        head = subprocess.run(
-            ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class RunFolder:
         home: where this object's own files go: `path`, or the shard's folder in it.
 
     Raises:
-        RecordError: if the folder cannot be created or written.
+        RecordError: if the folder cannot be created or written; so do the methods that write.
     """
 
     def __init__(self, root: Path, label: str, identity: dict[str, Any], shard: str | None = None):
@@ -78,14 +78,7 @@ class RunFolder:
             ) from error
 
     def describe(self, config: dict[str, Any]) -> None:
-        """Write `config.json` unless an earlier call of the same run already did, to its end.
-
-        Args:
-            config: full configuration of this call, plain types.
-
-        Raises:
-            RecordError: if it cannot be written.
-        """
+        """Write the full configuration of this call to `config.json` unless an earlier call did so, to its end."""
         target = self.path / "config.json"
         with suppress(RecordError):
             read_config(self.path)
@@ -103,85 +96,47 @@ class RunFolder:
                 f"{target} cannot be written ({error.strerror}): free space or change output.root"
             ) from error
 
-    def arm_file(self, arm_key: str) -> Path:
-        """The record file of an arm that this object appends to."""
-        return self.home / "records" / file_name(arm_key)
-
     def recorded(self) -> dict[tuple[str, str, str], dict[str, Any]]:
         """The run's records that may stand side by side, by dataset, sample and arm, those of all shards."""
         return {(r["dataset"], r["sample"], r["arm"]): r for r in read_records(self.path)}
 
     def note_call(self, call: dict[str, Any]) -> None:
-        """Note in `calls.jsonl` what a call sets out to do and in what environment: records name it by its id.
-
-        Args:
-            call: plain types; see `kvbench.records.read.read_calls`.
-
-        Raises:
-            RecordError: if the file cannot be written.
-        """
-        path = self.home / "calls.jsonl"
-        try:
-            _append_line(path, json.dumps(call, ensure_ascii=False, allow_nan=False), flush=True)
-        except OSError as error:
-            raise RecordError(f"{path} cannot be written ({error.strerror}): free space and run again") from error
+        """Note what a call sets out to do and in what environment (see `read_calls`): records name it by its id."""
+        _append_line(self.home / "calls.jsonl", call)
 
     def keep_prompts(self, prompts: Iterable[dict[str, str]]) -> None:
-        """Keep the text of prompts for readers of the report; no table is made from it.
-
-        Args:
-            prompts: dictionaries with "dataset", "sample" and "prompt"; samples already kept are passed over.
-
-        Raises:
-            RecordError: if the file cannot be written.
-        """
-        path = self.home / "prompts.jsonl"
+        """Keep the text of prompts ("dataset", "sample", "prompt") for readers of the report; known ones stay."""
         known = read_prompts(self.path)
-        try:
-            for prompt in prompts:
-                if (prompt["dataset"], prompt["sample"]) not in known:
-                    _append_line(path, json.dumps(prompt, ensure_ascii=False))
-        except OSError as error:
-            raise RecordError(f"{path} cannot be written ({error.strerror}): free space and run again") from error
+        for prompt in prompts:
+            if (prompt["dataset"], prompt["sample"]) not in known:
+                _append_line(self.home / "prompts.jsonl", prompt, flush=False)
 
     def append(self, records: Iterable[Record]) -> None:
-        """Append records, one line each, to their arms' files, and flush them to the disk.
-
-        Each line is one `write` on a file opened for appending, so lines of two processes never interleave. A line that
-        an earlier crash left half-written is closed first, so that it spoils nothing but itself.
-
-        Raises:
-            RecordError: if a line cannot be written (a full disk, for example); earlier lines stay valid.
-        """
+        """Append records, one line each, to their arms' files, and flush them to the disk."""
         for record in records:
-            path = self.arm_file(record.arm)
-            line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False)
-            try:
-                _append_line(path, line, flush=True)
-            except OSError as error:
-                raise RecordError(
-                    f"record of {record.sample} for {record.arm} cannot be written to {path} ({error.strerror}): "
-                    "what was recorded before stays valid; free space and run the same command again"
-                ) from error
+            _append_line(self.home / "records" / file_name(record.arm), record.to_dict())
 
 
-def _append_line(path: Path, line: str, flush: bool = False) -> None:
-    """Append one line by a single write, closing first what a crash left half-written."""
-    data = line.encode("utf-8", "backslashreplace") + b"\n"
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+def _append_line(path: Path, value: dict[str, Any], flush: bool = True) -> None:
+    """Append one line by one `write` on a file opened for appending: lines of two processes never interleave.
+
+    A line that an earlier crash left half-written is closed first, so that it spoils nothing but itself.
+    """
+    data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
     try:
-        _write_all(descriptor, b"\n" + data if _ends_mid_line(descriptor) else data)
-        if flush:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _ends_mid_line(descriptor: int) -> bool:
-    size = os.fstat(descriptor).st_size
-    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data
+            while data:
+                data = data[os.write(descriptor, data) :]
+            if flush:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be written ({error.strerror}): what was recorded before stays valid; free space and run "
+            "the same command again"
+        ) from error

@@ -6,7 +6,9 @@ its *method* (class and source). What else can move a number is its environment:
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -15,7 +17,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from uuid import uuid4
 
@@ -36,32 +37,23 @@ from kvbench.tasks.base import Sample
 WEIGHT_FILES = ("*.safetensors", "config.json")
 """What of a checkpoint folder decides on logits; the tokenizer shows in the token ids."""
 
+OPERATIONS = "kvbench.ops."
+
 
 @dataclass(frozen=True)
 class Making:
-    """What this call would make its answers with: the hashes below and the environment.
-
-    Attributes:
-        call: the call's id.
-        questions: hash by position of the sample.
-        model: hash.
-        methods: hash by arm.
-        environment: see `kvbench.records.environment`.
-    """
+    """What this call would make its answers with: its id, the hashes, the environment (see `environment.py`)."""
 
     call: str
-    questions: dict[int, str]
+    questions: dict[int, str]  # by position of the sample
     model: str
-    methods: dict[str, str]
+    methods: dict[str, str]  # by arm
     environment: dict[str, Any]
 
     def accepts(self, record: dict[str, Any], position: int, unverified: bool) -> bool:
-        """Whether a recorded answer is to the same question, by the same model and method.
+        """Whether a recorded answer is to the question at `position`, by the same model and method.
 
-        Args:
-            record: the record.
-            position: position of its sample.
-            unverified: what is said of records that do not say.
+        `unverified` is what is said of records that do not say.
         """
         hashes = [record[name] for name in HASHES]
         expected = [self.questions[position], self.model, self.methods[record["arm"]]]
@@ -98,12 +90,7 @@ def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jo
 
 
 def question_sha256(job: Request, sample: Sample) -> str:
-    """Hash of everything that is put to the model for one sample, and of what its answer is scored against.
-
-    Args:
-        job: the sample as the engine gets it; its arms do not matter.
-        sample: the sample; its answers and its metric do.
-    """
+    """Hash of all that is put to the model for one sample, and of what its answer is scored against."""
     asked = (job.input_ids, job.compress_at, job.stop_ids, job.max_new_tokens, job.min_new_tokens, job.seed)
     return _sha256([*asked, job.gold_ids, sample.answers, sample.all_classes, sample.metric])
 
@@ -143,34 +130,43 @@ def file_sha256(file: Path) -> str:
 
 
 def method_sha256(method: type) -> str:
-    """Hash of a class's path and source: the modules of it and its bases, and what those import from beside them.
+    """Hash of a class's path, of the source of its modules and its bases', and of what those import.
 
-    Args:
-        method: a policy class.
+    Followed are imports from the same package and of operations (`kvbench.ops`), those within functions (kernels) too:
+    they are read from the source, so that equal sources have equal hashes whatever a process has loaded.
     """
-    found: dict[str, ModuleType] = {}
+    sources: dict[str, str] = {}
     waiting = [base.__module__ for base in method.__mro__ if base.__module__ not in ("builtins", "abc")]
     while waiting:
         name = waiting.pop()
-        module = sys.modules.get(name)
-        if name in found or module is None:
+        source = None if name in sources else _source(name)
+        if source is None:
             continue
-        found[name] = module
+        sources[name] = source
         package = name.rpartition(".")[0]
-        for value in list(vars(module).values()):
-            other = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(other, str) and package and other.startswith(package + "."):
-                waiting.append(other)
-    return _sha256(
-        [f"{method.__module__}:{method.__qualname__}", *((name, _source(found[name])) for name in sorted(found))]
-    )
+        for node in ast.walk(ast.parse(source)):
+            imported: list[str] = []
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                parent = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                imported = [parent, *(f"{parent}.{alias.name}" for alias in node.names)]
+            waiting += [other for other in imported if other.startswith((f"{package}.", OPERATIONS))]
+    return _sha256([f"{method.__module__}:{method.__qualname__}", *sorted(sources.items())])
 
 
-def _source(module: ModuleType) -> str:
+def _source(name: str) -> str | None:
+    """The source of a module; empty if it was made at a prompt or compiled, None if there is no such module."""
+    if name in sys.modules:
+        try:
+            return inspect.getsource(sys.modules[name])
+        except (OSError, TypeError):
+            return ""
     try:
-        return inspect.getsource(module)
-    except (OSError, TypeError):  # made at a prompt, or compiled
-        return ""
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # a name in a module
+        return None
+    return None if found is None or found.origin is None else Path(found.origin).read_text(encoding="utf-8")
 
 
 def _sha256(value: Any) -> str:

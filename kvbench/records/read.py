@@ -3,7 +3,7 @@
 Lines can be broken only by a crash in the middle of a write; they are counted in `RecordFile.broken_lines`, and the
 sample is computed again by the next run. If two processes recorded the same sample and arm, the first success counts;
 between the files of several shards, that of the file first by name. Answers of different making never stand side by
-side: `consistent` keeps the newest and counts the others.
+side: `consistent` keeps the newest and `read_answers` counts the others.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvbench.errors import RecordError
 from kvbench.records.schema import HASHES, SCHEMA_VERSION, checked
@@ -22,18 +21,15 @@ from kvbench.records.schema import HASHES, SCHEMA_VERSION, checked
 ONCE_WITH_BACKEND = ("h2o", "kvmerger", "kvmerger_bias")
 """Methods that chose their kernels themselves before the engine did; it told arms apart that are one."""
 
+Found = dict[tuple[str, str, str], dict[str, Any]]
+"""Records by dataset, sample and arm, in the order of files and lines."""
 
-@dataclass
-class RecordFile:
-    """What one record file holds.
 
-    Attributes:
-        records: one dictionary per (dataset, sample, arm), in file order; a success replaces an earlier failure.
-        broken_lines: line numbers that are no complete record.
-    """
+class RecordFile(NamedTuple):
+    """What one file holds: a record per (dataset, sample, arm), and the line numbers that are no complete record."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
-    broken_lines: list[int] = field(default_factory=list)
+    records: list[dict[str, Any]]
+    broken_lines: list[int]
 
 
 def read_record_file(path: Path) -> RecordFile:
@@ -42,53 +38,45 @@ def read_record_file(path: Path) -> RecordFile:
     Raises:
         RecordError: for records of a newer schema version.
     """
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    result = RecordFile()
-    if not path.exists():
-        return result
+    found: Found = {}
+    broken_lines: list[int] = []
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
-        line_content = parsed(line)
-        schema = line_content.get("schema", 0) if isinstance(line_content, dict) else 0
+        value = parsed(line)
+        schema = value.get("schema", 0) if isinstance(value, dict) else 0
         if not isinstance(schema, int) or schema > SCHEMA_VERSION:
             raise RecordError(
                 f"{path} line {number} has record schema {schema}, this version reads {SCHEMA_VERSION}: "
                 "upgrade kvbench or use another output.root"
             )
-        record = checked(line_content)
+        record = checked(value)
         if record is None or not schema:
-            result.broken_lines.append(number)
+            broken_lines.append(number)
             continue
-        _forget_backend(record)
+        if record["method"] in ONCE_WITH_BACKEND and record["options"].pop("backend", None):
+            record["arm"] = re.sub(r",backend=\w+", "", record["arm"])  # the arm that has the same options today
         keep_newest(found, record)
-    result.records = list(found.values())
-    return result
+    return RecordFile(list(found.values()), broken_lines)
 
 
 def parsed(line: str | bytes) -> Any:
     """The JSON value of a line, or None: NaN and Infinity, which are no JSON, included."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
     try:
-        return json.loads(line, parse_constant=_refuse)
+        return json.loads(line, parse_constant=refuse)
     except (ValueError, RecursionError):
         return None
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
-def _forget_backend(record: dict[str, Any]) -> None:
-    """Let an older record's arm be the one that today has the same options."""
-    if record["method"] in ONCE_WITH_BACKEND and record["options"].pop("backend", None):
-        record["arm"] = re.sub(r",backend=\w+", "", record["arm"])
-
-
-def keep_newest(found: dict[tuple[str, str, str], dict[str, Any]], record: dict[str, Any]) -> None:
+def keep_newest(found: Found, record: dict[str, Any]) -> None:
     """Add a record unless one of its sample and arm is there: success replaces failure, newer making older."""
     key = (record["dataset"], record["sample"], record["arm"])
     known = found.get(key)
@@ -102,13 +90,10 @@ def keep_newest(found: dict[tuple[str, str, str], dict[str, Any]], record: dict[
 
 
 def consistent(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that may stand side by side.
+    """Of a run's records, one for each sample and arm, those that may stand side by side.
 
     Of two models only the newest one's answers are kept, of two questions to one sample and of two methods behind one
     arm likewise. Records that do not say what made them are kept: they count as an environment of their own.
-
-    Args:
-        records: records of one run, one for each sample and arm.
     """
     kept = sorted(records, key=lambda record: record["recorded_at"])
     groups: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
@@ -136,11 +121,8 @@ def record_files(run: Path) -> list[Path]:
 def read_records(run: Path) -> list[dict[str, Any]]:
     """The records of a run folder that may stand side by side, those of its shards included, in the order of files.
 
-    Args:
-        run: the run's folder (the one with `config.json`).
-
     Raises:
-        RecordError: if the folder is no run folder or holds records of a newer version.
+        RecordError: if the folder is no run folder (one with `config.json`) or holds records of a newer version.
     """
     return read_answers(run)[0]
 
@@ -149,7 +131,7 @@ def read_answers(run: Path) -> tuple[list[dict[str, Any]], int]:
     """As `read_records`, and how many samples and arms have only records of an earlier model, question or method."""
     if not (run / "records").is_dir():
         raise RecordError(f"{run} is not a run folder (it has no records/): give a folder below output.root")
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    found: Found = {}
     for path in record_files(run):
         for record in read_record_file(path).records:
             keep_newest(found, record)
@@ -158,11 +140,7 @@ def read_answers(run: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The run's `config.json`.
-
-    Raises:
-        RecordError: if it is missing or unreadable.
-    """
+    """The run's `config.json`; a RecordError if it is missing or unreadable."""
     path = run / "config.json"
     try:
         content = parsed(path.read_text(encoding="utf-8", errors="replace"))
@@ -173,6 +151,12 @@ def read_config(run: Path) -> dict[str, Any]:
             f"{path} holds no JSON object: is {run} a run folder? If so, the command that made it writes the file anew"
         )
     return content
+
+
+def model_name(run: Path) -> str:
+    """Name of the model in the run's `config.json`; "model" if it says none."""
+    model = read_config(run).get("model")
+    return str(model.get("name", "model")) if isinstance(model, dict) else "model"
 
 
 def read_prompts(run: Path) -> dict[tuple[str, str], str]:
@@ -194,8 +178,7 @@ def read_calls(run: Path) -> list[dict[str, Any]]:
         (keys), "task_samples" (samples of the task, other shards' too), "missing_answers" (records this call is to
         add), "environment" (see `kvbench.records.environment`) and "hashes" (of the model, and by arm of the methods).
     """
-    calls = [row for row in _rows(run, "calls.jsonl") if _is_call(row)]
-    return sorted(calls, key=lambda call: call["started_at"])
+    return sorted(filter(_is_call, _rows(run, "calls.jsonl")), key=lambda call: call["started_at"])
 
 
 def read_environments(run: Path) -> list[dict[str, Any]]:
@@ -218,17 +201,7 @@ def _is_call(row: dict[str, Any]) -> bool:
 
 def _rows(run: Path, name: str) -> Iterator[dict[str, Any]]:
     """The JSON objects in the lines of a file and of its namesakes of the run's shards."""
-    for part in parts(run):
-        path = part / name
-        if not path.is_file():
-            continue
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            row = parsed(line)
-            if isinstance(row, dict):
-                yield row
-
-
-def model_name(run: Path) -> str:
-    """Name of the model in the run's `config.json`; "model" if it says none."""
-    model = read_config(run).get("model")
-    return str(model.get("name", "model")) if isinstance(model, dict) else "model"
+    for path in (part / name for part in parts(run)):
+        if path.is_file():
+            values = map(parsed, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+            yield from (value for value in values if isinstance(value, dict))

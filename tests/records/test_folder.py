@@ -35,7 +35,7 @@ def test_appended_records_are_done_and_read_back(tmp_path):
 def test_a_half_written_last_line_is_skipped_and_spoils_nothing_after_it(tmp_path):
     folder = RunFolder(tmp_path, "t", IDENTITY)
     folder.append([record("s1"), record("s2")])
-    path = folder.arm_file("h2o@0.5")
+    path = folder.home / "records" / file_name("h2o@0.5")
     path.write_bytes(path.read_bytes()[:-20])
     assert set(folder.recorded()) == {("passkey", "s1", "h2o@0.5")}
     folder.append([record("s3")])
@@ -111,7 +111,7 @@ def test_two_writers_never_interleave_lines(tmp_path):
         children.append(pid)
     for pid in children:
         assert os.waitpid(pid, 0)[1] == 0
-    content = read_record_file(folder.arm_file("h2o@0.5"))
+    content = read_record_file(folder.home / "records" / file_name("h2o@0.5"))
     assert len(content.records) == 160
     assert content.broken_lines == []
 
