@@ -6,9 +6,8 @@
 
 The command is the harness's own `lm_eval`, with one model more: lm_eval 0.4.13 finds models in a table of its own and
 looks for no entry points, so whoever starts it has to register others first. A script does the same with
-`kvbench.lm_eval.register()`, before `lm_eval.simple_evaluate(model="kvbench", ...)`.
-
-What is compressed, and what is not, says `kvbench.integrations.lm_eval_answers`.
+`kvbench.lm_eval.register()`, before `lm_eval.simple_evaluate(model="kvbench", ...)`. What is compressed, and what is
+not, says `kvbench.integrations.lm_eval`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def register() -> None:
         raise ConfigError(
             f'the package lm_eval cannot be imported ({error}): pip install "kvbench[lm_eval]" (0.4.13 or later)'
         ) from error
-    from kvbench.integrations.lm_eval_model import CompressedCacheLM  # its base class is the harness's
+    from kvbench.integrations.lm_eval import CompressedCacheLM  # late: it loads torch
 
     register_model(MODEL_NAME)(CompressedCacheLM)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvbench.errors import BudgetError, ConfigError, ModelError
-from kvbench.integrations.lm_eval_answers import CompressedAnswers, Continuation, Prompt
+from kvbench.integrations.lm_eval import CompressedAnswers, Continuation, Prompt
 from kvbench.methods.registry import build_policy
 from kvbench.runtime.plain import PlainEngine
 
@@ -142,7 +142,7 @@ def test_short_contexts_are_refused_or_kept_whole_and_counted(tiny_gqa):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"question_tokens": -1}, "question_tokens=-1 is negative"),
+        ({"question_tokens": -1}, "question_tokens=-1 is no integer of at least 0"),
         ({"question_tokens": 1.5}, "question_tokens=1.5 is no integer"),
         ({"short_context": "skip"}, "short_context='skip' is not one of refuse, full"),
     ],

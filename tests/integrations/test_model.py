@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from kvbench.errors import ConfigError
+from kvbench.integrations.lm_eval import CompressedCacheLM
 from kvbench.lm_eval import main, register
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None and importlib.util.find_spec("lm_eval.api") is not None
@@ -143,7 +144,6 @@ def test_the_command_line_is_the_harness_s_with_one_model_more(local_tasks, monk
     assert "have no context that could be compressed" in last
 
 
-@needs_harness
 @pytest.mark.parametrize(
     ("arguments", "accepted"),
     [
@@ -157,8 +157,6 @@ def test_the_command_line_is_the_harness_s_with_one_model_more(local_tasks, monk
     ],
 )
 def test_only_greedy_generation_is_taken(arguments, accepted):
-    from kvbench.integrations.lm_eval_model import CompressedCacheLM
-
     model = CompressedCacheLM("tiny-random")
     if accepted is None:
         with pytest.raises(ConfigError, match="only greedy decoding is"):
@@ -167,10 +165,7 @@ def test_only_greedy_generation_is_taken(arguments, accepted):
         assert model._generation(arguments) == accepted
 
 
-@needs_harness
 def test_a_chat_template_s_own_bos_is_not_doubled():
-    from kvbench.integrations.lm_eval_model import CompressedCacheLM
-
     model = CompressedCacheLM("tiny-random")
     text = model.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert text.startswith(model.tokenizer.bos_token)
