@@ -28,7 +28,7 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
     from kvbench.paths import file_stem
     from kvbench.plan import build_plan
     from kvbench.records.environment import describe_environment
-    from kvbench.results.analysis_collect import THRESHOLDS, WINDOW_QUERIES, measure_samples
+    from kvbench.results.analysis import THRESHOLDS, WINDOW_QUERIES, measure_samples
 
     plans = [
         build_plan(composed([f"model={model}", f"task={task}", f"task.limit={limit}", *overrides])) for task in tasks
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "measure":
         print(measure(options.model, options.task, options.limit, options.override, options.folder))
     else:
-        from kvbench.results.analysis_draw import write_all
+        from kvbench.results.analysis import write_all
 
         for path in write_all(options.folder):
             print(path)

@@ -23,8 +23,7 @@ from kvbench.errors import ConfigError, KvbenchError
 from kvbench.plan import build_plan
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
-from kvbench.results.summary import summarise
-from kvbench.results.terminal import print_tables
+from kvbench.results.summary import print_tables, summarise
 from kvbench.run import Outcome, run_plan
 from kvbench.shards import spell_out_shards
 

@@ -7,8 +7,8 @@ An experiment file is an ordinary Hydra experiment whose sweep (`hydra.sweeper.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -24,16 +24,8 @@ from kvbench.results.cells import ExpectedArm, ExpectedColumn, TableSpec
 TRUNCATING = ("longbench/", "zeroscrolls/")  # tasks that define how a prompt is cut; others refuse a longer prompt
 
 
-@dataclass(frozen=True)
-class ExperimentPart:
-    """One task of an experiment for one model.
-
-    Attributes:
-        experiment: name of the experiment file.
-        model: option of the group `model`.
-        task: option of the group `task`.
-        plan: what runs.
-    """
+class ExperimentPart(NamedTuple):
+    """One task of an experiment for one model: the experiment's file, the options of two groups, and what runs."""
 
     experiment: str
     model: str
@@ -62,7 +54,8 @@ def experiment_grid(name: str) -> tuple[list[str], list[str]]:
     if name not in experiment_names():
         raise ConfigError(f"experiment {name!r} is unknown; known are {', '.join(experiment_names())}")
     params = composed([f"experiment={name}"], hydra_too=True).hydra.sweeper.params
-    return _values(params.model), _values(params.task)
+    models, tasks = ([value.strip() for value in str(values).split(",")] for values in (params.model, params.task))
+    return models, tasks
 
 
 def experiment_part(
@@ -70,11 +63,23 @@ def experiment_part(
     model: str,
     task: str,
     limit: int | None = None,
-    overrides: Sequence[str] = (),
+    more: Sequence[str] = (),
     prompt_tokens: int | None = None,
 ) -> ExperimentPart:
-    """One task of an experiment; see `experiment_parts`."""
-    lines = [f"experiment={name}", f"model={model}", f"task={task}", *overrides]
+    """One task of an experiment.
+
+    Args:
+        name: name of a file in `configs/experiment`.
+        model: option of the group `model`.
+        task: option of the group `task`.
+        limit: at most so many samples.
+        more: further Hydra overrides.
+        prompt_tokens: cut the prompts of benchmarks that define how (LongBench, ZeroSCROLLS) to so many tokens.
+
+    Raises:
+        ConfigError: if there is no such experiment, or it cannot be built.
+    """
+    lines = [f"experiment={name}", f"model={model}", f"task={task}", *more]
     if prompt_tokens is not None and task.startswith(TRUNCATING):
         lines.append(f"model.max_prompt_tokens={prompt_tokens}")
     if limit is not None:
@@ -82,45 +87,19 @@ def experiment_part(
     return ExperimentPart(name, model, task, build_plan(composed(lines)))
 
 
-def experiment_parts(
-    name: str,
-    models: Sequence[str] = (),
-    limit: int | None = None,
-    overrides: Sequence[str] = (),
-    prompt_tokens: int | None = None,
-) -> list[ExperimentPart]:
-    """The parts of an experiment: its tasks for each model, models first.
-
-    Args:
-        name: name of a file in `configs/experiment`.
-        models: models that replace the experiment's own.
-        limit: at most so many samples of each task.
-        overrides: further Hydra overrides for every part.
-        prompt_tokens: cut the prompts of benchmarks that define how (LongBench, ZeroSCROLLS) to so many tokens.
-
-    Raises:
-        ConfigError: if there is no such experiment, or it cannot be built.
-    """
+def experiment_parts(name: str, models: Sequence[str] = (), **settings: Any) -> list[ExperimentPart]:
+    """All tasks of an experiment for its own models or others, models first; settings as of `experiment_part`."""
     own, tasks = experiment_grid(name)
-    return [
-        experiment_part(name, model, task, limit, overrides, prompt_tokens) for model in models or own for task in tasks
-    ]
+    return [experiment_part(name, model, task, **settings) for model in models or own for task in tasks]
 
 
 def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:
-    """The table of one experiment and one model.
-
-    Args:
-        parts: its parts, all of one model.
-        command: the command that fills its cells; shown beside cells without records.
-    """
-    first = parts[0]
-    arms = tuple(
-        ExpectedArm(arm.key, arm.policy.name, arm.policy.budget, not arm.policy.options()) for arm in first.plan.arms
-    )
+    """The table of the parts of one experiment and one model; the command fills its cells."""
+    plan = parts[0].plan
+    arms = tuple(ExpectedArm(a.key, a.policy.name, a.policy.budget, not a.policy.options()) for a in plan.arms)
     columns = tuple(ExpectedColumn(part.plan.task.name, part.run, command) for part in parts)
-    title = f"{first.experiment} ({first.plan.compress.replace('_', ' ')})"
-    return TableSpec(first.experiment, first.plan.model.name, title, arms, columns, first.plan.mix_environments)
+    title = f"{parts[0].experiment} ({plan.compress.replace('_', ' ')})"
+    return TableSpec(parts[0].experiment, plan.model.name, title, arms, columns, plan.mix_environments)
 
 
 def composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
@@ -137,7 +116,3 @@ def composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
             return compose("config", overrides=list(overrides), return_hydra_config=hydra_too)
     except Exception as error:  # Hydra refuses some overrides with a plain ValueError
         raise ConfigError(one_line(error)) from error
-
-
-def _values(text: str) -> list[str]:
-    return [value.strip() for value in str(text).split(",") if value.strip()]

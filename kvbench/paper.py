@@ -24,28 +24,17 @@ from kvbench.commands import command
 from kvbench.errors import KvbenchError
 from kvbench.experiments import ExperimentPart, experiment_names, experiment_parts, table_spec
 from kvbench.plan import Plan
-from kvbench.results.cells import build_table
+from kvbench.results.cells import build_table, read_published
 from kvbench.results.figures import write_figures
-from kvbench.results.published import read_published
 from kvbench.results.tables import write_table
 from kvbench.run import run_plan
 
 
 def merged_plans(parts: Sequence[ExperimentPart]) -> list[Plan]:
-    """One plan for all parts that ask one model the same questions, with the arms of all of them.
-
-    Args:
-        parts: parts of any number of experiments.
-
-    Returns:
-        Plans in the order in which their questions first occur.
-    """
+    """One plan for all parts that ask one model the same questions, with the arms of all of them; by first question."""
     merged: dict[Path, Plan] = {}
     for part in parts:
-        known = merged.get(part.run)
-        if known is None:
-            merged[part.run] = part.plan
-            continue
+        known = merged.setdefault(part.run, part.plan)
         arms = {arm.key: arm for arm in (*known.arms, *part.plan.arms)}
         merged[part.run] = dataclasses.replace(known, arms=tuple(arms.values()))
     return list(merged.values())
@@ -67,15 +56,12 @@ def run_missing(parts: Sequence[ExperimentPart], console: Console) -> int:
 
 
 def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[str]) -> list[Path]:
-    """Write tables and figures of every experiment and model, from records alone.
+    """Write tables and figures of every experiment and model, from records alone; returns the files.
 
     Args:
         parts: parts of any number of experiments.
         results: folder with `reference/`; gets `tables/` and `figures/`.
         options: `NAME=value` settings that belong into the commands shown beside empty cells.
-
-    Returns:
-        The files written.
     """
     published = read_published(results / "reference")
     groups: dict[tuple[str, str], list[ExperimentPart]] = {}
@@ -93,49 +79,36 @@ def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done (tasks left out included: they are named), 2 something to mend."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m kvbench.paper", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--experiment", nargs="*", default=[], help="names in configs/experiment; default: all")
+    add("--model", nargs="*", default=[], help="models that replace the experiments' own")
+    add("--limit", type=int, default=None, help="at most so many samples of each task")
+    add("--data", default=None, help="folder with <dataset>.jsonl files (data.root)")
+    add("--official", default=None, help="folder with the official LongBench files (data.official)")
+    add("--prompt-tokens", type=int, default=None, help="cut LongBench and ZeroSCROLLS prompts to this")
+    add("--override", nargs="*", default=[], help="further settings, e.g. model.max_prompt_tokens=2000")
+    add("--results", type=Path, default=Path("results"), help="where reference/ is and tables/ go")
+    add("--rebuild", action="store_true", help="run nothing, write tables and figures from the records")
+    options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = Console(stderr=True)
-    overrides = list(options.override)
-    if options.data:
-        overrides.append(f"data.root={options.data}")
-    if options.official:
-        overrides.append(f"data.official={options.official}")
-    parts = [
-        part
-        for name in options.experiment or experiment_names()
-        for part in experiment_parts(name, options.model, options.limit, overrides, options.prompt_tokens)
-    ]
+    given = {"data.root": options.data, "data.official": options.official}
+    overrides = [*options.override, *(f"{name}={folder}" for name, folder in given.items() if folder)]
+    settings = {"limit": options.limit, "more": overrides, "prompt_tokens": options.prompt_tokens}
+    names = options.experiment or experiment_names()
+    parts = [part for name in names for part in experiment_parts(name, options.model, **settings)]
     for name in ("tables", "figures"):
         (options.results / name).mkdir(parents=True, exist_ok=True)  # what cannot be written is told before it is run
     left_out = 0 if options.rebuild else run_missing(parts, console)
-    for path in write_all(parts, options.results, _make_options(options)):
+    which_runs = ["DATA=DIR", "OFFICIAL=DIR"]  # the settings that decide which runs are meant, as `make` takes them
+    which_runs += [] if options.prompt_tokens is None else [f"PROMPT={options.prompt_tokens}"]
+    which_runs += [f'SET="{" ".join(options.override)}"'] if options.override else []
+    for path in write_all(parts, options.results, which_runs):
         print(path)
     if left_out:
         console.print(f"{left_out} tasks left out, see above")
     return 0
-
-
-def _make_options(options: argparse.Namespace) -> list[str]:
-    """The settings that decide which runs are meant, as `make` takes them."""
-    given = ["DATA=DIR", "OFFICIAL=DIR"]
-    if options.prompt_tokens is not None:
-        given.append(f"PROMPT={options.prompt_tokens}")
-    return given + ([f'SET="{" ".join(options.override)}"'] if options.override else [])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kvbench.paper", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--experiment", nargs="*", default=[], help="names in configs/experiment; default: all")
-    parser.add_argument("--model", nargs="*", default=[], help="models that replace the experiments' own")
-    parser.add_argument("--limit", type=int, default=None, help="at most so many samples of each task")
-    parser.add_argument("--data", default=None, help="folder with <dataset>.jsonl files (data.root)")
-    parser.add_argument("--official", default=None, help="folder with the official LongBench files (data.official)")
-    parser.add_argument("--prompt-tokens", type=int, default=None, help="cut LongBench and ZeroSCROLLS prompts to this")
-    parser.add_argument("--override", nargs="*", default=[], help="further settings, e.g. model.max_prompt_tokens=2000")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where reference/ is and tables/ go")
-    parser.add_argument("--rebuild", action="store_true", help="run nothing, write tables and figures from the records")
-    return parser
 
 
 if __name__ == "__main__":

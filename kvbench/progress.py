@@ -5,6 +5,9 @@
     python -m kvbench.progress --once               one look; the last line is JSON for scripts
 
 Exit codes: 0 done, 2 nothing to watch, 3 (with --once) some samples failed.
+
+Any number of processes may append while it looks, and every look reads only what is new. Times are those of the
+machines that wrote; clocks that differ by minutes make the rate wrong by as much.
 """
 
 from __future__ import annotations
@@ -12,37 +15,225 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from kvbench import strict_json
 from kvbench.commands import EXIT_FAILED_SAMPLES, command
-from kvbench.errors import RecordError
-from kvbench.results.progress_view import draw
-from kvbench.results.progress_watch import RunProgress, RunWatch, find_runs
+from kvbench.errors import RecordError, printable
+from kvbench.records.read import consistent, keep_newest, parsed, parts, read_calls
+from kvbench.records.schema import HASHES, checked
+
+RATE_WINDOW_S = 600.0
+"""The rate is that of the last so many seconds."""
+QUIET_S = 300.0
+"""A call whose last answer is older is shown in yellow: it may be gone."""
+KEPT = ("dataset", "sample", "arm", "status", "reason", "recorded_at", *HASHES)
+"""Fields of a record that are remembered."""
+
+
+@dataclass(frozen=True)
+class ArmProgress:
+    """How far one arm is: samples recorded (failed ones included), and of the task, as far as any call has said."""
+
+    arm: str
+    n_done: int
+    n_failed: int
+    n_samples: int
+
+
+@dataclass(frozen=True)
+class CallProgress:
+    """How far the latest call of one shard is.
+
+    Attributes:
+        shard: "2/8", or "all" without shards.
+        host: the machine it runs on.
+        n_done: answers it has recorded.
+        n_answers: answers it set out to record.
+        last_s: seconds since its last answer, or since its start.
+    """
+
+    shard: str
+    host: str
+    n_done: int
+    n_answers: int
+    last_s: float
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """How far a run is.
+
+    Attributes:
+        name: name of the run folder.
+        arms: per arm, sorted by key.
+        calls: the latest call of each shard.
+        samples_per_minute: over the last `RATE_WINDOW_S`; 0 if nothing was recorded in it.
+        left_s: seconds until the last arm is complete at that rate; None if unknown, 0 if it is.
+        failures: the latest failures, as (sample, arm, reason).
+    """
+
+    name: str
+    arms: tuple[ArmProgress, ...]
+    calls: tuple[CallProgress, ...]
+    samples_per_minute: float
+    left_s: float | None
+    failures: tuple[tuple[str, str, str], ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every arm has all samples."""
+        return bool(self.arms) and all(arm.n_done >= arm.n_samples for arm in self.arms)
+
+
+@dataclass
+class RunWatch:
+    """One run folder, and what has been read of it so far."""
+
+    run: Path
+    _offsets: dict[Path, int] = field(default_factory=dict)
+    _found: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    _times: dict[str, list[float]] = field(default_factory=dict)
+
+    def look(self, now: float) -> RunProgress:
+        """Read what is new; `now` in seconds since 1970."""
+        for part in parts(self.run):
+            shard = "all" if part == self.run else part.name.replace("-of-", "/")
+            for path in sorted((part / "records").glob("*.jsonl")):
+                for record in self._new_records(path):
+                    self._times.setdefault(shard, []).append(record["recorded_at"])
+                    keep_newest(self._found, record)
+        calls, records = read_calls(self.run), consistent(self._found.values())
+        latest = {call.get("shard") or "all": call for call in calls}
+        arms = _arms(calls, records)
+        answers_per_s = self._rate(latest, now)
+        n_left = sum(max(0, arm.n_samples - arm.n_done) for arm in arms)
+        n_arms = max((len(call["arms"]) for call in latest.values()), default=1)
+        return RunProgress(
+            name=self.run.name,
+            arms=arms,
+            calls=tuple(self._call(shard, call, now) for shard, call in sorted(latest.items(), key=_by_number)),
+            samples_per_minute=60 * answers_per_s / max(1, n_arms),
+            left_s=0.0 if n_left == 0 else n_left / answers_per_s if answers_per_s else None,
+            failures=tuple((r["sample"], r["arm"], r["reason"]) for r in records if r["status"] != "ok")[-3:],
+        )
+
+    def _new_records(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Records in the lines completed since the last look."""
+        with path.open("rb") as file:
+            file.seek(self._offsets.get(path, 0))
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offsets[path] = self._offsets.get(path, 0) + len(whole)
+        for line in whole.split(b"\n"):
+            if record := checked(parsed(line)):
+                yield {name: record[name] for name in KEPT}
+
+    def _rate(self, latest: dict[str, dict[str, Any]], now: float) -> float:
+        """Answers per second over the window, or since the calls began if that is less."""
+        begun = min((float(call["started_at"]) for call in latest.values()), default=now)
+        start = max(now - RATE_WINDOW_S, begun)
+        recent = sum(time > start for times in self._times.values() for time in times)
+        return recent / (now - start) if now > start else 0.0
+
+    def _call(self, shard: str, call: dict[str, Any], now: float) -> CallProgress:
+        started, host, n_answers = float(call["started_at"]), str(call.get("host", "")), int(call["missing_answers"])
+        times = [time for time in self._times.get(shard, []) if time >= started]
+        return CallProgress(shard, host, len(times), n_answers, now - max([started, *times]))
+
+
+def _arms(calls: list[dict[str, Any]], records: list[dict[str, Any]]) -> tuple[ArmProgress, ...]:
+    n_samples: dict[str, int] = {}
+    for call in calls:
+        for arm in call["arms"]:
+            n_samples[arm] = max(n_samples.get(arm, 0), int(call["task_samples"]))
+    done: dict[str, list[str]] = {arm: [] for arm in n_samples}
+    for record in records:
+        done.setdefault(record["arm"], []).append(record["status"])
+    return tuple(
+        ArmProgress(arm, len(own), sum(status != "ok" for status in own), max(n_samples.get(arm, 0), len(own)))
+        for arm, own in sorted(done.items())
+    )
+
+
+def _by_number(item: tuple[str, dict[str, Any]]) -> tuple[int, int]:
+    number, _, count = item[0].partition("/")
+    return (int(count), int(number)) if number.isdigit() and count.isdigit() else (0, 0)
+
+
+def find_runs(folders: list[Path]) -> list[Path]:
+    """Run folders among `folders` and directly below them, sorted."""
+    found = [run for folder in folders for run in [folder, *sorted(folder.glob("*"))] if (run / "records").is_dir()]
+    return list(dict.fromkeys(found))
+
+
+def draw(runs: Sequence[RunProgress]) -> RenderableType:
+    """What all runs look like in a terminal, one below the other."""
+    return Group(*(part for run in runs for part in _drawn(run)))
+
+
+def _drawn(run: RunProgress) -> list[RenderableType]:
+    arms = Table(title=run.name, title_justify="left", box=None, padding=(0, 1))
+    arms.add_column("arm", overflow="fold")
+    for heading in ("samples", "failed", ""):
+        arms.add_column(heading, justify="right", no_wrap=True)
+    for arm in run.arms:
+        failed = Text(str(arm.n_failed), style="red" if arm.n_failed else "")
+        bar = ProgressBar(total=max(1, arm.n_samples), completed=arm.n_done, width=24)
+        arms.add_row(arm.arm, f"{arm.n_done}/{arm.n_samples}", failed, bar)
+    calls = Table(box=None, padding=(0, 1))
+    for heading in ("shard", "host", "answers", "last one"):
+        calls.add_column(heading, justify="left" if heading == "host" else "right")
+    for call in run.calls:
+        quiet = call.last_s > QUIET_S and call.n_done < call.n_answers
+        ago = Text(f"{_time(call.last_s)} ago", style="yellow" if quiet else "")
+        calls.add_row(call.shard, printable(call.host), f"{call.n_done}/{call.n_answers}", ago)
+    left = "complete" if run.complete else "time left " + ("unknown" if run.left_s is None else _time(run.left_s))
+    rate = Text(f" {run.samples_per_minute:.2f} samples a minute, {left}")
+    failures = (f" failed: {sample} for {key}: {reason}" for sample, key, reason in run.failures)
+    return [arms, calls, rate, *(Text(printable(line), style="red") for line in failures), Text("")]
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m kvbench.progress", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, nargs="*", default=[Path("runs")], help="run folders, or folders of them")
+    parser.add_argument("--once", action="store_true", help="one look, then JSON as the last line")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between looks")
+    options = parser.parse_args(arguments)
     watches = {run: RunWatch(run) for run in find_runs(options.run)}
     if not watches:
         named = ", ".join(map(str, options.run))
         raise RecordError(f"no run folder at or below {named}: name a run folder, or output.root")
+
+    def look() -> list[RunProgress]:
+        now = time.time()
+        return [watch.look(now) for watch in watches.values()]
+
     if options.once:
-        found = _look(watches)
+        found = look()
         Console(width=None if sys.stdout.isatty() else 120).print(draw(found))
         print(strict_json.dumps([{**asdict(run), "complete": run.complete} for run in found], ensure_ascii=False))
         return EXIT_FAILED_SAMPLES if any(arm.n_failed for run in found for arm in run.arms) else 0
     try:
-        with Live(draw(_look(watches)), console=Console(), refresh_per_second=4) as live:
+        with Live(draw(look()), console=Console(), refresh_per_second=4) as live:
             while True:
-                found = _look(watches)
+                found = look()
                 live.update(draw(found))
                 if all(run.complete for run in found):
                     break
@@ -51,19 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         pass  # the way to end a look
     return 0
-
-
-def _look(watches: dict[Path, RunWatch]) -> list[RunProgress]:
-    now = time.time()
-    return [watch.look(now) for watch in watches.values()]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kvbench.progress", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="*", default=[Path("runs")], help="run folders, or folders of them")
-    parser.add_argument("--once", action="store_true", help="one look, then JSON as the last line")
-    parser.add_argument("--every", type=float, default=2.0, help="seconds between looks")
-    return parser
 
 
 if __name__ == "__main__":

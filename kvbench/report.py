@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvbench.commands import command
 from kvbench.errors import RecordError
-from kvbench.results.html import render_report
+from kvbench.results.page import render_report
 
 
 @command

@@ -14,8 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvbench.results.comparisons import Comparison, compare_arms
-from kvbench.results.statistics import Scores
+from kvbench.results.statistics import Comparison, Scores, compare_arms
 
 Line = Mapping[str, str]
 PERCENT = 100.0  # comparisons are on the 0..100 scale

@@ -1,33 +1,46 @@
 """From run folders to the cells of a table: arms x data sets, each with its score, samples, interval and doubts.
 
-The only input are records (and what was expected, so that a missing cell can say how to fill it).
+The only input are records (and what was expected, so that a missing cell can say how to fill it), and published
+numbers to show beside ours; one without a source is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from kvbench.metrics import get_metric
+import pandas as pd
+
+from kvbench.errors import DataError
 from kvbench.metrics.averages import KVMERGER_DATASETS
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls, read_config, read_environments
-from kvbench.results.agreement import Agreement, agreement, reference_records
-from kvbench.results.comparisons import Comparison, best_arm, compare_arms
-from kvbench.results.published import Published, lookup, unplaced
-from kvbench.results.statistics import Interval, Scores, average_interval, cell_interval
-from kvbench.results.summary import ArmSummary, RecordDict, summarise
+from kvbench.results.statistics import Comparison, Interval, Scores, best_arm, compare_arms, score_interval
+from kvbench.results.summary import (
+    REFERENCE_METHOD,
+    Agreement,
+    ArmSummary,
+    RecordDict,
+    agreements,
+    grouped,
+    summarise,
+)
 
 MIX_REMEDY = 'say that it may with --mix-environments (make paper-tables: SET="mix_environments=true")'
 AVERAGE = "average"
 AVERAGE_OF_NINE = "average of 9"  # the KVMerger paper's, as the reference files call it
 BUDGET_TOLERANCE = 0.02  # arms that keep more or less than they were asked to compete with nobody
+NOT_STATED = "not stated"
+PUBLISHED = ("model", "method", "budget", "dataset", "score", "source", "note")
+"""Columns of published numbers, all text: model name as in `configs/model` or "not stated"; method, with options after
+a comma where it is an ablation; budget as a fraction or "not stated"; data set or what was averaged; score as printed;
+where it was read; conflicts and doubts. `file` is the stem of the file it stands in."""
 
 
-@dataclass(frozen=True)
-class ExpectedArm:
+class ExpectedArm(NamedTuple):
     """An arm the table has a row for, whether or not it has records."""
 
     key: str
@@ -36,8 +49,7 @@ class ExpectedArm:
     plain: bool  # default options, so that published numbers of the method apply
 
 
-@dataclass(frozen=True)
-class ExpectedColumn:
+class ExpectedColumn(NamedTuple):
     """A task the table has a column for: its name, its run folder, and the command that fills it."""
 
     name: str
@@ -59,14 +71,9 @@ class TableSpec:
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm on one data set (or the average over several).
+    """One arm on one data set (or the average over several): score 0..100, scored and failed samples, interval.
 
-    Attributes:
-        score: on the 0..100 scale; None without scored records.
-        n: scored samples.
-        n_failed: failed samples.
-        interval: bootstrap interval of the score.
-        best: whether the arm is separated from all others of its budget.
+    `best`: whether the arm is separated from all others of its budget.
     """
 
     score: float | None = None
@@ -78,12 +85,13 @@ class Cell:
 
 @dataclass
 class Column:
-    """One data set: its cells by arm key, all pairs of arms, and the command that fills what is missing."""
+    """One data set: its cells and scores by arm key, all pairs of arms, and the command that fills what is missing."""
 
     name: str
     metric: str = ""
     command: str = ""
     cells: dict[str, Cell] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
 
 
@@ -106,142 +114,131 @@ class Table:
     """
 
     spec: TableSpec
-    columns: list[Column]
+    columns: list[Column] = field(default_factory=list)
     average: Column | None = None
     averaged: tuple[str, ...] = ()
     summaries: dict[str, ArmSummary] = field(default_factory=dict)
     agreements: dict[str, Agreement] = field(default_factory=dict)
-    published: dict[str, list[Published]] = field(default_factory=dict)
-    unplaced: list[Published] = field(default_factory=list)
+    published: dict[str, list[Any]] = field(default_factory=dict)
+    unplaced: list[Any] = field(default_factory=list)
     runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
     records: list[RecordDict] = field(default_factory=list)
 
+    @property
+    def all_columns(self) -> list[Column]:
+        """The data sets and, if there is one, their average."""
+        return [*self.columns, *([self.average] if self.average else [])]
 
-def build_table(spec: TableSpec, published: Sequence[Published] = ()) -> Table:
-    """Read the expected runs and compute every cell.
+
+def read_published(folder: Path) -> pd.DataFrame:
+    """All published numbers of a folder's CSV files, as text; columns `PUBLISHED` and "file".
+
+    Raises:
+        DataError: if a file has other columns, or a row lacks a field other than the note.
+    """
+    frames = [pd.DataFrame(columns=[*PUBLISHED, "file"])]
+    for path in sorted(folder.glob("*.csv")):
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        if tuple(frame.columns) != PUBLISHED:
+            raise DataError(f"{path} has columns {list(frame.columns)}: give {','.join(PUBLISHED)}")
+        frame = frame.fillna("").apply(lambda column: column.str.strip())
+        for number, row in enumerate(frame.to_dict("records"), 2):
+            if empty := [name for name in PUBLISHED if name != "note" and not row[name]]:
+                raise DataError(f"{path} line {number} has no {empty[0]}: no number is shown without one")
+        frames.append(frame.assign(file=path.stem))
+    return pd.concat(frames)
+
+
+def build_table(spec: TableSpec, published: pd.DataFrame | None = None) -> Table:
+    """Read the expected runs and compute every cell; a run folder that does not exist leaves its column empty.
 
     Args:
-        spec: what the table should hold; a run folder that does not exist leaves its column empty.
-        published: numbers to show beside ours.
+        spec: what the table should hold.
+        published: numbers to show beside ours, as `read_published` gives them.
 
     Raises:
         RecordError: if a run folder cannot be read, or answers of several environments would stand side by side and
             `spec` does not allow it.
     """
-    arm_keys = [arm.key for arm in spec.arms]
+    table, n_left_out = Table(spec), 0
     calls: list[dict[str, Any]] = []
-    n_left_out = 0
-    table = Table(spec, [])
-    scores: dict[str, dict[str, Scores]] = {}
-    for expected in spec.columns:
-        records, left_out = _records(expected.run, arm_keys)
-        n_left_out += left_out
-        if records:
-            table.runs[expected.run.name] = (read_config(expected.run), read_environments(expected.run))
-            table.records += records
-            calls += read_calls(expected.run)
-        by_dataset: dict[str, list[RecordDict]] = {}
-        for row in records:
-            by_dataset.setdefault(row["dataset"], []).append(row)
-        for name, rows in by_dataset.items() or [(expected.name, [])]:
-            scores[name] = _scores(rows)
-            table.columns.append(_column(name, rows, scores[name], spec.arms, expected.command, _measured(rows)))
+    wanted = {arm.key for arm in spec.arms}
+    for name, run, command in spec.columns:
+        rows: list[RecordDict] = []
+        if (run / "records").is_dir():
+            answers, left_out = read_answers(run)
+            n_left_out += left_out
+            rows = sorted((r for r in answers if r["arm"] in wanted), key=itemgetter("dataset", "sample", "arm"))
+        if rows:
+            table.runs[run.name] = (read_config(run), read_environments(run))
+            table.records += rows
+            calls += read_calls(run)
+        by_dataset = grouped(rows, "dataset") or {name: []}
+        table.columns += [_column(dataset, own, spec.arms, command) for dataset, own in by_dataset.items()]
     if not spec.mix_environments:
         refuse_mixture(environments(table.records, calls), f"table {spec.name} of {spec.model}", MIX_REMEDY)
     table.doubts = doubts(table.records, calls, n_left_out)
-    _average(table, scores)
-    reference = reference_records(table.records)
-    for summary in summarise(table.records):
-        table.summaries[summary.arm] = summary
-        found = agreement([row for row in table.records if row["arm"] == summary.arm], reference)
-        if found is not None:
-            table.agreements[summary.arm] = found
-    names = [column.name for column in table.columns]
-    if set(names) == set(KVMERGER_DATASETS):
-        names.append(AVERAGE_OF_NINE)
+    table.summaries = {summary.arm: summary for summary in summarise(table.records)}
+    table.agreements = agreements(table.records)
+    _average(table)
+    names = {column.name for column in table.columns}
+    if names == set(KVMERGER_DATASETS):
+        names.add(AVERAGE_OF_NINE)
         table.average = table.average or Column(AVERAGE)
-    table.unplaced = unplaced(published, spec.name)
-    for arm in spec.arms:
-        if arm.plain:
-            table.published[arm.key] = lookup(published, spec.model, arm.method, arm.budget, names)
+    if published is not None:
+        table.unplaced = _rows(published, model=NOT_STATED, file=spec.name)
+        for arm in spec.arms:
+            if arm.plain:
+                found = _rows(published, model=spec.model, method=arm.method, budget=f"{arm.budget:g}")
+                table.published[arm.key] = [row for row in found if row.dataset in names]
     return table
 
 
-def _records(run: Path, arm_keys: Sequence[str]) -> tuple[list[RecordDict], int]:
-    if not (run / "records").is_dir():
-        return [], 0
-    wanted = set(arm_keys)
-    records, n_left_out = read_answers(run)
-    rows = [row for row in records if row["arm"] in wanted]
-    return sorted(rows, key=lambda row: (row["dataset"], row["sample"], row["arm"])), n_left_out
+def _rows(published: pd.DataFrame, **values: str) -> list[Any]:
+    """The numbers that have these values, as named tuples."""
+    return list(published[(published[list(values)] == list(values.values())).all(axis=1)].itertuples(index=False))
 
 
-def _scores(rows: Sequence[RecordDict]) -> dict[str, Scores]:
-    by_arm: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        if row["status"] == "ok" and row["parts"]:
-            by_arm.setdefault(row["arm"], {})[row["sample"]] = row["parts"]
-    return {arm: Scores(rows[0]["metric"], parts) for arm, parts in by_arm.items()}
-
-
-def _measured(rows: Sequence[RecordDict]) -> dict[str, float]:
-    return {s.arm: s.budget_measured for s in summarise(rows) if s.budget_measured is not None}
-
-
-def _column(
-    name: str,
-    rows: Sequence[RecordDict],
-    scores: dict[str, Scores],
-    arms: Sequence[ExpectedArm],
-    command: str,
-    measured: dict[str, float],
-) -> Column:
-    column = Column(name, rows[0]["metric"] if rows else "", command, comparisons=compare_arms({name: scores}))
-    values = {arm: get_metric(s.metric).aggregate(list(s.parts.values())) for arm, s in scores.items()}
-    best = _best(values, arms, column.comparisons, measured)
-    failed = {arm.key: sum(row["arm"] == arm.key and row["status"] != "ok" for row in rows) for arm in arms}
+def _column(name: str, rows: Sequence[RecordDict], arms: Sequence[ExpectedArm], command: str) -> Column:
+    column = Column(name, next((row["metric"] for row in rows if row["metric"]), ""), command)
+    for arm, own in grouped((row for row in rows if row["status"] == "ok" and row["parts"]), "arm").items():
+        column.scores[arm] = Scores(column.metric, {row["sample"]: row["parts"] for row in own})
+    column.comparisons = compare_arms({name: column.scores})
     for arm in arms:
-        if arm.key in scores:
-            interval = cell_interval(name, scores[arm.key])
-            n = len(scores[arm.key].parts)
-            column.cells[arm.key] = Cell(values[arm.key], n, failed[arm.key], interval, arm.key in best)
-        else:
-            column.cells[arm.key] = Cell(n_failed=failed[arm.key])
+        column.cells[arm.key] = Cell(n_failed=sum(r["arm"] == arm.key and r["status"] != "ok" for r in rows))
+        if scores := column.scores.get(arm.key):
+            score, interval, n = scores.aggregate(list(scores.parts)), score_interval({name: scores}), len(scores.parts)
+            column.cells[arm.key] = replace(column.cells[arm.key], score=score, n=n, interval=interval)
+    _mark_best(column, arms, summarise(rows))
     return column
 
 
-def _best(
-    values: dict[str, float],
-    arms: Sequence[ExpectedArm],
-    comparisons: Sequence[Comparison],
-    measured: dict[str, float],
-) -> set[str]:
-    """The separated winners, one contest for each budget; the full cache is the yardstick, not a contestant."""
+def _mark_best(column: Column, arms: Sequence[ExpectedArm], summaries: Sequence[ArmSummary]) -> None:
+    """Mark the separated winners, one contest for each budget; the full cache is the yardstick, not a contestant."""
+    measured = {s.arm: s.budget_measured for s in summaries}
     contests: dict[float, dict[str, float]] = {}
-    for arm in arms:
-        kept = measured.get(arm.key, arm.budget)
-        if arm.method != "full" and arm.key in values and abs(kept - arm.budget) <= BUDGET_TOLERANCE:
-            contests.setdefault(arm.budget, {})[arm.key] = values[arm.key]
-    winners = (best_arm(contest, comparisons) for contest in contests.values())
-    return {winner for winner in winners if winner is not None}
+    for key, method, budget, _ in arms:
+        score, kept = column.cells.get(key, Cell()).score, measured.get(key)
+        missed = kept is not None and abs(kept - budget) > BUDGET_TOLERANCE
+        if method != REFERENCE_METHOD and score is not None and not missed:
+            contests.setdefault(budget, {})[key] = score
+    for contest in contests.values():
+        if winner := best_arm(contest, column.comparisons):
+            column.cells[winner] = replace(column.cells[winner], best=True)
 
 
-def _average(table: Table, scores: dict[str, dict[str, Scores]]) -> None:
+def _average(table: Table) -> None:
     """The unweighted mean over the data sets that all arms with any records share."""
-    present = {arm for by_arm in scores.values() for arm in by_arm}
-    shared = {name: by_arm for name, by_arm in scores.items() if by_arm and set(by_arm) == present}
+    present = {arm for column in table.columns for arm in column.scores}
+    shared = {column.name: column for column in table.columns if column.scores and set(column.scores) == present}
     if len(shared) < 2:
         return
-    comparisons = compare_arms(shared)
-    average = Column(AVERAGE, comparisons=comparisons)
-    values: dict[str, float] = {}
-    by_name = {column.name: column for column in table.columns}
+    average = Column(AVERAGE, comparisons=compare_arms({name: column.scores for name, column in shared.items()}))
     for arm in sorted(present):
-        cells = [by_name[name].cells[arm] for name in shared]
-        values[arm] = sum(cell.score for cell in cells if cell.score is not None) / len(cells)
-        interval = average_interval({name: by_arm[arm] for name, by_arm in shared.items()})
-        average.cells[arm] = Cell(values[arm], sum(c.n for c in cells), sum(c.n_failed for c in cells), interval)
-    for winner in _best(values, table.spec.arms, comparisons, _measured(table.records)):
-        average.cells[winner] = Cell(**{**vars(average.cells[winner]), "best": True})
+        cells = [column.cells[arm] for column in shared.values()]
+        score = sum(cell.score for cell in cells if cell.score is not None) / len(cells)
+        interval = score_interval({name: column.scores[arm] for name, column in shared.items()})
+        average.cells[arm] = Cell(score, sum(c.n for c in cells), sum(c.n_failed for c in cells), interval)
+    _mark_best(average, table.spec.arms, list(table.summaries.values()))
     table.average, table.averaged = average, tuple(shared)

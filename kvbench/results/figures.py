@@ -6,14 +6,14 @@ line style too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from kvbench.paths import file_stem
 from kvbench.results.cells import Table
-from kvbench.results.summary import ArmSummary, RecordDict, aggregate_score, summarise
+from kvbench.results.summary import REFERENCE_METHOD, ArmSummary, aggregate_score, grouped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ MARKERS = "oDs^vPX*"
 LINES = ("-", "--", "-.", ":")
 SEQUENTIAL = "cividis"  # made to look the same with and without colour blindness (Nuñez et al. 2018)
 DPI = 150
+METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 
 
 def style() -> AbstractContextManager[None]:
@@ -37,48 +38,46 @@ def style() -> AbstractContextManager[None]:
     )  # fmt: skip
 
 
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `<stem>.png` and `<stem>.svg` without dates; returns the paths."""
+def save(figure: Figure, target: Path | IO[bytes], kind: str) -> None:
+    """Write a figure as "png" or "svg" without dates."""
+    figure.savefig(target, format=kind, metadata=METADATA[kind])
+
+
+def save_both(figure: Figure, stem: Path) -> list[Path]:
+    """Write `<stem>.png` and `<stem>.svg`; returns the paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
-    figure.savefig(paths[0], metadata={"Software": None})
-    figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
-    return paths
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in METADATA}
+    for kind, path in paths.items():
+        save(figure, path, kind)
+    return list(paths.values())
 
 
-def figure_functions() -> dict[str, Callable[[Table], Figure | None]]:
-    """Name of each figure -> function that draws it, or returns None where the records do not carry it."""
-    return {"budget": budget_figure, "needle": needle_figure, "cost": cost_figure}
+def drawn(table: Table) -> Iterator[tuple[str, Figure]]:
+    """The figures that the records of a table allow, by name."""
+    with style():
+        for name, (_, draw) in FIGURES.items():
+            figure = draw(table) if table.records else None
+            if figure is not None:
+                yield name, figure
 
 
 def write_figures(table: Table, folder: Path) -> list[Path]:
-    """Draw what the records of a table allow; returns the files.
-
-    Args:
-        table: the table.
-        folder: created if needed.
-    """
-    if not table.records:
-        return []
-    paths = []
-    with style():
-        for name, draw in figure_functions().items():
-            figure = draw(table)
-            if figure is not None:
-                paths += save(figure, folder / f"{table.spec.name}-{file_stem(table.spec.model)}-{name}")
-    return paths
+    """Write what the records of a table allow into a folder, created if needed; returns the files."""
+    stem = f"{table.spec.name}-{file_stem(table.spec.model)}"
+    return [path for name, figure in drawn(table) for path in save_both(figure, folder / f"{stem}-{name}")]
 
 
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+def subplots(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, `(rows, columns)`; no pyplot, so nothing global is left behind."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")  # no pyplot: nothing global is left behind
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _methods(summaries: Iterable[ArmSummary]) -> dict[str, int]:
     """Methods in fixed order with the number that gives colour, marker and line."""
-    names = sorted({s.method for s in summaries}, key=lambda name: (name != "full", name))
+    names = sorted({s.method for s in summaries}, key=lambda name: (name != REFERENCE_METHOD, name))
     return {name: index for index, name in enumerate(names)}
 
 
@@ -88,25 +87,21 @@ def budget_figure(table: Table) -> Figure | None:
     summaries = [s for s in table.summaries.values() if s.n and s.arm in plain]
     methods = _methods(summaries)
     points = {name: sorted((s for s in summaries if s.method == name), key=lambda s: s.budget) for name in methods}
-    if max((len(line) for line in points.values()), default=0) < 2:
+    if max(map(len, points.values()), default=0) < 2:
         return None
-    figure, axes = _subplots(1, 2, (9.0, 3.4))
+    figure, axes = subplots(1, 2, (9.0, 3.4))
     for axis, label, value in (
         (axes[0][0], "score (mean over data sets)", lambda s: s.score),
         (axes[0][1], "KL to the full cache, nats a token", lambda s: s.kl),
     ):
         for name, index in methods.items():
             line = [(100 * (s.budget_measured or 0), value(s)) for s in points[name] if value(s) is not None]
-            if not line:
-                continue
-            if name == "full":
-                axis.axhline(line[0][1], color=PALETTE[0], linewidth=1, label="full")
-                continue
-            axis.plot(*zip(*line, strict=True), color=PALETTE[index % len(PALETTE)], marker=MARKERS[index % 8],
-                      linestyle=LINES[index % 4], label=name)  # fmt: skip
-        axis.set_xlabel("slots kept, % of the full cache")
-        axis.set_ylabel(label)
-        axis.set_xlim(0, 103)
+            if line and name == REFERENCE_METHOD:
+                axis.axhline(line[0][1], color=PALETTE[0], linewidth=1, label=name)
+            elif line:
+                axis.plot(*zip(*line, strict=True), color=PALETTE[index % len(PALETTE)], marker=MARKERS[index % 8],
+                          linestyle=LINES[index % 4], label=name)  # fmt: skip
+        axis.set(xlabel="slots kept, % of the full cache", ylabel=label, xlim=(0, 103))
         axis.margins(y=0.1)
     axes[0][1].set_ylim(bottom=0)
     axes[0][0].legend(fontsize=8)
@@ -116,23 +111,24 @@ def budget_figure(table: Table) -> Figure | None:
 def needle_figure(table: Table) -> Figure | None:
     """Heat maps of the score over prompt length and depth of the needle, one per arm."""
     rows = [r for r in table.records if {"length_tokens", "depth"} <= set(r["meta"]) and r["status"] == "ok"]
-    arms = [arm.key for arm in table.spec.arms if any(r["arm"] == arm.key for r in rows)]
-    lengths = sorted({r["meta"]["length_tokens"] for r in rows})
-    depths = sorted({r["meta"]["depth"] for r in rows})
+    by_arm = grouped(rows, "arm")
+    arms = [arm.key for arm in table.spec.arms if arm.key in by_arm]
+    lengths, depths = (sorted({r["meta"][name] for r in rows}) for name in ("length_tokens", "depth"))
     if not arms or len(depths) < 2:
         return None
     n_columns = min(3, len(arms))
     n_rows = -(-len(arms) // n_columns)
-    figure, axes = _subplots(n_rows, n_columns, (3.0 * n_columns, 0.9 + 1.9 * n_rows))
+    figure, axes = subplots(n_rows, n_columns, (3.0 * n_columns, 0.9 + 1.9 * n_rows))
     image: Any = None
-    for place, axis in enumerate(axes.flat):
-        if place >= len(arms):
-            axis.axis("off")
-            continue
-        grid = _needle_grid([r for r in rows if r["arm"] == arms[place]], lengths, depths)
+    for axis in list(axes.flat)[len(arms) :]:
+        axis.axis("off")
+    for axis, arm in zip(axes.flat, arms, strict=False):
+        cells = grouped(({**r["meta"], **r} for r in by_arm[arm]), "depth", "length_tokens")
+        scores = [[aggregate_score(cells.get((depth, length), [])) for length in lengths] for depth in depths]
+        grid = [[float("nan") if score is None else score for score in line] for line in scores]
         image = axis.imshow(grid, vmin=0, vmax=100, cmap=SEQUENTIAL, aspect="auto")
         axis.grid(False)
-        axis.set_title(arms[place], fontsize=8)
+        axis.set_title(arm, fontsize=8)
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
         for i, line in enumerate(grid):
@@ -145,27 +141,14 @@ def needle_figure(table: Table) -> Figure | None:
     return figure
 
 
-def _needle_grid(rows: Sequence[RecordDict], lengths: Sequence[int], depths: Sequence[float]) -> list[list[float]]:
-    cells: dict[tuple[float, int], list[RecordDict]] = {}
-    for row in rows:
-        cells.setdefault((row["meta"]["depth"], row["meta"]["length_tokens"]), []).append(row)
-
-    def score(depth: float, length: int) -> float:
-        found = aggregate_score(cells.get((depth, length), []))
-        return float("nan") if found is None else found
-
-    return [[score(depth, length) for length in lengths] for depth in depths]
-
-
 def cost_figure(table: Table) -> Figure | None:
     """Cache memory and seconds a sample for each arm."""
     order = {arm.key: index for index, arm in enumerate(table.spec.arms)}
-    summaries = sorted((s for s in summarise(table.records) if s.n), key=lambda s: order.get(s.arm, len(order)))
+    summaries = sorted((s for s in table.summaries.values() if s.n), key=lambda s: order.get(s.arm, len(order)))
     if not summaries:
         return None
-    methods = _methods(summaries)
-    names = [s.arm for s in summaries]
-    figure, axes = _subplots(1, 2, (9.0, 1.2 + 0.28 * len(names)))
+    methods, names = _methods(summaries), [s.arm for s in summaries]
+    figure, axes = subplots(1, 2, (9.0, 1.2 + 0.28 * len(names)))
     for axis, label, values in (
         (axes[0][0], "cache after compression, MiB a sample", [(s.cache_bytes or 0) / 2**20 for s in summaries]),
         (axes[0][1], "share of wall time, s a sample", [s.seconds / s.n for s in summaries]),
@@ -179,3 +162,17 @@ def cost_figure(table: Table) -> Figure | None:
         axis.grid(False, axis="y")
     axes[0][1].set_yticklabels([])
     return figure
+
+
+class _Drawing(NamedTuple):
+    caption: str
+    draw: Callable[[Table], Figure | None]  # None where the records do not carry it
+
+
+FIGURES = {
+    "budget": _Drawing("Score and KL to the full cache against the measured budget", budget_figure),
+    "needle": _Drawing("Score over prompt length and depth of the needle", needle_figure),
+    "cost": _Drawing(
+        "Cache memory and time for each arm (the arms of a fused batch share its time equally)", cost_figure
+    ),
+}

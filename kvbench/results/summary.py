@@ -1,14 +1,28 @@
-"""From records to one line of numbers per arm; pure, and the only input is records."""
+"""From records to one line of numbers per arm, and the table of them at the end of a run.
+
+Scores need hundreds of samples to tell methods apart; tokens that differ from the full cache's own answer do it with a
+handful, so each arm's answers are compared with those as well. The only input is records.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from statistics import mean, median
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvbench.errors import printable
 from kvbench.metrics import get_metric
+from kvbench.metrics.fidelity import equal_share, first_divergence, rouge_l_to_full
 
 RecordDict = dict[str, Any]
+REFERENCE_METHOD = "full"
+COLUMNS = ("arm", "budget", "measured", "cache MiB", "n", "score", "gold NLL", "KL to full", "seconds")
 
 
 @dataclass(frozen=True)
@@ -47,21 +61,48 @@ class ArmSummary:
         return dict(vars(self))
 
 
-def summarise(records: Iterable[RecordDict]) -> list[ArmSummary]:
-    """One summary per arm: the full cache first, then by method and falling budget.
+@dataclass(frozen=True)
+class Agreement:
+    """One arm against the full cache on the samples both answered.
 
-    Args:
-        records: records of any number of arms and data sets (see `kvbench.records.schema`).
+    Attributes:
+        n: samples compared.
+        identical_share: share of samples whose answers are token for token the same.
+        first_divergence_tokens: median number of shared tokens before the first difference, over the samples that
+            differ; None if none does.
+        equal_share: mean share of equal tokens, position by position.
+        rouge_l: mean ROUGE-L to the full cache's text.
     """
-    by_arm: dict[str, list[RecordDict]] = {}
-    for record in records:
-        by_arm.setdefault(record["arm"], []).append(record)
-    summaries = [_summary(arm, rows) for arm, rows in by_arm.items()]
-    return sorted(summaries, key=lambda s: (s.method != "full", s.method, -s.budget, s.arm))
+
+    n: int
+    identical_share: float
+    first_divergence_tokens: float | None
+    equal_share: float
+    rouge_l: float
+
+
+def grouped(rows: Iterable[RecordDict], *fields: str) -> dict[Any, list[RecordDict]]:
+    """The rows by the value of a field (of several: by the tuple of their values), in order of first occurrence."""
+    groups: dict[Hashable, list[RecordDict]] = {}
+    for row in rows:
+        groups.setdefault(itemgetter(*fields)(row), []).append(row)
+    return groups
+
+
+def summarise(records: Iterable[RecordDict]) -> list[ArmSummary]:
+    """One summary per arm, over any number of data sets, in `arm_order`."""
+    summaries = [_summary(arm, rows) for arm, rows in grouped(records, "arm").items()]
+    return sorted(summaries, key=arm_order)
+
+
+def arm_order(summary: ArmSummary) -> tuple[bool, str, float, str]:
+    """Sorts arms: the full cache first, then by method and falling budget."""
+    return summary.method != REFERENCE_METHOD, summary.method, -summary.budget, summary.arm
 
 
 def _summary(arm: str, rows: Sequence[RecordDict]) -> ArmSummary:
     good = [row for row in rows if row["status"] == "ok"]
+    full_slots = sum(row["full_slots"] for row in good)
     return ArmSummary(
         arm=arm,
         method=rows[0]["method"],
@@ -69,26 +110,64 @@ def _summary(arm: str, rows: Sequence[RecordDict]) -> ArmSummary:
         n=len(good),
         n_failed=len(rows) - len(good),
         score=aggregate_score(good),
-        gold_nll=_mean([row["gold_nll"] for row in good]),
-        kl=_mean([row["kl"] for row in good]),
-        budget_measured=_ratio(good),
-        cache_bytes=_mean([row["cache_bytes"] for row in good]),
+        gold_nll=_mean(row["gold_nll"] for row in good),
+        kl=_mean(row["kl"] for row in good),
+        budget_measured=sum(sum(row["slots_per_layer"]) for row in good) / full_slots if full_slots else None,
+        cache_bytes=_mean(row["cache_bytes"] for row in good),
         seconds=sum(row["seconds"] for row in good),
     )
 
 
-def aggregate_score(rows: Sequence[RecordDict]) -> float | None:
+def aggregate_score(rows: Iterable[RecordDict]) -> float | None:
     """The score of successful records on the 0..100 scale: each data set by its own metric, then their plain mean."""
-    by_dataset: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for row in rows:
-        if row["parts"]:
-            by_dataset.setdefault((row["dataset"], row["metric"]), []).append(row["parts"])
-    return _mean([get_metric(metric).aggregate(parts) for (_, metric), parts in by_dataset.items()])
+    scored = grouped((row for row in rows if row["parts"]), "dataset", "metric")
+    return _mean(get_metric(metric).aggregate([row["parts"] for row in own]) for (_, metric), own in scored.items())
 
 
-def _ratio(rows: Sequence[RecordDict]) -> float | None:
-    full = sum(row["full_slots"] for row in rows)
-    return sum(sum(row["slots_per_layer"]) for row in rows) / full if full else None
+def agreements(records: Sequence[RecordDict]) -> dict[str, Agreement]:
+    """Each arm's agreement with the full cache's answers, for the arms that answered any sample the full cache did."""
+    good = [row for row in records if row["status"] == "ok"]
+    full = {(row["dataset"], row["sample"]): row for row in good if row["method"] == REFERENCE_METHOD}
+    return {
+        arm: _agreement([(row, full[row["dataset"], row["sample"]]) for row in rows])
+        for arm, rows in grouped((row for row in good if (row["dataset"], row["sample"]) in full), "arm").items()
+    }
+
+
+def _agreement(pairs: Sequence[tuple[RecordDict, RecordDict]]) -> Agreement:
+    first = [first_divergence(arm["token_ids"], full["token_ids"]) for arm, full in pairs]
+    differing = [position for position in first if position is not None]
+    return Agreement(
+        n=len(pairs),
+        identical_share=1 - len(differing) / len(pairs),
+        first_divergence_tokens=float(median(differing)) if differing else None,
+        equal_share=mean(equal_share(arm["token_ids"], full["token_ids"]) for arm, full in pairs),
+        rouge_l=mean(rouge_l_to_full(arm["prediction"], full["prediction"]) for arm, full in pairs),
+    )
+
+
+def print_tables(records: Iterable[RecordDict], title: str, console: Console) -> None:
+    """Print one table per data set of a run; the title says what the run was: model, protocol."""
+    for dataset, rows in grouped(records, "dataset").items():
+        heading = printable(f"{dataset} · {rows[0]['metric']} · {title}")
+        table = Table(title=Text(heading), title_justify="left")  # a Text: square brackets in names are no markup
+        table.add_column(COLUMNS[0], overflow="fold")
+        for column in COLUMNS[1:]:
+            table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+        for s in summarise(rows):
+            mib = None if s.cache_bytes is None else s.cache_bytes / 2**20
+            numbers = (number(s.score, ".2f", "-"), number(s.gold_nll, ".3f", "-"), number(s.kl, ".4f", "-"))
+            table.add_row(
+                Text(printable(s.arm)), f"{s.budget:.0%}", number(s.budget_measured, ".2%", "-"),
+                number(mib, ".2f", "-"), f"{s.n} ({s.n_failed} failed)" if s.n_failed else str(s.n), *numbers,
+                f"{s.seconds:.1f}",
+            )  # fmt: skip
+        console.print(table)
+
+
+def number(value: float | None, spec: str, missing: str = "–") -> str:
+    """The formatted value, or a dash for none."""
+    return missing if value is None else format(value, spec)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -5,78 +5,144 @@ Nothing here depends on the clock or on the order of files: the same records giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from kvbench.paths import file_stem
 from kvbench.results.cells import AVERAGE_OF_NINE, Cell, Column, Table
-from kvbench.results.csv_latex import cells_csv, latex, pairs_csv
-from kvbench.results.published import Published
-from kvbench.results.text import (
-    DETAIL_HEADER,
-    MISSING,
-    READING,
-    detail_rows,
-    environment_text,
-    heading,
-    interval_text,
-    table_columns,
+from kvbench.results.summary import number
+
+MISSING = "no records"
+READING = (
+    "Scores are on the 0 to 100 scale, each data set by its own metric, with the 95 % bootstrap interval over samples "
+    "(percentile, 10,000 resamples, fixed seed; averages resample within each data set). **Bold**: the best arm of its "
+    "budget, only where it is separated from every other one: paired bootstrap and exact sign test both below 0.05 "
+    "after Holm's correction over all pairs of arms in the column. \"all equal\": all samples score the same, so the "
+    "bootstrap sees no spread; that is a sign of few samples, not of certainty."
+)  # fmt: skip
+DETAIL_HEADER = (
+    "arm", "kept", "cache MiB", "KL to full", "gold NLL", "same answer", "equal tokens", "first difference",
+    "ROUGE-L to full", "s a sample",
+)  # fmt: skip
+DETAIL_NOTE = (
+    "Means over all samples. Kept: slots over slots of the full cache. KL and NLL: nats a gold token. The last columns "
+    "compare each arm's own answer with the full cache's; first difference: median over the answers that differ, in "
+    "tokens. Seconds: the arm's share of the wall time of prefill, compression and decoding."
 )
+CELL_COLUMNS = (
+    "model", "arm", "method", "budget_requested", "budget_measured", "dataset", "metric", "n", "n_failed", "score",
+    "low", "high", "best", "source", "note",
+)  # fmt: skip
+PAIR_COLUMNS = (
+    "dataset", "first", "second", "n", "difference", "low", "high", "wins", "losses", "p_bootstrap", "p_sign",
+    "p_bootstrap_holm", "p_sign_holm", "separated",
+)  # fmt: skip
+TEX_ESCAPES = {character: "\\" + character for character in "&%$#_{}"}
+TEX_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
-    """Write `<name>.md`, `.csv`, `-pairs.csv` and `.tex`; returns their paths.
-
-    Args:
-        table: the table.
-        folder: created if missing.
-    """
+    """Write `<name>.md`, `.csv`, `-pairs.csv` and `.tex` into a folder, created if missing; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {".md": markdown(table), ".csv": cells_csv(table), "-pairs.csv": pairs_csv(table), ".tex": latex(table)}
     paths = []
     for suffix, text in texts.items():
-        path = folder / f"{table.spec.name}-{file_stem(table.spec.model)}{suffix}"
-        path.write_text(text, encoding="utf-8", newline="\n")
-        paths.append(path)
+        paths.append(folder / f"{table.spec.name}-{file_stem(table.spec.model)}{suffix}")
+        paths[-1].write_text(text, encoding="utf-8", newline="\n")
     return paths
+
+
+def heading(table: Table, column: Column) -> str:
+    """A column's name with its number of samples where all arms have the same."""
+    if column is table.average:
+        return f"average of {len(table.averaged) or len(table.columns)} of {len(table.columns)}"
+    sizes = _sizes(column)
+    return f"{column.name}, n = {min(sizes)}" if len(sizes) == 1 else column.name
+
+
+def interval_text(cell: Cell) -> str:
+    """The interval in square brackets, or why there is none."""
+    if cell.interval is None:
+        return "[one sample]" if cell.n == 1 else ""
+    return "[all equal]" if cell.interval.flat else f"[{cell.interval.low:.1f}, {cell.interval.high:.1f}]"
+
+
+def detail_rows(table: Table) -> list[list[str]]:
+    """Budgets, bytes, closeness to the full cache and time of every arm, as text, after `DETAIL_HEADER`."""
+    rows = []
+    for arm in table.spec.arms:
+        s, a = table.summaries.get(arm.key), table.agreements.get(arm.key)
+        if s is not None and s.n:
+            mib = None if s.cache_bytes is None else s.cache_bytes / 2**20
+            fields = [("identical_share", ".0%"), ("equal_share", ".1%"), ("first_divergence_tokens", ".1f"),
+                      ("rouge_l", ".3f")]  # fmt: skip
+            rows.append([
+                arm.key, number(s.budget_measured, ".2%"), number(mib, ".2f"), number(s.kl, ".4f"),
+                number(s.gold_nll, ".3f"), *(number(getattr(a, name, None), spec) for name, spec in fields),
+                number(s.seconds / s.n, ".2f"),
+            ])  # fmt: skip
+    return rows
+
+
+def environment_text(environment: Mapping[str, Any]) -> str:
+    """Versions, commit and device of one environment."""
+    packages, devices = environment.get("packages"), environment.get("devices")
+    packages = packages if isinstance(packages, dict) else {}
+    device = environment.get("device") or ", ".join(map(str, devices if isinstance(devices, list) else []))
+    return (
+        f"kvbench {environment.get('kvbench')} at {environment.get('commit')}, torch {packages.get('torch')}, "
+        f"transformers {packages.get('transformers')}, {device or 'CPU'}, {environment.get('torch_threads')} threads"
+    )
 
 
 def markdown(table: Table) -> str:
     """The table with everything a reader needs to judge it."""
-    columns = table_columns(table)
     footnotes: dict[str, str] = {}
     lines = [f"# {table.spec.title} · {table.spec.model}", "", READING, ""]
-    lines += _pipe(
-        ["arm", *(heading(table, column) for column in columns)],
-        _score_rows(table, columns, footnotes),
-    )
-    lines += _missing_commands(table) + _details(table) + _sources(table, footnotes) + _provenance(table)
+    lines += _pipe(["arm", *(heading(table, column) for column in table.all_columns)], _score_rows(table, footnotes))
+    gaps = [column for column in table.columns if any(cell.score is None for cell in column.cells.values())]
+    if gaps:
+        lines += ["", f"Cells with {MISSING} (or failed samples) are filled by:", ""]
+        lines += [f"- {column.name}: `{column.command}`" for column in gaps]
+    if details := [[f"`{row[0]}`", *row[1:]] for row in detail_rows(table)]:
+        lines += ["", "## Budgets, closeness to the full cache, time", "", *_pipe(DETAIL_HEADER, details)]
+        lines += ["", DETAIL_NOTE]
+    lines += _sources(table, footnotes)
+    if table.runs:
+        lines += ["", "## Runs", ""]
+        for name, (config, environments) in sorted(table.runs.items()):
+            made_in = "; ".join(dict.fromkeys(map(environment_text, environments)))
+            lines.append(f"- `{name}`: {made_in or 'environment unknown'}{_limits(config)}")
+        if table.doubts:
+            lines += ["", *(f"**{line}**" for line in table.doubts)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _score_rows(table: Table, columns: Sequence[Column], footnotes: dict[str, str]) -> list[list[str]]:
-    rows = []
+def _score_rows(table: Table, footnotes: dict[str, str]) -> Iterable[list[str]]:
     for arm in table.spec.arms:
-        cells = [column.cells.get(arm.key, Cell()) for column in columns]
-        sizes = [len({c.n for c in column.cells.values() if c.score is not None}) for column in columns]
-        rows.append([f"`{arm.key}`", *(_cell(cell, size > 1) for cell, size in zip(cells, sizes, strict=True))])
-        numbers = table.published.get(arm.key, [])
-        if numbers:
-            found = [[p for p in numbers if p.dataset in _published_names(table, column)] for column in columns]
-            rows.append(["published", *(" / ".join(_cite(p, footnotes) for p in group) for group in found)])
-    return rows
+        shown = [_cell(column.cells.get(arm.key, Cell()), len(_sizes(column)) > 1) for column in table.all_columns]
+        yield [f"`{arm.key}`", *shown]
+        if numbers := table.published.get(arm.key):
+            names = [_published_name(table, column) for column in table.all_columns]
+            yield ["published", *(" / ".join(_cite(p, footnotes) for p in numbers if p.dataset == n) for n in names)]
 
 
-def _published_names(table: Table, column: Column) -> tuple[str, ...]:
+def _sizes(column: Column) -> set[int]:
+    return {cell.n for cell in column.cells.values() if cell.score is not None}
+
+
+def _published_name(table: Table, column: Column) -> str | None:
     if column is not table.average:
-        return (column.name,)
-    return (AVERAGE_OF_NINE,) if len(table.averaged) in (0, len(table.columns)) else ()
+        return column.name
+    return AVERAGE_OF_NINE if len(table.averaged) in (0, len(table.columns)) else None
 
 
-def _cite(number: Published, footnotes: dict[str, str]) -> str:
-    label = footnotes.setdefault(number.source, _letters(len(footnotes)))
-    return f"{number.score} [{label}]"
+def _cite(published: Any, footnotes: dict[str, str]) -> str:
+    return f"{published.score} [{footnotes.setdefault(published.source, _letters(len(footnotes)))}]"
 
 
 def _letters(index: int) -> str:
@@ -91,61 +157,27 @@ def _cell(cell: Cell, show_n: bool) -> str:
     return " ".join([score, interval_text(cell), *(f"({note})" for note in notes)]).strip()
 
 
-def _missing_commands(table: Table) -> list[str]:
-    gaps = [column for column in table.columns if any(cell.score is None for cell in column.cells.values())]
-    if not gaps:
-        return []
-    return ["", f"Cells with {MISSING} (or failed samples) are filled by:", ""] + [
-        f"- {column.name}: `{column.command}`" for column in gaps
-    ]
-
-
-def _details(table: Table) -> list[str]:
-    rows = [[f"`{row[0]}`", *row[1:]] for row in detail_rows(table)]
-    if not rows:
-        return []
-    note = (
-        "Means over all samples. Kept: slots over slots of the full cache. KL and NLL: nats a gold token. The last "
-        "columns compare each arm's own answer with the full cache's; first difference: median over the answers that "
-        "differ, in tokens. Seconds: the arm's share of the wall time of prefill, compression and decoding."
-    )
-    return ["", "## Budgets, closeness to the full cache, time", "", *_pipe(DETAIL_HEADER, rows), "", note]
-
-
 def _sources(table: Table, footnotes: dict[str, str]) -> list[str]:
-    for p in table.unplaced:
-        _cite(p, footnotes)
+    unplaced = [
+        f"- {p.method} at {p.budget}, {p.dataset}: {_cite(p, footnotes)}" + (f" ({p.note})" if p.note else "")
+        for p in table.unplaced
+    ]
     if not footnotes:
         return []
-    lines = ["", "## Published numbers", ""]
-    lines += [f"- [{label}] {source}" for source, label in footnotes.items()]
+    lines = ["", "## Published numbers", "", *(f"- [{label}] {source}" for source, label in footnotes.items())]
     notes = [
         f"- {p.method} at {p.budget}, {p.dataset}, {p.score}: {p.note}"
         for arm in table.spec.arms for p in table.published.get(arm.key, []) if p.note
     ]  # fmt: skip
-    if table.unplaced:
-        lines += ["", "Not comparable cell by cell, as the source does not state the model:", ""]
-        lines += [
-            f"- {p.method} at {p.budget}, {p.dataset}: {_cite(p, footnotes)}" + (f" ({p.note})" if p.note else "")
-            for p in table.unplaced
-        ]
+    if unplaced:
+        lines += ["", "Not comparable cell by cell, as the source does not state the model:", "", *unplaced]
     return lines + (["", "Doubts and conflicts:", "", *notes] if notes else [])
 
 
-def _provenance(table: Table) -> list[str]:
-    if not table.runs:
-        return []
-    lines = ["", "## Runs", ""]
-    for name, (config, environments) in sorted(table.runs.items()):
-        made_in = "; ".join(dict.fromkeys(map(environment_text, environments)))
-        lines.append(f"- `{name}`: {made_in or 'environment unknown'}{_limits(config)}")
-    return lines + (["", *(f"**{line}**" for line in table.doubts)] if table.doubts else [])
-
-
-def _limits(config: dict[str, Any]) -> str:
+def _limits(config: Mapping[str, Any]) -> str:
     """Settings that make a run differ from the published protocol, as the end of a sentence."""
-    model, protocol = config.get("model", {}), config.get("protocol", {})
-    prompt, answer = model.get("max_prompt_tokens"), protocol.get("max_new_tokens")
+    prompt = config.get("model", {}).get("max_prompt_tokens")
+    answer = config.get("protocol", {}).get("max_new_tokens")
     cut = f", prompts of at most {prompt} tokens" if prompt else ""
     return cut + (f", answers of at most {answer} tokens" if answer else "")
 
@@ -153,3 +185,82 @@ def _limits(config: dict[str, Any]) -> str:
 def _pipe(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     align = ["---"] + ["---:"] * (len(header) - 1)
     return ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in (header, align, *rows)]
+
+
+def cells_csv(table: Table) -> str:
+    """One line per arm and data set, ours and published, in full precision."""
+    rows: list[Sequence[object]] = []
+    for key, method, budget, _ in table.spec.arms:
+        measured = number(getattr(table.summaries.get(key), "budget_measured", None), ".4f")
+        for column in table.all_columns:
+            cell = column.cells.get(key, Cell())
+            ends = [number(end, ".4f") for end in (cell.score, *(cell.interval or (None, None)))]
+            note = f"{MISSING}; fill with: {column.command}" if cell.score is None and column.command else ""
+            name = f"average of {', '.join(table.averaged)}" if column is table.average else column.name
+            rows.append((
+                table.spec.model, key, method, f"{budget:g}", measured, name, column.metric, cell.n, cell.n_failed,
+                *ends, int(cell.best), "records", note,
+            ))  # fmt: skip
+        rows += [_published_row(p, key) for p in table.published.get(key, [])]
+    return _csv(CELL_COLUMNS, [*rows, *(_published_row(p, "") for p in table.unplaced)])
+
+
+def _published_row(p: Any, arm: str) -> Sequence[object]:
+    return p.model, arm, p.method, p.budget, "", p.dataset, "", "", "", p.score, "", "", "", p.source, p.note
+
+
+def pairs_csv(table: Table) -> str:
+    """One line per data set and pair of arms: the paired difference and both tests."""
+    rows = [
+        (
+            column.name, c.first, c.second, c.n, f"{c.difference:.4f}",
+            *(number(end, ".4f") for end in c.interval or (None, None)), c.wins, c.losses,
+            *(f"{p:.5f}" for p in (c.p_bootstrap, c.p_sign, c.p_bootstrap_holm, c.p_sign_holm)), int(c.separated),
+        )
+        for column in table.all_columns for c in column.comparisons
+    ]  # fmt: skip
+    return _csv(PAIR_COLUMNS, rows)
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    frame = pd.DataFrame([[_harmless(cell) for cell in row] for row in rows], columns=list(header), dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+def _harmless(cell: object) -> object:
+    """The cell; a text that a spreadsheet would run as a formula gets an apostrophe before it.
+
+    Names of arms and data sets come from records, which anyone may have written. Numbers stay numbers.
+    """
+    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return "'" + cell
+    return cell
+
+
+def latex(table: Table) -> str:
+    """The scores as a `tabular` for the booktabs package."""
+    columns = table.all_columns
+    header = ["arm", *(_tex(heading(table, column)) for column in columns)]
+    rows = [
+        [_tex(arm.key), *(_tex_cell(column.cells.get(arm.key, Cell())) for column in columns)]
+        for arm in table.spec.arms
+    ]
+    frame = pd.DataFrame(rows, columns=header, dtype=object)
+    tabular = frame.to_latex(index=False, escape=False, column_format="l" + "r" * len(columns))
+    return f"% {_tex(table.spec.title)}; needs \\usepackage{{booktabs}}\n{tabular}"
+
+
+def _tex_cell(cell: Cell) -> str:
+    if cell.score is None:
+        return f"\\emph{{{MISSING}}}"
+    score = f"\\textbf{{{cell.score:.2f}}}" if cell.best else f"{cell.score:.2f}"
+    interval = interval_text(cell)
+    return f"{score} {{\\scriptsize {interval}}}" if interval else score
+
+
+def _tex(text: str) -> str:
+    return " ".join("".join(TEX_ESCAPES.get(character, character) for character in text).split())

@@ -13,8 +13,7 @@ from commands import RUN, Command, Server, complete_lines, rows, wait_until
 from kvbench.records.read import read_prompts, read_records
 from kvbench.results.cells import ExpectedArm, ExpectedColumn, TableSpec, build_table
 from kvbench.results.summary import summarise
-from kvbench.results.tables import write_table
-from kvbench.results.text import DETAIL_HEADER
+from kvbench.results.tables import DETAIL_HEADER, write_table
 
 KILLS = 50
 SEED = 20261124

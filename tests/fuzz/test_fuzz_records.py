@@ -17,15 +17,12 @@ from test_fuzz_data import QASPER, damaged, lines
 from verdicts import CASES, NASTY, Tally, generator, shown
 
 from kvbench.experiments import composed
-from kvbench.export import export_longbench
 from kvbench.plan import build_plan
+from kvbench.progress import RunWatch, draw
 from kvbench.records.read import read_calls, read_prompts, read_records
-from kvbench.results.html import render_report
-from kvbench.results.model_index import export_model_index
-from kvbench.results.progress_view import draw
-from kvbench.results.progress_watch import RunWatch
-from kvbench.results.summary import summarise
-from kvbench.results.terminal import print_tables
+from kvbench.results.exports import export_longbench, export_model_index
+from kvbench.results.page import render_report
+from kvbench.results.summary import print_tables, summarise
 from kvbench.run import run_plan
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvbench.records.schema import Record
 from kvbench.results.cells import ExpectedArm, ExpectedColumn, TableSpec
+from kvbench.results.statistics import Scores
 
 ARMS = ("full", "h2o@0.5", "kvmerger@0.5", "kvmerger@0.35")
 
@@ -38,3 +39,7 @@ def make_run(root: Path, name: str, records: list[Record]) -> Path:
 def make_spec(*runs: tuple[str, Path], model: str = "llama2-7b-chat", arms: tuple[str, ...] = ARMS) -> TableSpec:
     expected = tuple(ExpectedArm(a, a.partition("@")[0], float(a.partition("@")[2] or 1), True) for a in arms)
     return TableSpec("test", model, "a test", expected, tuple(ExpectedColumn(n, r, f"make {n}") for n, r in runs))
+
+
+def make_scores(values, metric="qa_f1") -> Scores:
+    return Scores(metric, {f"s{i:04d}": {"score": float(value)} for i, value in enumerate(values)})

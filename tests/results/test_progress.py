@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kvbench.progress import main
+from kvbench.progress import RunWatch, draw, find_runs, main
 from kvbench.records.folder import RunFolder
 from kvbench.records.schema import Record
-from kvbench.results.progress_view import draw
-from kvbench.results.progress_watch import RunWatch, find_runs
 
 ARMS = ("full", "h2o@0.5")
 START = 1_000_000.0

@@ -1,43 +1,44 @@
-"""Intervals and tests against scipy and against data whose answer is known."""
+"""Intervals and comparisons of arms against scipy and on data whose answer is known."""
 
 import numpy as np
 import pytest
 import scipy.stats
+from report_records import make_scores as scores
 
-from kvbench.metrics import get_metric
 from kvbench.results import statistics
 from kvbench.results.statistics import (
     Scores,
-    aggregate_means,
-    average_interval,
-    cell_interval,
-    resample_counts,
+    best_arm,
+    bootstrap_scores,
+    compare_arms,
+    holm,
+    percentile_interval,
+    score_interval,
+    sign_test,
 )
 
-
-def scores(values, metric="qa_f1"):
-    return Scores(metric, {f"s{i:04d}": {"score": float(v)} for i, v in enumerate(values)})
+ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
 def rouge(rows):
-    return Scores("zs_rouge", {f"s{i:04d}": {"score": 0.0, "rouge1": a, "rouge2": b, "rougeL": c}
-                               for i, (a, b, c) in enumerate(rows)})  # fmt: skip
+    return Scores(
+        "zs_rouge", {f"s{i:04d}": {"score": 0.0, **dict(zip(ROUGES, r, strict=True))} for i, r in enumerate(rows)}
+    )
 
 
 def test_interval_agrees_with_scipy():
     values = np.random.default_rng(0).beta(2, 3, size=60)
-    ours = cell_interval("qasper", scores(values))
+    ours = score_interval({"qasper": scores(values)})
     theirs = scipy.stats.bootstrap(
         (values * 100,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.25)  # Monte Carlo error of the ends
     assert ours.high - ours.low > 5
-    assert ours.n == 60
 
 
 def test_geometric_mean_of_means_agrees_with_scipy():
     rows = np.random.default_rng(0).beta(2, 3, size=(40, 3))
-    ours = cell_interval("qmsum", rouge(rows))
+    ours = score_interval({"qmsum": rouge(rows)})
     theirs = scipy.stats.bootstrap(
         tuple(rows.T), lambda a, b, c: 100 * (a.mean() * b.mean() * c.mean()) ** (1 / 3), paired=True,
         vectorized=False, n_resamples=5_000, method="percentile", rng=np.random.default_rng(1),
@@ -45,20 +46,29 @@ def test_geometric_mean_of_means_agrees_with_scipy():
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.5)
 
 
-@pytest.mark.parametrize("metric", ["zs_rouge", "qa_f1"])
-def test_vectorised_aggregate_is_the_metrics_own(metric):
-    rows = np.random.default_rng(2).random((7, 3))
-    names = ("rouge1", "rouge2", "rougeL") if metric == "zs_rouge" else ("score",)
-    data = [dict(zip(names, row, strict=False)) for row in rows]
-    means = rows[:, : len(names)].mean(0, keepdims=True)
-    assert aggregate_means(metric, means, names)[0] == pytest.approx(get_metric(metric).aggregate(data), abs=1e-4)
+@pytest.mark.parametrize("data", [rouge([[0.1, 0.4, 0.9]]), scores([0.3])], ids=["rouge", "mean"])
+def test_the_aggregate_of_all_resamples_is_the_metrics_own(data):
+    (sample,) = data.parts
+    assert bootstrap_scores("a", data, (sample,)) == pytest.approx(data.aggregate([sample]), abs=1e-4)
 
 
-def test_every_resample_draws_as_many_samples_as_there_are_and_is_reproducible():
-    counts = resample_counts("a", 7, 50)
-    assert (counts.sum(1) == 7).all()
-    assert (counts == resample_counts("a", 7, 50)).all()
-    assert (counts != resample_counts("b", 7, 50)).any()
+def test_a_metric_of_another_kind_is_asked_for_each_resample(monkeypatch):
+    class Squared:
+        def aggregate(self, rows):
+            return 100 * (sum(row["score"] for row in rows) / len(rows)) ** 2
+
+    data = scores([0.0, 0.5, 1.0])
+    means = bootstrap_scores("a", data, tuple(data.parts))
+    monkeypatch.setattr(statistics, "get_metric", lambda name: Squared())
+    squared = bootstrap_scores("a", scores([0.0, 0.5, 1.0], "squared"), tuple(data.parts))
+    assert squared == pytest.approx(means**2 / 100)
+
+
+def test_draws_are_the_same_for_all_arms_of_a_data_set_and_others_for_another():
+    samples = tuple(scores([0, 0, 0, 1]).parts)
+    first = bootstrap_scores("a", scores([0, 0, 0, 1]), samples)
+    assert (bootstrap_scores("a", scores([1, 1, 1, 0]), samples) == 100 - first).all()
+    assert (bootstrap_scores("b", scores([0, 0, 0, 1]), samples) != first).any()
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch):
@@ -67,27 +77,102 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch):
     hits = 0
     for trial in range(300):
         data = scores(generator.beta(2, 2, size=40))
-        counts = resample_counts(f"t{trial}", 40, 600)
-        interval = statistics.percentile_interval(statistics.bootstrap_scores(data, sorted(data.parts), counts), 40)
+        interval = percentile_interval(bootstrap_scores(f"t{trial}", data, tuple(data.parts)), 40)
         hits += interval.low <= 50.0 <= interval.high
     assert 0.90 <= hits / 300 <= 0.98  # percentile intervals of 40 samples cover a little less than 95 %
 
 
 def test_one_sample_has_no_interval_and_equal_samples_a_flat_one():
-    assert cell_interval("a", scores([0.3])) is None
-    assert cell_interval("a", scores([1, 1, 1])).flat
-    assert not cell_interval("a", scores([1, 1, 0])).flat
+    assert score_interval({"a": scores([0.3])}) is None
+    assert score_interval({"a": scores([1, 1, 1])}).flat
+    assert not score_interval({"a": scores([1, 1, 0])}).flat
 
 
 def test_the_average_resamples_within_each_data_set():
     # Two data sets without spread inside: however far apart they are, their mean is certain.
-    flat = average_interval({"a": scores([1, 1, 1]), "b": scores([0, 0])})
-    assert (flat.low, flat.high, flat.n) == (50.0, 50.0, 5)
+    assert score_interval({"a": scores([1, 1, 1]), "b": scores([0, 0])}) == (50.0, 50.0)
     # Independent strata: the variance of the mean of two is a quarter of the sum of variances.
     generator = np.random.default_rng(4)
     a, b = scores(generator.random(50)), scores(generator.random(50))
-    widths = [
-        i.high - i.low for i in (cell_interval("a", a), cell_interval("b", b), average_interval({"a": a, "b": b}))
-    ]
+    widths = [i.high - i.low for i in map(score_interval, ({"a": a}, {"b": b}, {"a": a, "b": b}))]
     assert widths[2] == pytest.approx(np.hypot(widths[0], widths[1]) / 2, rel=0.05)
-    assert average_interval({"a": a, "b": scores([0.5])}) is None
+    assert score_interval({"a": a, "b": scores([0.5])}) is None
+
+
+def test_sign_test_and_holm_by_hand():
+    assert sign_test(9, 1) == pytest.approx(22 / 1024)
+    assert sign_test(0, 0) == 1.0
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_a_small_steady_lead_is_found_paired_and_a_noise_lead_is_not():
+    generator = np.random.default_rng(5)
+    base = generator.random(100) * 0.8
+    noisy = np.clip(base + generator.normal(0, 0.2, 100), 0, 1)
+    column = {"a": scores(base + 0.01), "b": scores(base), "c": scores(noisy)}
+    by_pair = {(c.first, c.second): c for c in compare_arms({"d": column})}
+    steady = by_pair["a", "b"]
+    assert steady.separated
+    assert (steady.wins, steady.losses) == (100, 0)
+    assert (steady.difference, *steady.interval) == pytest.approx((1.0, 1.0, 1.0))
+    assert score_interval({"d": column["b"]}).high > score_interval({"d": column["a"]}).low  # unpaired ones overlap
+    assert not by_pair["b", "c"].separated
+
+
+def test_paired_bootstrap_agrees_with_scipy():
+    generator = np.random.default_rng(6)
+    a, b = generator.random(30), generator.random(30)
+    (ours,) = compare_arms({"d": {"a": scores(a), "b": scores(b)}})
+    theirs = scipy.stats.bootstrap(
+        (100 * (a - b),), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    )
+    assert tuple(ours.interval) == pytest.approx(tuple(theirs.confidence_interval), abs=0.6)
+    below = (theirs.bootstrap_distribution <= 0).mean()
+    assert ours.p_bootstrap == pytest.approx(2 * min(below, 1 - below), abs=0.02)
+
+
+def test_equal_arms_are_never_separated_and_false_alarms_are_rare():
+    generator = np.random.default_rng(7)
+    same = generator.random(20)
+    (tie,) = compare_arms({"d": {"a": scores(same), "b": scores(same)}})
+    assert (tie.p_bootstrap, tie.p_sign, tie.wins, tie.losses) == (1.0, 1.0, 0, 0)
+    columns = [{arm: scores(generator.random(20)) for arm in "abc"} for _ in range(40)]
+    assert sum(any(c.separated for c in compare_arms({"d": column})) for column in columns) <= 4
+
+
+def test_few_samples_cannot_separate_whatever_their_mean_says():
+    (pair,) = compare_arms({"d": {"a": scores([1, 1, 1, 1]), "b": scores([0, 0, 0, 0])}})
+    assert pair.p_bootstrap < 0.05
+    assert not pair.separated
+
+
+def test_only_common_samples_are_compared_and_correction_counts_the_pairs():
+    a, b = scores([1, 0, 1]), Scores("qa_f1", {"s0001": {"score": 1.0}, "other": {"score": 1.0}})
+    (pair,) = compare_arms({"d": {"a": a, "b": b}})
+    assert (pair.n, pair.wins, pair.losses, pair.difference) == (1, 0, 1, -100.0)
+    three = compare_arms({"d": {arm: scores([x, 0, 0, 0, 0, 0, 0]) for arm, x in zip("abc", (1, 0, 0.5), strict=True)}})
+    assert len(three) == 3
+    smallest = min(three, key=lambda c: c.p_sign)
+    assert smallest.p_sign_holm == pytest.approx(min(1.0, 3 * smallest.p_sign))
+
+
+def test_over_data_sets_the_difference_is_that_of_the_unweighted_means():
+    columns = {
+        "d": {"a": scores([1, 1]), "b": scores([0, 0])},
+        "e": {"a": scores([0, 0, 0, 0]), "b": scores([1, 1, 0, 0])},
+    }
+    (pair,) = compare_arms(columns)
+    assert (pair.difference, pair.n, pair.wins, pair.losses) == (25.0, 6, 2, 2)
+
+
+def test_best_arm_only_where_separated_from_all_others():
+    steps = np.linspace(0.1, 0.7, 30)
+    column = {"a": scores(steps + 0.2), "b": scores(steps), "c": scores(steps + 0.1)}
+    means = {"a": 60.0, "b": 40.0, "c": 50.0}
+    comparisons = compare_arms({"d": column})
+    assert best_arm(means, comparisons) == "a"
+    assert best_arm({"a": 60.0}, comparisons) is None
+    close = compare_arms({"d": {**column, "c": scores(np.where(np.arange(30) % 2, steps + 0.3, steps + 0.1))}})
+    assert best_arm(means, close) is None

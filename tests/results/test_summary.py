@@ -1,23 +1,23 @@
 """Summaries come from records alone and keep data sets, failures and budgets apart."""
 
+import io
+
 import pytest
+from report_records import make_record
+from rich.console import Console
 
 from kvbench.records.schema import Record
-from kvbench.results.summary import summarise
+from kvbench.results.summary import agreements, print_tables, summarise
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07\x9b31m\u202e[bold red][link=http://x]name[/link]"
 
 
-def record(arm="h2o@0.5", score=1.0, dataset="a", metric="qa_f1", status="ok", **fields):
-    method = arm.split("@")[0]
-    budget = float(arm.split("@")[1]) if "@" in arm else 1.0
-    defaults = {
-        "parts": {"score": score}, "score": score, "slots_per_layer": [5, 5], "full_slots": 20, "cache_bytes": 100,
-        "seconds": 1.5, "gold_nll": 0.5, "kl": 0.25, "sample": f"s{score}{dataset}",
-    }  # fmt: skip
-    if status != "ok":
-        defaults = {"sample": "bad"}
-    return Record(
-        arm=arm, method=method, budget=budget, dataset=dataset, metric=metric, status=status, **{**defaults, **fields}
-    ).to_dict()
+def record(arm="h2o@0.5", score=1.0, dataset="a", **fields):
+    return make_record(arm, f"s{score}", score, dataset, **fields).to_dict()
+
+
+def failed():
+    return Record("bad", "a", "h2o@0.5", "h2o", 0.5, status="failed", reason="too long").to_dict()
 
 
 def test_one_line_per_arm_full_cache_first_then_falling_budget():
@@ -26,18 +26,53 @@ def test_one_line_per_arm_full_cache_first_then_falling_budget():
 
 
 def test_means_and_measured_budget():
-    (line,) = summarise([record(score=1.0), record(score=0.0, gold_nll=1.5, slots_per_layer=[10, 10])])
-    assert (line.n, line.score, line.gold_nll, line.seconds) == (2, 50.0, 1.0, 3.0)
-    assert line.budget_measured == pytest.approx(30 / 40)
+    (line,) = summarise([record(gold_nll=0.5), record(score=0.0, gold_nll=1.5, slots_per_layer=[50, 25])])
+    assert (line.n, line.score, line.gold_nll, line.seconds) == (2, 50.0, 1.0, 1.0)
+    assert line.budget_measured == pytest.approx(125 / 200)
 
 
 def test_failed_samples_are_counted_and_never_scored():
-    (line,) = summarise([record(score=1.0), record(status="failed")])
+    (line,) = summarise([record(), failed()])
     assert (line.n, line.n_failed, line.score) == (1, 1, 100.0)
-    (line,) = summarise([record(status="failed")])
+    (line,) = summarise([failed()])
     assert (line.n, line.score, line.gold_nll, line.budget_measured) == (0, None, None, None)
 
 
 def test_data_sets_are_averaged_unweighted():
-    rows = [record(score=1.0, dataset="a"), record(score=0.0, dataset="b"), record(score=0.5, dataset="b")]
+    rows = [record(), record(score=0.0, dataset="b"), record(score=0.5, dataset="b")]
     assert summarise(rows)[0].score == pytest.approx((100 + 25) / 2)
+
+
+def answered(arm, answers):
+    return [
+        make_record(arm, f"s{i}", 1.0, token_ids=ids, prediction=text).to_dict()
+        for i, (ids, text) in enumerate(answers)
+    ]
+
+
+def test_agreement_by_hand():
+    full = answered("full", [([1, 2, 3, 4], "a b c d"), ([5, 6], "e f"), ([7], "g")])
+    arm = answered("h2o@0.5", [([1, 2, 9, 4], "a b x d"), ([5, 6], "e f"), ([8], "h")])
+    found = agreements(full + arm)["h2o@0.5"]
+    assert (found.n, found.identical_share, found.first_divergence_tokens) == (3, pytest.approx(1 / 3), 1.0)
+    assert found.equal_share == pytest.approx((3 / 4 + 1 + 0) / 3)
+    assert found.rouge_l == pytest.approx((0.75 + 1 + 0) / 3)
+
+
+def test_the_full_cache_agrees_with_itself_and_missing_samples_do_not_count():
+    full, arm = answered("full", [([1], "a")]), answered("h2o@0.5", [([1], "a"), ([2], "b")])
+    bad = make_record("full", "s1", 0.0, status="failed").to_dict()
+    found = agreements([*full, *arm, bad])
+    assert (found["full"].identical_share, found["full"].first_divergence_tokens, found["full"].rouge_l) == (1, None, 1)
+    assert found["h2o@0.5"].n == 1
+    assert agreements(arm) == {}
+
+
+def test_names_in_records_are_shown_not_obeyed():
+    hostile = make_record("full", "s1", 1.0, dataset=HOSTILE)
+    hostile.arm = HOSTILE
+    output = io.StringIO()
+    print_tables([hostile.to_dict()], "model", Console(file=output, width=400, force_terminal=False))
+    text = output.getvalue()
+    assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e"}
+    assert text.count("\\x1b[2J\\x1b]0;title\\x07\\x9b31m\\u202e[bold red][link=http://x]name[/link]") == 2

@@ -1,16 +1,19 @@
-"""Cells, bold print, missing cells, and files that are the same bytes for the same records."""
+"""Cells, bold print, missing cells, published numbers, and files that are the same bytes for the same records."""
 
 import csv
 import io
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from report_records import ARMS, make_record, make_run, make_spec
 
-from kvbench.results.cells import build_table
-from kvbench.results.csv_latex import cells_csv, latex, pairs_csv
+from kvbench.errors import DataError
+from kvbench.results.cells import PUBLISHED, TableSpec, build_table, read_published
 from kvbench.results.figures import write_figures
-from kvbench.results.published import Published
-from kvbench.results.tables import markdown, write_table
+from kvbench.results.tables import cells_csv, latex, markdown, pairs_csv, write_table
+
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 
 SCORES = {"full": 0.9, "h2o@0.5": 0.3, "kvmerger@0.5": 0.6, "kvmerger@0.35": 0.2}
 
@@ -86,12 +89,13 @@ def test_average_is_over_the_data_sets_all_arms_share(tmp_path):
 
 
 def test_published_numbers_stand_beside_ours_with_their_source(tmp_path):
-    published = [
-        Published("llama2-7b-chat", "h2o", "0.5", "qasper", "20.04", "some paper", "conflict: 19"),
-        Published("llama2-7b-chat", "h2o", "0.5", "qasper", "19.00", "some review", ""),
-        Published("llama2-7b-chat", "h2o", "0.35", "qasper", "1.00", "other budget", ""),
-        Published("not stated", "h2o", "0.5", "average of 7", "14.36", "a third paper", "", "test"),
+    numbers = [
+        ("llama2-7b-chat", "h2o", "0.5", "qasper", "20.04", "some paper", "conflict: 19", ""),
+        ("llama2-7b-chat", "h2o", "0.5", "qasper", "19.00", "some review", "", ""),
+        ("llama2-7b-chat", "h2o", "0.35", "qasper", "1.00", "other budget", "", ""),
+        ("not stated", "h2o", "0.5", "average of 7", "14.36", "a third paper", "", "test"),
     ]
+    published = pd.DataFrame(numbers, columns=[*PUBLISHED, "file"])
     table = build_table(make_spec(("qasper", make_run(tmp_path, "a", steady()))), published)
     text = markdown(table)
     assert "| published | 20.04 [a] / 19.00 [b] |" in text
@@ -135,7 +139,56 @@ def test_files_are_rebuilt_byte_for_byte(tmp_path):
     assert order == sorted(order)  # sums of floats depend on the order of their terms
 
 
-def test_latex_escapes_names():
-    from kvbench.results.csv_latex import _tex
+def test_every_published_number_names_its_source_and_is_a_number():
+    numbers = read_published(REFERENCE)
+    assert len(numbers) > 80
+    assert (numbers.source.str.len() > 20).all()
+    assert numbers.score.astype(float).between(0, 100).all()
 
-    assert _tex("kvmerger_bias@50%&#") == "kvmerger\\_bias@50\\%\\&\\#"
+
+def test_a_number_without_a_source_is_refused(tmp_path):
+    header = ",".join(PUBLISHED)
+    (tmp_path / "x.csv").write_text(f"{header}\nm,h2o,0.5,qasper,1.0,someone said so,\nm,h2o,0.5,trec,2.0, ,\n")
+    with pytest.raises(DataError, match=r"x\.csv line 3 has no source"):
+        read_published(tmp_path)
+    (tmp_path / "x.csv").write_text("model,score\nm,1\n")
+    with pytest.raises(DataError, match="columns"):
+        read_published(tmp_path)
+
+
+def test_published_numbers_are_found_by_model_method_budget_and_data_set(tmp_path):
+    numbers = read_published(REFERENCE)
+
+    def found(dataset, model="llama2-7b-chat"):
+        spec = make_spec((dataset, tmp_path / "none"), model=model)
+        return {arm: [p.score for p in own] for arm, own in build_table(spec, numbers).published.items() if own}
+
+    assert found("trec")["kvmerger@0.5"] == ["64.00"]
+    assert "kvmerger@0.35" not in found("trec")
+    assert "kvmerger@0.5" not in found("trec", "llama2-13b-chat")
+    conflict = numbers[(numbers.model == "llama2-7b-chat") & (numbers.method == "h2o") & (numbers.budget == "0.5")]
+    conflict = conflict[conflict.dataset.isin(["narrativeqa", "average of 9"])]
+    assert sorted(conflict.score) == ["17.48", "17.85", "33.49", "34.00"]  # contradicting sources both say so
+    assert conflict.note.str.contains("conflict").all()
+
+
+@pytest.mark.parametrize(("experiment", "n"), [("pivot", 2), ("zeroscrolls", 6), ("longbench", 0)])
+def test_numbers_without_a_model_belong_to_no_cell_but_to_an_experiment(experiment, n):
+    table = build_table(TableSpec(experiment, "m", "", (), ()), read_published(REFERENCE))
+    assert len(table.unplaced) == n
+    assert markdown(table).count("Not comparable cell by cell") == bool(n)
+
+
+@pytest.mark.parametrize("name", ["=cmd|'/c calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\\input{/etc/passwd}~^"])
+def test_names_in_records_are_data_for_spreadsheets_and_latex(name, tmp_path):
+    records = [make_record(arm, f"s{i}", i / 12, name) for arm in ARMS for i in range(12)]
+    table = build_table(make_spec((name, make_run(tmp_path, "a", records))))
+    for text in (cells_csv(table), pairs_csv(table)):
+        rows = list(csv.DictReader(io.StringIO(text)))
+        for cell in (cell for row in rows for cell in row.values()):
+            if cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+                float(cell)  # numbers stay numbers
+        assert (name if name.startswith("\\") else "'" + name) in {row["dataset"] for row in rows}
+    assert "\\input" not in latex(table)
+    if name.startswith("\\"):
+        assert "\\textbackslash{}input\\{/etc/passwd\\}\\textasciitilde{}\\textasciicircum{}" in latex(table)

@@ -1,0 +1,345 @@
+"""The KVMerger paper's observations (arXiv 2407.08454), measured on a model's layers, tested, and drawn.
+
+Adjacent keys are similar, and RoPE is why; a fixed threshold gives each layer a ratio that belongs to the model and not
+to the data; the first and last layers attend more uniformly than the others. One prefill of a sample measures all of
+it; tables and figures are made from the measurements in `<model>.json` alone.
+
+The claim "independent of the data set, persistent per model" is a test: ratios of all samples and layers are split into
+sums of squares between models, between a model's layers, between data sets (the part of a layer's ratio that moves with
+the data set) and between samples of one data set. If the claim holds, the data sets' share is no larger than
+relabelling the samples at random makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from kvbench.errors import DataError
+from kvbench.methods.base import LayerStates
+from kvbench.models.load import LoadedModel
+from kvbench.models.prompt import encode_sample
+from kvbench.results.figures import MARKERS, PALETTE, SEQUENTIAL, save_both, style, subplots
+from kvbench.runtime.attention import attention_implementation
+from kvbench.runtime.observe import Observer
+from kvbench.runtime.requests import model_shape
+from kvbench.tasks.base import Sample
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+THRESHOLDS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
+PAPER_THRESHOLD = 0.75
+WINDOW_QUERIES = 64
+DIGITS = 5
+N_PERMUTATIONS = 2000
+SEED = 20_241
+STATES = {"keys_after": "keys after RoPE", "keys_before": "keys before RoPE", "values": "values"}
+Measured = dict[str, dict[str, Any]]
+"""Model -> what was measured of it."""
+
+
+def adjacent_cosines(states: Tensor) -> Tensor:
+    """Cosine of each token's state with the next token's: `(H_k, T, D)`, T at least 2, to `(H_k, T - 1)` fp32."""
+    states = states.float()
+    return cosine_similarity(states[:, :-1], states[:, 1:], dim=-1)
+
+
+def unrotated(keys: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Keys as they were before RoPE: each is rotated back by its own position.
+
+    Args:
+        keys: `(H_k, T, D)` after RoPE, halves rotated against each other as in Llama, Mistral and Qwen (Su et al.,
+            "RoFormer", arXiv 2104.09864, equation 34, in transformers' layout of halves).
+        cosines: `(T, D)` the model's rotary cosines, attention scaling included.
+        sines: `(T, D)` likewise.
+
+    Returns:
+        `(H_k, T, D)` fp32.
+    """
+    keys, cosines, sines = keys.float(), cosines.float(), sines.float()
+    first, second = keys.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (keys * cosines - turned * sines) / (cosines.square() + sines.square())
+
+
+def kept_shares(cosines: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Share of slots left if every run of neighbours above a threshold becomes one slot; nothing is protected.
+
+    Args:
+        cosines: `(H_k, T - 1)` from `adjacent_cosines`.
+        thresholds: cosine thresholds.
+
+    Returns:
+        `(H_k, thresholds)` sets over tokens, in (0, 1].
+    """
+    limits = torch.tensor(thresholds, device=cosines.device)
+    links = (cosines.unsqueeze(-1) > limits).sum(1)
+    return 1 - links / (cosines.shape[1] + 1)
+
+
+def attention_uniformity(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """How uniformly the last queries attend.
+
+    Args:
+        rows: `(H, W, T)` attention of the last W queries of the prompt; row w sees T - W + w + 1 keys.
+
+    Returns:
+        `(H,)` mean normalised entropy, 1 for uniform attention over all visible keys and 0 for a single key, and `(H,)`
+        mean attention on the first token (the attention sink).
+    """
+    n_window, n_tokens = rows.shape[1:]
+    rows = rows.double()
+    entropy = torch.special.entr(rows).sum(-1)
+    visible = torch.arange(n_tokens - n_window + 1, n_tokens + 1, device=rows.device, dtype=torch.float64)
+    return (entropy / visible.clamp_min(2).log()).mean(-1), rows[..., 0].mean(-1)
+
+
+def measure_samples(loaded: LoadedModel, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    """Measure samples one by one on a Llama-like model with `model.rotary_emb`.
+
+    Yields:
+        Per sample plain JSON types: ids, `n_tokens`, and per layer the mean adjacent cosine of each KV head
+        (`keys_after`, `keys_before`, `values`), the share of slots left at each of `THRESHOLDS` (`kept`), and the
+        normalised entropy and the first token's attention, means over heads (`entropy`, `sink`).
+    """
+    for sample in samples:
+        ids = encode_sample(sample, loaded).input_ids
+        layers = measure_prompt(loaded, ids)
+        fields = {name: [layer[name] for layer in layers] for name in layers[0]}
+        yield {"dataset": sample.dataset, "sample": sample.id, "n_tokens": len(ids), **fields}
+
+
+def measure_prompt(loaded: LoadedModel, input_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One prefill; the measures of every layer, in order."""
+    ids = torch.tensor([list(input_ids)], device=loaded.device)
+    positions = torch.arange(ids.shape[1], device=loaded.device).unsqueeze(0)
+    probe = torch.zeros(1, device=loaded.device)
+    cosines, sines = (table[0] for table in loaded.model.model.rotary_emb(probe, positions))
+    layers: list[dict[str, Any]] = []
+
+    def on_layer(layer: LayerStates) -> None:
+        after = adjacent_cosines(layer.keys)
+        before = adjacent_cosines(unrotated(layer.keys, cosines.to(layer.keys.device), sines.to(layer.keys.device)))
+        assert layer.window_attention is not None
+        entropy, sink = attention_uniformity(layer.window_attention[:, -WINDOW_QUERIES:])
+        measures = {"keys_after": after.mean(1), "keys_before": before.mean(1),
+                    "values": adjacent_cosines(layer.values).mean(1), "kept": kept_shares(after, THRESHOLDS).mean(0),
+                    "entropy": entropy.mean(), "sink": sink.mean()}  # fmt: skip
+        layers.append({name: _rounded(values.tolist()) for name, values in measures.items()})
+
+    shape = model_shape(loaded)
+    observer = Observer(
+        needs=frozenset({"window_attention"}), window_tokens=WINDOW_QUERIES, n_layers=shape["n_layers"],
+        n_query_heads=shape["n_query_heads"], seed=0, on_layer=on_layer,
+    )  # fmt: skip
+    with torch.inference_mode(), attention_implementation(loaded.model):
+        loaded.model(input_ids=ids, attention_context=observer, use_cache=False, logits_to_keep=1)
+    return layers
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(item) for item in value] if isinstance(value, list) else round(value, DIGITS)
+
+
+class VarianceShares(NamedTuple):
+    """Shares of the total sum of squares; the first four sum to 1.
+
+    Attributes:
+        models: between models.
+        layers: between the layers of a model.
+        datasets: between data sets, within layers.
+        samples: between samples of a data set, within layers.
+        p_datasets: share of random relabellings of a model's samples whose data sets differ at least as much.
+        max_range: largest range of a layer's data set means, in ratio units.
+    """
+
+    models: float
+    layers: float
+    datasets: float
+    samples: float
+    p_datasets: float
+    max_range: float
+
+
+def variance_shares(ratios: dict[str, tuple[NDArray[np.float64], list[str]]]) -> VarianceShares:
+    """Split the variance of per-layer ratios.
+
+    Args:
+        ratios: model -> (`(samples, layers)` ratios, data set of each sample).
+
+    Returns:
+        The shares; `p_datasets` is 1 if no model has two data sets.
+    """
+    every = np.concatenate([values.ravel() for values, _ in ratios.values()])
+    total = float(((every - every.mean()) ** 2).sum())
+    models = float(sum(values.size * (values.mean() - every.mean()) ** 2 for values, _ in ratios.values()))
+    layers = sum(len(values) * float(((values.mean(0) - values.mean()) ** 2).sum()) for values, _ in ratios.values())
+    generator = np.random.default_rng(SEED)
+    observed, shuffled, ranges = 0.0, np.zeros(N_PERMUTATIONS), []
+    for values, labels in ratios.values():
+        codes = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+        observed += float(_between(values, codes[None])[0])
+        shuffled += _between(values, generator.permuted(np.tile(codes, (N_PERMUTATIONS, 1)), axis=1))
+        means = np.stack([values[codes == code].mean(0) for code in np.unique(codes)])
+        ranges.append(float(np.ptp(means, axis=0).max()))
+    p_datasets = (int((shuffled >= observed - 1e-12).sum()) + 1) / (N_PERMUTATIONS + 1)
+    parts = np.array([models, layers, observed, total - models - layers - observed]) / (total or 1.0)
+    models, layers, datasets, samples = parts.tolist()
+    return VarianceShares(models, layers, datasets, samples, p_datasets, max(ranges))
+
+
+def _between(values: NDArray[np.float64], codes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sum of squares between the data sets' means, layer by layer and summed.
+
+    Args:
+        values: `(samples, layers)`.
+        codes: `(labellings, samples)` data set of each sample, from 0; all labellings have the same sizes.
+
+    Returns:
+        `(labellings,)`.
+    """
+    centred = values - values.mean(0)
+    total = np.zeros(len(codes))
+    for code in np.unique(codes[0]):
+        members = (codes == code).astype(np.float64)
+        total += ((members @ centred) ** 2).sum(1) / members[0].sum()
+    return total
+
+
+def read_measurements(folder: Path) -> Measured:
+    """Model -> its measurements.
+
+    Raises:
+        DataError: if there are none.
+    """
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    if not found:
+        raise DataError(f"no measurements in {folder}: run `python -m kvbench.analysis measure` first")
+    return found
+
+
+def write_all(folder: Path) -> list[Path]:
+    """Write `keys.csv`, `compression.csv`, `uniformity.csv`, `variance.csv` and the figures; returns the files."""
+    measured = read_measurements(folder)
+    tables = {"keys": keys_table, "compression": compression_table, "uniformity": uniformity_table,
+              "variance": variance_table}  # fmt: skip
+    paths = []
+    for name, table in tables.items():
+        paths.append(folder / f"{name}.csv")
+        table(measured).to_csv(paths[-1], index=False, lineterminator="\n")
+    figures = {"keys": keys_figure, "compression": compression_figure, "uniformity": uniformity_figure}
+    with style():
+        for model, data in measured.items():
+            for name, draw in figures.items():
+                paths += save_both(draw(data), folder / f"{name}-{model}")
+    return paths
+
+
+def layer_means(data: dict[str, Any], name: str) -> NDArray[np.float64]:
+    """Mean over samples of a per-layer measure: `(layers, ...)`."""
+    return np.mean([np.array(sample[name]) for sample in data["samples"]], axis=0)
+
+
+def _kept(data: dict[str, Any]) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """Each data set with its samples' shares of slots left, `(samples, layers, thresholds)`."""
+    for dataset in sorted({sample["dataset"] for sample in data["samples"]}):
+        yield dataset, np.array([s["kept"] for s in data["samples"] if s["dataset"] == dataset])
+
+
+def keys_table(measured: Measured) -> pd.DataFrame:
+    """Mean adjacent cosine per model, layer and KV head."""
+    rows = []
+    for model, data in measured.items():
+        means = [layer_means(data, name) for name in STATES]
+        places = np.ndindex(*means[0].shape)
+        rows += [[model, *place, *(f"{mean[place]:.4f}" for mean in means)] for place in places]
+    return pd.DataFrame(rows, columns=["model", "layer", "kv_head", *STATES])
+
+
+def compression_table(measured: Measured) -> pd.DataFrame:
+    """Share of slots left per model, data set, layer and threshold: mean and standard deviation over samples."""
+    rows = []
+    for model, data in measured.items():
+        for dataset, kept in _kept(data):
+            for layer, place in np.ndindex(*kept.shape[1:]):
+                values = kept[:, layer, place]
+                deviation = f"{values.std(ddof=1):.4f}" if len(values) > 1 else ""
+                threshold = data["thresholds"][place]
+                rows.append([model, dataset, layer, threshold, len(values), f"{values.mean():.4f}", deviation])
+    return pd.DataFrame(rows, columns=["model", "dataset", "layer", "threshold", "n", "kept_mean", "kept_deviation"])
+
+
+def uniformity_table(measured: Measured) -> pd.DataFrame:
+    """Normalised entropy and attention on the first token per model and layer."""
+    rows = [
+        [model, layer, f"{entropy:.4f}", f"{sink:.4f}"]
+        for model, data in measured.items()
+        for layer, (entropy, sink) in enumerate(zip(*(layer_means(data, n) for n in ("entropy", "sink")), strict=True))
+    ]
+    return pd.DataFrame(rows, columns=["model", "layer", "normalised_entropy", "first_token_attention"])
+
+
+def variance_table(measured: Measured) -> pd.DataFrame:
+    """The test of "independent of the data set, persistent per model" at every threshold, over all models."""
+    rows = []
+    for place, threshold in enumerate(next(iter(measured.values()))["thresholds"]):
+        ratios = {
+            model: (np.array([np.array(s["kept"])[:, place] for s in data["samples"]]),
+                    [s["dataset"] for s in data["samples"]])
+            for model, data in measured.items()
+        }  # fmt: skip
+        rows.append([threshold, *(f"{share:.4f}" for share in variance_shares(ratios))])
+    return pd.DataFrame(rows, columns=["threshold", *VarianceShares._fields])
+
+
+def keys_figure(data: dict[str, Any]) -> Figure:
+    """Cosine maps, layers x KV heads, for keys after and before RoPE and for values."""
+    figure, (axes,) = subplots(1, len(STATES), (8.0, 5.2), sharey=True)
+    image: Any = None
+    for axis, (name, label) in zip(axes, STATES.items(), strict=True):
+        grid = layer_means(data, name)
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap=SEQUENTIAL, aspect="auto")
+        axis.set_title(f"{label}: mean {grid.mean():.2f}", fontsize=9)
+        axis.set_xlabel("KV head")
+        axis.set_xticks(range(grid.shape[1]) if grid.shape[1] <= 8 else range(0, grid.shape[1], 8))
+        axis.grid(False)
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="mean cosine of adjacent tokens")
+    return figure
+
+
+def compression_figure(data: dict[str, Any]) -> Figure:
+    """Share of slots left per layer at the paper's threshold, one line per data set with the spread of its samples."""
+    place = data["thresholds"].index(PAPER_THRESHOLD)
+    figure, ((axis,),) = subplots(1, 1, (8.0, 3.6))
+    for index, (dataset, kept) in enumerate(_kept(data)):
+        percent, colour = 100 * kept[:, :, place], PALETTE[index % len(PALETTE)]
+        layers = np.arange(percent.shape[1])
+        axis.plot(layers, percent.mean(0), color=colour, marker=MARKERS[index % 8], markersize=3, label=dataset)
+        axis.fill_between(layers, percent.min(0), percent.max(0), color=colour, alpha=0.12, linewidth=0)
+    axis.set(xlabel="layer", ylabel=f"slots left at cosine {PAPER_THRESHOLD}, %", ylim=(0, 100))
+    axis.legend(fontsize=7, ncols=2)
+    return figure
+
+
+def uniformity_figure(data: dict[str, Any]) -> Figure:
+    """Normalised entropy of attention and attention on the first token, per layer."""
+    figure, ((axis,),) = subplots(1, 1, (8.0, 3.2))
+    for index, (name, label) in enumerate(
+        {"entropy": "normalised entropy", "sink": "attention on the first token"}.items()
+    ):
+        values, look = layer_means(data, name), {"color": PALETTE[index + 1], "marker": MARKERS[index]}
+        axis.plot(range(len(values)), values, markersize=4, label=label, **look)
+    axis.set(xlabel="layer", ylim=(0, 1))
+    axis.legend(fontsize=8)
+    return figure

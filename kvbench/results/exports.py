@@ -1,0 +1,236 @@
+"""A run's predictions in the formats that the benchmarks' own tools read, or its scores for a model card.
+
+Files are written anew each time, never appended to: upstream's appending scored doubled rows. What is missing from a
+file is said on standard error. Each exporter takes run folders and a folder to write to, and returns how many rows (or
+metrics) each file has.
+
+Formats: LongBench/pred.py and eval.py at commit 2e00731f; tau-nlp/zero_scrolls (columns Task, ID, Prediction); the
+hub's model cards, through `huggingface_hub`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from kvbench import __version__, strict_json
+from kvbench.errors import RecordError
+from kvbench.metrics.longbench import DATASETS
+from kvbench.records.read import model_name, read_records
+from kvbench.results.summary import ArmSummary, RecordDict, arm_order, summarise
+from kvbench.tasks.fetched import (
+    LONGBENCH_E_DATASETS,
+    LONGBENCH_REPO,
+    LONGBENCH_REVISION,
+    ZEROSCROLLS_REPO,
+    ZEROSCROLLS_TEST_QUESTIONS,
+)
+
+ZEROSCROLLS_PREFIX = "zeroscrolls_"
+LONGBENCH_ROWS = {
+    **{name: rows for name, (_, rows) in DATASETS.items()},
+    **dict.fromkeys((f"{name}_e" for name in LONGBENCH_E_DATASETS), 300),
+    "qasper_e": 224,
+    "multifieldqa_en_e": 150,
+    "multi_news_e": 294,
+}
+ZEROSCROLLS_ROWS = {f"{ZEROSCROLLS_PREFIX}{task}": rows for task, rows in ZEROSCROLLS_TEST_QUESTIONS.items()}
+DIGITS = 4
+
+
+class Group(NamedTuple):
+    """All records of one arm of one model on one data set; the label names model and arm in a file name."""
+
+    label: str
+    model: str
+    dataset: str
+    records: list[RecordDict]
+
+    @property
+    def good(self) -> list[RecordDict]:
+        """The successes, in the order they were recorded."""
+        return [record for record in self.records if record["status"] == "ok"]
+
+
+def groups_of(runs: Sequence[Path], official_rows: Mapping[str, int] | None = None) -> list[Group]:
+    """The records of some runs by label and data set.
+
+    Args:
+        runs: run folders.
+        official_rows: rows of the data sets to take, others are left out and incomplete ones told; None for all.
+
+    Raises:
+        RecordError: if a folder is no run, none of the data sets is in it, or two runs recorded the same sample.
+    """
+    groups: dict[tuple[str, str], Group] = {}
+    known: set[tuple[str, str, str]] = set()
+    seen: set[str] = set()
+    for run in runs:
+        model = model_name(run)
+        for record in read_records(run):
+            dataset, label = record["dataset"], _safe(f"{model}-{record['arm']}")
+            seen.add(dataset)
+            if official_rows is not None and dataset not in official_rows:
+                continue
+            if (key := (label, dataset, record["sample"])) in known:
+                raise RecordError(
+                    f"sample {record['sample']} of {dataset} for {label} is in {run} and in another of the runs: they "
+                    "differ in protocol or task, export them one by one"
+                )
+            known.add(key)
+            groups.setdefault((label, dataset), Group(label, model, dataset, [])).records.append(record)
+    if not groups:
+        found = f"(found: {', '.join(sorted(seen)) or 'none'})"
+        raise RecordError(f"no records of these data sets in {', '.join(map(str, runs))} {found}")
+    made = [groups[key] for key in sorted(groups)]
+    for group in made:
+        official = (official_rows or {}).get(group.dataset)
+        n_good = len(group.good)
+        if official is not None and not n_good == len(group.records) == official:
+            failed = f", {len(group.records) - n_good} failed" if n_good < len(group.records) else ""
+            _note(f"{group.label} {group.dataset}: {n_good} of {official} official rows{failed}")
+    return made
+
+
+def export_longbench(runs: Sequence[Path], out: Path) -> dict[Path, int]:
+    """Write one JSONL file per arm and data set, as the official pred.py does, into `pred/` or (LongBench-E) `pred_e/`.
+
+    Raises:
+        RecordError: as `groups_of`, or if a file cannot be written; likewise the other exporters.
+    """
+    written = {}
+    for group in groups_of(runs, LONGBENCH_ROWS):
+        base = group.dataset.removesuffix("_e")
+        path = out / ("pred" if base == group.dataset else "pred_e") / group.label / f"{base}.jsonl"
+        rows = [
+            {"pred": record["prediction"], "answers": record["answers"], "all_classes": record["all_classes"] or None,
+             "length": record["length"]}
+            for record in group.good
+        ]  # fmt: skip
+        _write(path, "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        written[path] = len(rows)
+    return written
+
+
+def export_zeroscrolls(runs: Sequence[Path], out: Path) -> dict[Path, int]:
+    """Write one CSV per arm with the predictions of all its tasks, as the leaderboard takes them."""
+    by_label: dict[str, list[Group]] = {}
+    for group in groups_of(runs, ZEROSCROLLS_ROWS):
+        by_label.setdefault(group.label, []).append(group)
+    written = {}
+    for label, groups in by_label.items():
+        if any(record["meta"].get("split") != "test" for group in groups for record in group.good):
+            _note(f"{label}: has validation questions; the leaderboard takes those of task.split=test")
+        tasks = {group.dataset.removeprefix(ZEROSCROLLS_PREFIX): group.good for group in groups}
+        if missing := [task for task in ZEROSCROLLS_TEST_QUESTIONS if task not in tasks]:
+            _note(f"{label}: has no {', '.join(missing)}; the leaderboard takes all ten tasks")
+        rows = [(task, row["sample"], row["prediction"]) for task, good in tasks.items() for row in good]
+        frame = pd.DataFrame(rows, columns=["Task", "ID", "Prediction"], dtype=object)
+        path = out / f"{label}.csv"
+        _write(path, frame.to_csv(index=False, lineterminator="\n"))
+        written[path] = len(rows)
+    return written
+
+
+def export_model_index(runs: Sequence[Path], out: Path) -> dict[Path, int]:
+    """Write one model card per model, `<model>.md`, whose metadata lists the metrics of all arms on all data sets.
+
+    That is what the hub shows beside a model, and what `huggingface_hub.metadata_update` merges into an existing card.
+    """
+    from huggingface_hub import ModelCardData
+
+    by_model: dict[str, list[Group]] = {}
+    for group in groups_of(runs):
+        by_model.setdefault(group.model, []).append(group)
+    written = {}
+    for model, groups in by_model.items():
+        lines = [(group, summary) for group in groups for summary in summarise(group.records)]
+        lines.sort(key=lambda line: (line[0].dataset, arm_order(line[1])))
+        results = [result for group, summary in lines for result in _eval_results(group, summary)]
+        if not results:
+            raise RecordError(f"no sample of {model} succeeded in {', '.join(map(str, runs))}: nothing to export")
+        metadata = ModelCardData(model_name=model, eval_results=results).to_yaml()
+        path = out / f"{_safe(model)}.md"
+        _write(
+            path,
+            f"---\n{metadata}\n---\n\n# {model}\n\nEvaluated with kvbench {__version__}: each metric is named by its "
+            "arm, the method and the fraction of the KV cache it keeps.\n",
+        )
+        written[path] = len(results)
+    return written
+
+
+def _eval_results(group: Group, summary: ArmSummary) -> list[Any]:
+    """What one arm scored on one data set, and its distance to the full cache; what was not measured is left out.
+
+    The arm's measured budget and options stand in the arguments of its metrics: a score without them says nothing.
+    """
+    from huggingface_hub import EvalResult
+
+    first = (group.good or group.records)[0]  # a failure may know no metric
+    values = {first["metric"]: summary.score, "kl_to_full": summary.kl, "gold_nll": summary.gold_nll}
+    measured = summary.budget_measured
+    arguments = {
+        "method": summary.method, "budget": summary.budget,
+        "budget_measured": None if measured is None else round(measured, DIGITS), "options": first["options"],
+        "samples": summary.n, "samples_failed": summary.n_failed,
+    }  # fmt: skip
+    return [
+        EvalResult(
+            task_type="text-generation",
+            metric_type=metric,
+            metric_name=f"{metric} ({summary.arm})",
+            metric_value=round(value, DIGITS),
+            metric_args={name: argument for name, argument in arguments.items() if argument not in (None, {})},
+            **_hub_dataset(group.dataset, first),
+        )
+        for metric, value in values.items()
+        if value is not None
+    ]
+
+
+def _hub_dataset(name: str, record: RecordDict) -> dict[str, Any]:
+    """A data set as the hub names it; our synthetic tasks are on no hub and keep their own name."""
+    if name in LONGBENCH_ROWS:
+        repo, title, config, split = LONGBENCH_REPO, f"LongBench {name}", name, "test"
+        more = {"dataset_revision": LONGBENCH_REVISION}
+    elif name in ZEROSCROLLS_ROWS:
+        config, more = name.removeprefix(ZEROSCROLLS_PREFIX), {}
+        repo, title, split = ZEROSCROLLS_REPO, f"ZeroSCROLLS {config}", record["meta"].get("split")
+    else:
+        return {"dataset_type": f"kvbench-{name}", "dataset_name": f"kvbench {name}"}
+    return {"dataset_type": repo, "dataset_name": title, "dataset_config": config, "dataset_split": split, **more}
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9@.,_=+-]+", "_", name)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole; what cannot be encoded (a lone surrogate) becomes an escape."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(text.encode("utf-8", "backslashreplace"))
+        scratch.replace(path)
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be written ({error.strerror}): choose another place with --out DIR"
+        ) from error
+
+
+EXPORTERS: dict[str, Callable[[Sequence[Path], Path], dict[Path, int]]] = {
+    "longbench": export_longbench,
+    "zeroscrolls": export_zeroscrolls,
+    "model-index": export_model_index,
+}
