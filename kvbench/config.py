@@ -19,7 +19,7 @@ from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within
 from kvbench.methods.registry import all_arms, load_policies, method_config
 from kvbench.models.config import ModelConfig
-from kvbench.tasks.names import register_task_names
+from kvbench.tasks import register_benchmarks
 
 
 @dataclass
@@ -91,8 +91,8 @@ def config_folder() -> Path:
 
 
 def register() -> None:
-    """Make schema, methods, `arms=all` and short task names known to Hydra; may be called repeatedly."""
-    register_task_names(config_folder() / "task")
+    """Make schema, methods, `arms=all` and the benchmarks' tasks known to Hydra; may be called repeatedly."""
+    register_benchmarks(config_folder() / "task")
     store = ConfigStore.instance()
     store.store(name="kvbench_schema", node=RootConfig, provider="kvbench")
     for name, policy in load_policies().items():

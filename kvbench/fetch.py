@@ -19,25 +19,19 @@ from functools import partial
 from pathlib import Path
 
 from kvbench.commands import command
-from kvbench.tasks.fetched import ZEROSCROLLS_TASKS, longbench_folder, zeroscrolls_folder
+from kvbench.metrics.zeroscrolls import TASKS
+from kvbench.tasks.data import longbench_folder, zeroscrolls_folder
 
 FETCHERS: dict[str, Callable[[], Path]] = {
     "longbench": longbench_folder,
-    **{f"zeroscrolls/{task}": partial(zeroscrolls_folder, task) for task in ZEROSCROLLS_TASKS},
+    **{f"zeroscrolls/{task}": partial(zeroscrolls_folder, task) for task in TASKS},
 }
 GROUPS = {"zeroscrolls": tuple(name for name in FETCHERS if name.startswith("zeroscrolls/"))}
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: words after the command; None for those of the process.
-
-    Returns:
-        The exit code: 0, or 2 after an error that the user can mend.
-    """
+    """Run the command line, that of the process if none is given; returns the exit code, 2 after a mendable error."""
     parser = argparse.ArgumentParser(prog="python -m kvbench.fetch", description="Fetch benchmark data.")
     names = [*GROUPS, *FETCHERS]
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))

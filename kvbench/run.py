@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvbench.commands import interruptible
 from kvbench.errors import DataError, failure_reason, printable
 from kvbench.metrics import get_metric
-from kvbench.metrics.environment import check_environment
+from kvbench.metrics.base import check_environment
 from kvbench.models.load import LoadedModel, PreparedModel, load_weights, prepare_model
 from kvbench.models.prompt import EncodedPrompt, encode_sample, encode_text
 from kvbench.plan import Plan

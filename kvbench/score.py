@@ -3,35 +3,40 @@
     python -m kvbench.score predictions/llama2-7b-chat-4k
     python -m kvbench.score predictions_e/llama2-7b-chat-4k --e --write
 
-The folder holds the official format: `<dataset>.jsonl`, one object per line with `pred`, `answers`, `all_classes` and
-`length`. A table goes to standard output, and its last line is the content of the official `result.json` as one line of
-JSON. Equal to LongBench/eval.py at commit 2e00731f to the last decimal, whichever other packages are installed.
+The folder holds the official format of pred.py: `<dataset>.jsonl`, one object per line with `pred`, `answers`,
+`all_classes` and `length`. A table goes to standard output, and its last line is the content of the official
+`result.json` as one line of JSON. Equal to LongBench/eval.py at commit 2e00731f to the last decimal, whichever other
+packages are installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from kvbench import strict_json
 from kvbench.commands import command
 from kvbench.errors import DataError
-from kvbench.metrics import Metric, get_metric
-from kvbench.metrics.averages import Average, kvmerger_average, longbench_averages
-from kvbench.metrics.environment import check_environment
-from kvbench.metrics.longbench import DATASETS, base_dataset
-from kvbench.metrics.prediction_files import PredictionFile, read_predictions
+from kvbench.metrics.base import check_environment, get_metric
+from kvbench.metrics.longbench import (
+    DATASETS,
+    LENGTH_BUCKETS,
+    Average,
+    averages,
+    base_dataset,
+    bucket_mean,
+    length_buckets,
+)
+from kvbench.tasks.data import read_jsonl
 
 CODE_METRICS = {"difflib": "code_sim", "levenshtein": "code_sim_levenshtein"}
-LENGTH_BUCKETS = ("0-4k", "4-8k", "8k+")
 
 
 @dataclass(frozen=True)
@@ -54,65 +59,71 @@ class DatasetScore:
     official: float | dict[str, float]
 
 
-def _length_bucket(length: int) -> str:
-    if length < 4000:
-        return LENGTH_BUCKETS[0]
-    return LENGTH_BUCKETS[1] if length < 8000 else LENGTH_BUCKETS[2]
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _bucket_scores(predictions: PredictionFile, metric: Metric, scores: Sequence[dict[str, float]]) -> DatasetScore:
-    """LongBench-E: numpy's mean and numpy's rounding, as the official script; NaN for an empty bucket."""
-    buckets: dict[str, list[float]] = {bucket: [] for bucket in LENGTH_BUCKETS}
-    for length, score in zip(predictions.lengths, scores, strict=True):
-        if length is None:
-            raise DataError(f"{predictions.dataset}: a row has no 'length', which LongBench-E needs")
-        buckets[_length_bucket(length)].append(score["score"])
-    means = {bucket: np.float64(100 * np.mean(values) if values else math.nan) for bucket, values in buckets.items()}
-    return DatasetScore(
-        predictions.dataset,
-        metric.name,
-        {bucket: len(values) for bucket, values in buckets.items()},
-        {bucket: float(mean) for bucket, mean in means.items()},
-        {bucket: float(round(mean, 2)) for bucket, mean in means.items()},
-    )
+def _row_problem(row: dict[str, Any], needs_length: bool, needs_classes: bool) -> str | None:
+    """What is wrong with a row, or None."""
+    for key in ("pred", "answers", "all_classes", *(["length"] if needs_length else [])):
+        if key not in row:
+            return f"has no {key!r}"
+    if not isinstance(row["pred"], str):
+        return f"has a 'pred' of type {type(row['pred']).__name__}, expected a string"
+    if not _is_strings(row["answers"]) or not row["answers"]:
+        return "has 'answers' that are not a non-empty list of strings"
+    if needs_classes and not row["all_classes"]:
+        return "has no class names in 'all_classes'"
+    if row["all_classes"] is not None and not _is_strings(row["all_classes"]):
+        return "has 'all_classes' that are neither null nor a list of strings"
+    if needs_length and (not isinstance(row["length"], int) or isinstance(row["length"], bool)):
+        return f"has a 'length' of {row['length']!r}, expected a whole number"
+    return None
 
 
-def score_predictions(
-    predictions: PredictionFile, by_length: bool = False, code_metric: str = "difflib"
-) -> DatasetScore:
-    """Score the rows of one file.
+def score_file(path: Path, by_length: bool = False, code_metric: str = "difflib") -> DatasetScore:
+    """Score one file of predictions in the official format.
 
     Args:
-        predictions: the rows.
+        path: `<dataset>.jsonl`.
         by_length: score every length bucket by itself (LongBench-E).
         code_metric: "difflib" (the official requirements) or "levenshtein" (what fuzzywuzzy computes where
             python-Levenshtein is installed); only lcc and repobench-p depend on it.
 
     Returns:
         The score, unrounded and as the official script rounds it.
+
+    Raises:
+        DataError: if the data set is unknown, the file is empty or a row is malformed; names file and line.
     """
-    name = DATASETS[base_dataset(predictions.dataset)][0]
+    dataset = path.name.split(".")[0]
+    if base_dataset(dataset) not in DATASETS:
+        raise DataError(f"{path}: {dataset!r} is no LongBench data set; known are {', '.join(DATASETS)}")
+    name = DATASETS[base_dataset(dataset)].metric
+    rows = []
+    for number, row in read_jsonl(path):
+        if problem := _row_problem(row, by_length, name == "classification"):
+            raise DataError(f"{path}, line {number} {problem}; mend or remove it")
+        rows.append(row)
     metric = get_metric(CODE_METRICS[code_metric] if name == "code_sim" else name)
-    scores = [
-        metric.score(prediction, answers, predictions.all_classes, predictions.dataset)
-        for prediction, answers in zip(predictions.predictions, predictions.answers, strict=True)
-    ]
-    if by_length:
-        return _bucket_scores(predictions, metric, scores)
-    score = metric.aggregate(scores)
-    return DatasetScore(predictions.dataset, metric.name, len(scores), score, round(score, 2))
+    classes = tuple(rows[-1]["all_classes"] or ())  # the official script uses those of the last row for all rows
+    scores = [metric.score(row["pred"], row["answers"], classes, dataset) for row in rows]
+    if not by_length:
+        score = metric.aggregate(scores)
+        return DatasetScore(dataset, metric.name, len(scores), score, round(score, 2))
+    buckets = length_buckets([row["length"] for row in rows], [score["score"] for score in scores])
+    means = {bucket: bucket_mean(values) for bucket, values in buckets.items()}
+    return DatasetScore(
+        dataset,
+        metric.name,
+        {bucket: len(values) for bucket, values in buckets.items()},
+        {bucket: float(mean) for bucket, mean in means.items()},
+        {bucket: float(round(mean, 2)) for bucket, mean in means.items()},  # numpy's rounding, as the script's
+    )
 
 
 def score_folder(folder: Path, by_length: bool = False, code_metric: str = "difflib") -> list[DatasetScore]:
-    """Score every prediction file of a folder, in the order of their names.
-
-    Args:
-        folder: holds `<dataset>.jsonl` files; other files are ignored.
-        by_length: see `score_predictions`.
-        code_metric: see `score_predictions`.
-
-    Returns:
-        One score per file.
+    """Score every prediction file of a folder, in the order of their names; other files are ignored.
 
     Raises:
         DataError: if there is no such folder, no file in it, or a malformed row.
@@ -124,12 +135,7 @@ def score_folder(folder: Path, by_length: bool = False, code_metric: str = "diff
     paths = sorted(path for path in folder.iterdir() if path.name.endswith(".jsonl") and path.is_file())
     if not paths:
         raise DataError(f"{folder} holds 0 .jsonl files; name the folder that holds the <dataset>.jsonl files")
-    return [score_predictions(read_predictions(path, by_length), by_length, code_metric) for path in paths]
-
-
-def official_result(scores: Sequence[DatasetScore]) -> dict[str, float | dict[str, float]]:
-    """Content of the official `result.json`."""
-    return {score.dataset: score.official for score in scores}
+    return [score_file(path, by_length, code_metric) for path in paths]
 
 
 def _write_result(path: Path, result: dict[str, float | dict[str, float]]) -> None:
@@ -143,34 +149,35 @@ def _score_table(scores: Sequence[DatasetScore], by_length: bool) -> Table:
     table = Table(title="LongBench-E" if by_length else "LongBench")
     table.add_column("data set", overflow="fold")
     table.add_column("metric", overflow="fold")
-    for heading in LENGTH_BUCKETS if by_length else ("score",):
+    for heading in (*(LENGTH_BUCKETS if by_length else ("score",)), "n"):
         table.add_column(heading, justify="right")
-    table.add_column("n", justify="right")
     for score in scores:
         if isinstance(score.official, dict) and isinstance(score.rows, dict):
             cells = [f"{score.official[bucket]:.2f}" for bucket in LENGTH_BUCKETS]
             rows = " / ".join(str(score.rows[bucket]) for bucket in LENGTH_BUCKETS)
         else:
-            official_rows = DATASETS[base_dataset(score.dataset)][1]
+            official_rows = DATASETS[base_dataset(score.dataset)].rows
             cells = [f"{score.official:.2f}"]
             rows = f"{score.rows}" if score.rows == official_rows else f"{score.rows} (official {official_rows})"
         table.add_row(score.dataset, score.metric, *cells, rows)
     return table
 
 
-def _average_table(averages: Sequence[Average]) -> Table:
+def _average_table(found: Sequence[Average]) -> Table:
     table = Table(title="Averages (unweighted, of unrounded scores)")
     table.add_column("average")
     table.add_column("score", justify="right")
     table.add_column("mean of")
-    for average in averages:
+    for average in found:
         if average.value is not None:
             missing = f"; INCOMPLETE, missing {', '.join(average.missing)}" if average.missing else ""
             table.add_row(average.name, f"{average.value:.2f}", f"{', '.join(average.parts)}{missing}")
     return table
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, that of the process if none is given; returns the exit code, 2 after a mendable error."""
     parser = argparse.ArgumentParser(prog="python -m kvbench.score", description="Score LongBench prediction files.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of <dataset>.jsonl files")
     parser.add_argument("--e", action="store_true", help="LongBench-E: one score per length bucket")
@@ -181,29 +188,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="similarity of code lines; default difflib, which the official requirements give",
     )
     parser.add_argument("--write", action="store_true", help="write DIR/result.json in the official layout")
-    return parser.parse_args(arguments)
-
-
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point.
-
-    Args:
-        arguments: command line without the program's name; None for the process's own.
-
-    Returns:
-        Exit code: 0, or 2 after an error the user can mend.
-    """
-    options = _parse(arguments)
+    options = parser.parse_args(arguments)
     scores = score_folder(options.folder, options.e, options.code_metric)
-    result = official_result(scores)
+    result = {score.dataset: score.official for score in scores}
     if options.write:
         _write_result(options.folder / "result.json", result)
     console = Console(soft_wrap=False)
     console.print(_score_table(scores, options.e))
     if not options.e:
-        unrounded = {score.dataset: score.score for score in scores if isinstance(score.score, float)}
-        console.print(_average_table((*longbench_averages(unrounded), kvmerger_average(unrounded))))
+        console.print(_average_table(averages({s.dataset: s.score for s in scores if isinstance(s.score, float)})))
     print(strict_json.dumps(result, ensure_ascii=False))
     return 0
 

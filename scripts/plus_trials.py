@@ -35,9 +35,7 @@ from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.fork import LayerFork, prefill
 from kvbench.runtime.requests import Arm, Request, model_shape
 from kvbench.tasks.base import Task
-from kvbench.tasks.synthetic.fewshot import FewShot
-from kvbench.tasks.synthetic.niah import NeedleInHaystack
-from kvbench.tasks.synthetic.passkey import PassKey
+from kvbench.tasks.synthetic import FewShot, NeedleInHaystack, PassKey
 
 DATASETS = ("gov_report", "multi_news", "narrativeqa", "qasper", "multifieldqa_en")
 DATASETS += ("2wikimqa", "hotpotqa", "musique", "qmsum")

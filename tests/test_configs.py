@@ -8,8 +8,7 @@ from hydra.errors import ConfigCompositionException
 
 from kvbench.config import config_folder, group_options, register
 from kvbench.plan import _task_identity, build_plan
-from kvbench.tasks.base import Task
-from kvbench.tasks.mix import Mix
+from kvbench.tasks.base import Mix, Task
 
 
 def options(group: str) -> list[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from kvbench import paper
 from kvbench.errors import ConfigError
 from kvbench.experiments import experiment_grid, experiment_names, experiment_part, experiment_parts
-from kvbench.metrics.averages import KVMERGER_DATASETS
+from kvbench.metrics.longbench import KVMERGER_DATASETS
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 SMALL = ["arms=smoke", "protocol.max_new_tokens=4", "protocol.gold_tokens=4", "task.lengths=[160]", "task.depths=[0.5]"]

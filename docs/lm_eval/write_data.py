@@ -8,8 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from kvbench.tasks.synthetic.fewshot import FewShot
-from kvbench.tasks.synthetic.passkey import PassKey
+from kvbench.tasks.synthetic import FewShot, PassKey
 
 N_SAMPLES = 20
 

@@ -1,55 +1,95 @@
-"""LongBench v1 scorers, equal to LongBench/metrics.py and eval.py of THUDM/LongBench at commit 2e00731f.
+"""LongBench v1: the table of its data sets, its scorers, and averages over data sets.
 
-Upstream oddities are kept where they change published numbers (the classification list that shrinks while it is
-walked, whitespace-only code lines, two empty answers that score 0); they are named at the function that has them. Where
-upstream would crash on a malformed reference the score is 0.0.
+Scorers equal LongBench/metrics.py and eval.py of THUDM/LongBench at commit 2e00731f. Upstream oddities are kept where
+they change published numbers (the classification list that shrinks while it is walked, whitespace-only code lines, two
+empty answers that score 0); they are named at the function that has them. Where upstream would crash on a malformed
+reference the score is 0.0.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from fuzzywuzzy import utils
 
 from kvbench.metrics.base import BestAnswerMetric
-from kvbench.metrics.lcs import check_pairs, lcs_length
-from kvbench.metrics.rouge_l import rouge_l
-from kvbench.metrics.text import (
-    chinese_words,
-    first_code_line,
-    first_line,
-    multiset_f1,
-    normalize_answer,
-    normalize_chinese_token,
-)
+from kvbench.metrics.rouge_l import check_pairs, lcs_length, rouge_l
+from kvbench.metrics.text import chinese_words, first_line, multiset_f1, normalize_answer, normalize_chinese_token
 
-# Data sets whose prediction is cut to its first line before scoring (eval.py): few-shot prompts invite a next example.
-FIRST_LINE_DATASETS = frozenset({"trec", "triviaqa", "samsum", "lsht"})
+CATEGORIES = ("single-document QA", "multi-document QA", "summarization", "few-shot", "synthetic", "code")
 
-# eval.py, dataset2metric: data set -> (metric, rows of the official test split).
-DATASETS: dict[str, tuple[str, int]] = {
-    "narrativeqa": ("qa_f1", 200),
-    "qasper": ("qa_f1", 200),
-    "multifieldqa_en": ("qa_f1", 150),
-    "multifieldqa_zh": ("qa_f1_zh", 200),
-    "hotpotqa": ("qa_f1", 200),
-    "2wikimqa": ("qa_f1", 200),
-    "musique": ("qa_f1", 200),
-    "dureader": ("rouge_l_zh", 200),
-    "gov_report": ("rouge_l", 200),
-    "qmsum": ("rouge_l", 200),
-    "multi_news": ("rouge_l", 200),
-    "vcsum": ("rouge_l_zh", 200),
-    "trec": ("classification", 200),
-    "triviaqa": ("qa_f1", 200),
-    "samsum": ("rouge_l", 200),
-    "lsht": ("classification", 200),
-    "passage_count": ("count", 200),
-    "passage_retrieval_en": ("retrieval", 200),
-    "passage_retrieval_zh": ("retrieval_zh", 200),
-    "lcc": ("code_sim", 500),
-    "repobench-p": ("code_sim", 500),
+
+class DataSet(NamedTuple):
+    """What is the same for all rows of a data set; its prompt and length are in the official files (`tasks.longbench`).
+
+    Attributes:
+        category: one of `CATEGORIES`, those of the leaderboard.
+        language: "en" or "zh"; code is "en" and counts in the averages of both.
+        metric: name of its metric (eval.py, dataset2metric).
+        rows: rows of the official test split.
+        rows_e: rows of its LongBench-E sample, 0 where there is none.
+    """
+
+    category: str
+    language: str
+    metric: str
+    rows: int
+    rows_e: int = 0
+
+    @property
+    def first_line_only(self) -> bool:
+        """Whether a prediction is cut to its first line before scoring (eval.py): few-shot prompts invite another."""
+        return self.category == "few-shot"
+
+    @property
+    def chat(self) -> bool:
+        """Whether pred.py puts the model's chat wrapper around the prompt."""
+        return self.category not in ("few-shot", "code")
+
+
+# fmt: off
+DATASETS: dict[str, DataSet] = {
+    "narrativeqa":          DataSet("single-document QA", "en", "qa_f1", 200),       # about a book or film script
+    "qasper":               DataSet("single-document QA", "en", "qa_f1", 200, 224),  # about a scientific article
+    "multifieldqa_en":      DataSet("single-document QA", "en", "qa_f1", 150, 150),  # about one long document
+    "multifieldqa_zh":      DataSet("single-document QA", "zh", "qa_f1_zh", 200),    # about one long document
+    "hotpotqa":             DataSet("multi-document QA", "en", "qa_f1", 200, 300),   # two hops in Wikipedia
+    "2wikimqa":             DataSet("multi-document QA", "en", "qa_f1", 200, 300),   # up to five hops in Wikipedia
+    "musique":              DataSet("multi-document QA", "en", "qa_f1", 200),        # up to four hops in Wikipedia
+    "dureader":             DataSet("multi-document QA", "zh", "rouge_l_zh", 200),   # search questions, web pages
+    "gov_report":           DataSet("summarization", "en", "rouge_l", 200, 300),     # reports of US agencies
+    "qmsum":                DataSet("summarization", "en", "rouge_l", 200),          # meetings, by a query
+    "multi_news":           DataSet("summarization", "en", "rouge_l", 200, 294),     # several news articles
+    "vcsum":                DataSet("summarization", "zh", "rouge_l_zh", 200),       # meetings
+    "trec":                 DataSet("few-shot", "en", "classification", 200, 300),   # a question's type, of 50
+    "triviaqa":             DataSet("few-shot", "en", "qa_f1", 200, 300),            # trivia with a passage
+    "samsum":               DataSet("few-shot", "en", "rouge_l", 200, 300),          # summaries of chats
+    "lsht":                 DataSet("few-shot", "zh", "classification", 200),        # the topic of news, of 24
+    "passage_count":        DataSet("synthetic", "en", "count", 200, 300),           # how many differ
+    "passage_retrieval_en": DataSet("synthetic", "en", "retrieval", 200, 300),       # which of 30 this sums up
+    "passage_retrieval_zh": DataSet("synthetic", "zh", "retrieval_zh", 200),         # which one this sums up
+    "lcc":                  DataSet("code", "en", "code_sim", 500, 300),             # the next line of code
+    "repobench-p":          DataSet("code", "en", "code_sim", 500, 300),             # the same, with other files
 }
+# fmt: on
+ROWS = {
+    **{name: data_set.rows for name, data_set in DATASETS.items()},
+    **{f"{name}_e": data_set.rows_e for name, data_set in DATASETS.items() if data_set.rows_e},
+}
+"""Official rows of every data set and, by its name with `_e`, of its LongBench-E sample."""
+
+# The nine LongBench data sets of the KVMerger paper (arXiv 2407.08454), in its order.
+KVMERGER_DATASETS = (
+    "gov_report", "multi_news", "narrativeqa", "qasper", "multifieldqa_en", "trec", "2wikimqa", "triviaqa",
+    "passage_retrieval_en",
+)  # fmt: skip
+LENGTH_BUCKETS = ("0-4k", "4-8k", "8k+")
 
 
 def base_dataset(dataset: str) -> str:
@@ -59,7 +99,71 @@ def base_dataset(dataset: str) -> str:
 
 def prepare_prediction(prediction: str, dataset: str) -> str:
     """First line only for the few-shot data sets, everything for the others."""
-    return first_line(prediction) if base_dataset(dataset) in FIRST_LINE_DATASETS else prediction
+    known = DATASETS.get(base_dataset(dataset))
+    return first_line(prediction) if known is not None and known.first_line_only else prediction
+
+
+@dataclass(frozen=True)
+class Average:
+    """One average and what it is an average of: papers average 21, 16 or 9 data sets, or categories, points apart.
+
+    Attributes:
+        name: short name for a table's column.
+        value: the mean on the 0..100 scale over those parts that are there, unrounded; None if none is.
+        parts: names of the averaged parts that are there.
+        missing: names of the data sets that should be in and are not; if empty, it compares with published ones.
+    """
+
+    name: str
+    value: float | None
+    parts: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def _mean_of(name: str, scores: Mapping[str, float], datasets: Sequence[str]) -> Average:
+    present = tuple(dataset for dataset in datasets if dataset in scores)
+    missing = tuple(dataset for dataset in datasets if dataset not in scores)
+    value = sum(scores[dataset] for dataset in present) / len(present) if present else None
+    return Average(name, value, present, missing)
+
+
+def averages(scores: Mapping[str, float]) -> tuple[Average, ...]:
+    """The LongBench leaderboard's averages, English then Chinese, then the mean of the KVMerger paper's nine data sets.
+
+    A category is the unweighted mean of its data sets, a language's overall score the unweighted mean of its six
+    categories. Languages without any data set of their own (code counts in both) are left out.
+
+    Args:
+        scores: data set -> score on the 0..100 scale, unrounded.
+    """
+    found: list[Average] = []
+    for language, code in (("English", "en"), ("Chinese", "zh")):
+        if not any(d.language == code and d.category != "code" and name in scores for name, d in DATASETS.items()):
+            continue
+        own = [name for name, known in DATASETS.items() if known.language == code or known.category == "code"]
+        members = {category: [name for name in own if DATASETS[name].category == category] for category in CATEGORIES}
+        means = [_mean_of(f"{language} {category}", scores, names) for category, names in members.items()]
+        overall = _mean_of(
+            f"{language} overall",
+            {category: mean.value for category, mean in zip(CATEGORIES, means, strict=True) if mean.value is not None},
+            CATEGORIES,
+        )
+        missing = tuple(name for mean in means for name in mean.missing)
+        found += [*means, Average(overall.name, overall.value, overall.parts, missing)]
+    return (*found, _mean_of("KVMerger paper's nine", scores, KVMERGER_DATASETS))
+
+
+def length_buckets(lengths: Sequence[int], scores: Sequence[float]) -> dict[str, list[float]]:
+    """LongBench-E: scores in [0, 1] by the length (words or characters) of their rows."""
+    buckets: dict[str, list[float]] = {bucket: [] for bucket in LENGTH_BUCKETS}
+    for length, score in zip(lengths, scores, strict=True):
+        buckets[LENGTH_BUCKETS[(length >= 4000) + (length >= 8000)]].append(score)
+    return buckets
+
+
+def bucket_mean(scores: Sequence[float]) -> np.float64:
+    """A bucket's score on the 0..100 scale as the official script has it: numpy's mean; NaN for an empty bucket."""
+    return np.float64(100 * np.mean(scores) if scores else math.nan)
 
 
 def qa_f1(prediction: str, answer: str) -> float:
@@ -86,14 +190,6 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> 
 
     Found names that are substrings of the gold class are removed, but from the list that is being walked: of two such
     names in a row the second survives. Published numbers contain this, so it stays.
-
-    Args:
-        prediction: first line of the generated text.
-        answer: gold class.
-        all_classes: class names in the order of the data set.
-
-    Returns:
-        Score in [0, 1].
     """
     found = [name for name in all_classes if name in prediction]
     for name in found:
@@ -102,58 +198,40 @@ def classification(prediction: str, answer: str, all_classes: Sequence[str]) -> 
     return 1.0 / len(found) if answer in found else 0.0
 
 
-def _share_equal(prediction: str, number: str) -> float:
-    """Share of the prediction's numbers that are this number, compared as strings."""
-    numbers = re.findall(r"\d+", prediction)
-    return numbers.count(number) / len(numbers) if numbers else 0.0
-
-
 def count(prediction: str, answer: str) -> float:
     """Share of the numbers in the prediction that equal the answer as strings ("17.0" holds two numbers)."""
-    return _share_equal(prediction, answer)
+    numbers = re.findall(r"\d+", prediction)
+    return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
-def _retrieval(prediction: str, answer: str, pattern: str) -> float:
+def retrieval(prediction: str, answer: str, pattern: str = r"Paragraph (\d+)") -> float:
+    """Share of the numbers in the prediction that equal the one which the pattern finds in the answer."""
     gold = re.search(pattern, answer)
-    return _share_equal(prediction, gold.group(1)) if gold else 0.0
+    return count(prediction, gold.group(1)) if gold else 0.0
 
 
-def retrieval(prediction: str, answer: str) -> float:
-    """Share of the numbers in the prediction that equal N of the answer "Paragraph N"."""
-    return _retrieval(prediction, answer, r"Paragraph (\d+)")
+def _first_code_line(text: str) -> str:
+    """The first line without backtick, "#" and "//", or nothing; lines of white space qualify."""
+    lines = text.lstrip("\n").split("\n")
+    return next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
 
 
-def retrieval_zh(prediction: str, answer: str) -> float:
-    """Share of the numbers in the prediction that equal N of the answer "段落N"."""
-    return _retrieval(prediction, answer, r"段落(\d+)")
-
-
-def _whole_percent(first: str, second: str, ratio: float) -> float:
-    """Ratio as fuzzywuzzy reports it: 1 for equal strings, 0 if either is empty, else whole percent, halves to even."""
-    if first == second:
-        return 1.0
-    if not first or not second:
-        return 0.0
-    return round(100 * ratio) / 100
+def _fuzz_ratio(line: str, answer: str, measure: Callable[[str, str], float]) -> float:
+    """`fuzz.ratio` of fuzzywuzzy 0.18.0 (its rules for equal and empty texts, its rounding) with this measure."""
+    rounded = utils.check_for_equivalence(utils.check_empty_string(lambda a, b: utils.intr(100 * measure(a, b))))
+    return float(rounded(line, answer) / 100)
 
 
 def code_sim(prediction: str, answer: str) -> float:
-    """Similarity of the first code line by `difflib`, as fuzzywuzzy 0.18.0 without python-Levenshtein computes it.
+    """Similarity of the first code line in whole percent by `difflib`, as fuzzywuzzy without python-Levenshtein has it.
 
     Pinned to `difflib`: fuzzywuzzy itself switches to another measure when python-Levenshtein can be imported, which
     moves lcc and repobench-p by about two points. Asymmetric, and its junk heuristic acts on answers of 200 characters
     and more.
-
-    Args:
-        prediction: generated code.
-        answer: gold line.
-
-    Returns:
-        Score in [0, 1], a whole percentage.
     """
-    line = first_code_line(prediction)
+    line = _first_code_line(prediction)
     check_pairs(len(line) * len(answer))  # difflib looks at up to so many, and again in the gaps of what it finds
-    return _whole_percent(line, answer, difflib.SequenceMatcher(None, line, answer).ratio())
+    return _fuzz_ratio(line, answer, lambda a, b: difflib.SequenceMatcher(None, a, b).ratio())
 
 
 def code_sim_levenshtein(prediction: str, answer: str) -> float:
@@ -161,24 +239,13 @@ def code_sim_levenshtein(prediction: str, answer: str) -> float:
 
     The indel ratio: 1 - (deletions and insertions) / (both lengths) = 2 LCS / (both lengths); the first form is the one
     that package rounds.
-
-    Args:
-        prediction: generated code.
-        answer: gold line.
-
-    Returns:
-        Score in [0, 1], a whole percentage.
     """
-    line = first_code_line(prediction)
-    total = len(line) + len(answer)
-    edits = total - 2 * lcs_length(line, answer)
-    return _whole_percent(line, answer, 1.0 - edits / total if total else 1.0)
+    total = len(line := _first_code_line(prediction)) + len(answer)
+    return _fuzz_ratio(line, answer, lambda a, b: 1.0 - (total - 2 * lcs_length(a, b)) / total)
 
 
-_OFFICIAL = "LongBench@2e00731f"
-
-METRICS: tuple[BestAnswerMetric, ...] = tuple(
-    BestAnswerMetric(name, f"{definition} ({_OFFICIAL})", compare, prepare_prediction)
+METRICS = tuple(
+    BestAnswerMetric(name, f"{definition} (LongBench@2e00731f)", compare, prepare_prediction)
     for name, definition, compare in (
         ("qa_f1", "token F1", lambda p, a, c: qa_f1(p, a)),
         ("qa_f1_zh", "token F1, jieba words", lambda p, a, c: qa_f1_zh(p, a)),
@@ -187,7 +254,7 @@ METRICS: tuple[BestAnswerMetric, ...] = tuple(
         ("classification", "class name found in the text", classification),
         ("count", "share of numbers equal to the count", lambda p, a, c: count(p, a)),
         ("retrieval", "share of numbers equal to the paragraph", lambda p, a, c: retrieval(p, a)),
-        ("retrieval_zh", "share of numbers equal to the paragraph", lambda p, a, c: retrieval_zh(p, a)),
+        ("retrieval_zh", "share of numbers equal to the paragraph", lambda p, a, c: retrieval(p, a, r"段落(\d+)")),
         ("code_sim", "line similarity, difflib", lambda p, a, c: code_sim(p, a)),
         ("code_sim_levenshtein", "line similarity, indel", lambda p, a, c: code_sim_levenshtein(p, a)),
     )

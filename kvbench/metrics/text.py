@@ -1,4 +1,4 @@
-"""Text normalisation shared by the official scorers: answers, Chinese words, first lines, first lines of code."""
+"""Text normalisation that the official scorers share, exact matches of our own tasks, agreement of two answers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from kvbench.metrics.base import BestAnswerMetric
+
 # Punctuation that LongBench/metrics.py deletes from Chinese answers, in its own order; "《" and "·" are not in it.
 CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、"
@@ -19,18 +21,13 @@ CHINESE_PUNCTUATION = (
 _DELETE_ASCII = str.maketrans("", "", string.punctuation)
 _DELETE_CHINESE = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_EDGES = string.punctuation + string.whitespace
 
 
 def normalize_answer(text: str) -> str:
     """SQuAD's normalisation: lower case, ASCII punctuation deleted, articles blanked, white space collapsed.
 
     Non-ASCII punctuation (curly quotes, dashes) stays.
-
-    Args:
-        text: an answer.
-
-    Returns:
-        Words separated by single spaces.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_ASCII)).split())
 
@@ -61,27 +58,12 @@ def _chinese_tokenizer() -> Any:
 
 
 def chinese_words(text: str) -> list[str]:
-    """Words of a Chinese text as jieba 0.42.1 cuts them (precise mode, hidden Markov model on).
-
-    Args:
-        text: raw text; white space and punctuation come back as words of their own.
-
-    Returns:
-        Words whose concatenation is the text.
-    """
+    """Words of a raw text as jieba 0.42.1 cuts it (precise mode, hidden Markov model on); joined they are the text."""
     return list(_chinese_tokenizer().cut(text, cut_all=False))
 
 
 def multiset_f1(predicted: Sequence[str], referenced: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over multisets of tokens.
-
-    Args:
-        predicted: tokens of the prediction.
-        referenced: tokens of the reference.
-
-    Returns:
-        F1 in [0, 1]; 0.0 without a common token, also if both are empty.
-    """
+    """F1 over multisets of tokens; 0.0 without a common token, also if both are empty."""
     common = sum((Counter(predicted) & Counter(referenced)).values())
     if common == 0:
         return 0.0
@@ -95,18 +77,32 @@ def first_line(text: str) -> str:
     return text.lstrip("\n").split("\n")[0]
 
 
-def first_code_line(text: str) -> str:
-    """The first line that holds no backtick, no "#" and no "//"; empty if there is none.
+def needle(prediction: str, answer: str) -> float:
+    """1.0 if `answer` stands in the first line as whole words (4711 is not in 47112), else 0.0; case is ignored."""
+    pattern = rf"(?<!\w){re.escape(answer.strip())}(?!\w)"
+    return float(re.search(pattern, first_line(prediction), flags=re.IGNORECASE) is not None)
 
-    Lines of white space qualify, and so a prediction that opens with one is scored on it.
 
-    Args:
-        text: generated code.
+def first_word(prediction: str, answer: str) -> float:
+    """1.0 if the first line's first word is `answer`, else 0.0; case and punctuation around it are ignored."""
+    words = first_line(prediction).split()
+    return float(bool(words) and words[0].strip(_EDGES).lower() == answer.strip(_EDGES).lower())
 
-    Returns:
-        One line, with its indentation.
-    """
-    for line in text.lstrip("\n").split("\n"):
-        if "`" not in line and "#" not in line and "//" not in line:
-            return line
-    return ""
+
+def first_divergence(ids_a: Sequence[int], ids_b: Sequence[int]) -> int | None:
+    """Number of tokens two generations share before they differ (or one ends); None if they are equal."""
+    differing = (position for position, (a, b) in enumerate(zip(ids_a, ids_b, strict=False)) if a != b)
+    return next(differing, None if len(ids_a) == len(ids_b) else min(len(ids_a), len(ids_b)))
+
+
+def equal_share(ids_a: Sequence[int], ids_b: Sequence[int]) -> float:
+    """Share of the longer generation's positions at which both hold the same token; 1.0 if both are empty."""
+    longer = max(len(ids_a), len(ids_b))
+    return sum(a == b for a, b in zip(ids_a, ids_b, strict=False)) / longer if longer else 1.0
+
+
+# Of the synthetic tasks. Both look at the first line alone: a model that answers and then rambles on gains nothing.
+METRICS = (
+    BestAnswerMetric("needle", "answer in the first line, as whole words", lambda p, a, c: needle(p, a)),
+    BestAnswerMetric("first_word", "first word equals the answer", lambda p, a, c: first_word(p, a)),
+)

@@ -1,35 +1,51 @@
-"""ZeroSCROLLS scorers, equal to the metric files of tau/zero_scrolls on the Hugging Face hub.
+"""ZeroSCROLLS: the table of its tasks, and its scorers.
 
-ROUGE is Google's `rouge_score` without stemming, F1 is SQuAD's followed by transliteration, and the summarisation score
-is the geometric mean of three means (the code), not the mean of geometric means (the paper's text). Where upstream
-would crash on a malformed reference the score is 0.0.
+They equal the metric files of tau/zero_scrolls on the Hugging Face hub. ROUGE is Google's `rouge_score` without
+stemming, F1 is SQuAD's followed by transliteration, and the summarisation score is the geometric mean of three means
+(the code), not the mean of geometric means (the paper's text). Where upstream would crash on a malformed reference the
+score is 0.0.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvbench.metrics.base import BestAnswerMetric, Metric, mean_times_100
-from kvbench.metrics.lcs import lcs_length
+from kvbench.metrics.rouge_l import lcs_length
 from kvbench.metrics.text import multiset_f1, normalize_answer
 
-# Task -> metric (the paper's table of tasks); ZeroSCROLLS' own score is the unweighted mean of the ten.
-TASKS: dict[str, str] = {
-    "gov_report": "zs_rouge",
-    "summ_screen_fd": "zs_rouge",
-    "qmsum": "zs_rouge",
-    "squality": "zs_rouge",
-    "qasper": "zs_f1",
-    "narrative_qa": "zs_f1",
-    "quality": "zs_accuracy",
-    "musique": "zs_f1",
-    "space_digest": "zs_exp_similarity",
-    "book_sum_sort": "zs_concordance",
+
+class ZeroScrollsTask(NamedTuple):
+    """What the paper's table of tasks and the official runners say: metric, tokens to generate, test questions."""
+
+    metric: str
+    max_new_tokens: int
+    rows: int
+
+
+# fmt: off
+TASKS: dict[str, ZeroScrollsTask] = {
+    "gov_report":     ZeroScrollsTask("zs_rouge", 1024, 500),         # reports of US agencies
+    "summ_screen_fd": ZeroScrollsTask("zs_rouge", 512, 337),          # television scripts
+    "qmsum":          ZeroScrollsTask("zs_rouge", 512, 281),          # meetings, by a query
+    "squality":       ZeroScrollsTask("zs_rouge", 512, 260),          # stories, by a question; four references each
+    "qasper":         ZeroScrollsTask("zs_f1", 128, 500),             # about a scientific article
+    "narrative_qa":   ZeroScrollsTask("zs_f1", 64, 500),              # about a book or film script
+    "quality":        ZeroScrollsTask("zs_accuracy", 10, 500),        # multiple choice about a story
+    "musique":        ZeroScrollsTask("zs_f1", 32, 500),              # multi-hop questions, some unanswerable
+    "space_digest":   ZeroScrollsTask("zs_exp_similarity", 36, 500),  # share of positive hotel reviews
+    "book_sum_sort":  ZeroScrollsTask("zs_concordance", 256, 500),    # order of shuffled chapter summaries
 }
+# fmt: on
+"""The ten tasks; ZeroSCROLLS' own score is the unweighted mean of all of them."""
+
+PREFIX = "zeroscrolls_"
+"""Before a task's name in records and tables: LongBench has data sets of the same names."""
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 _CHOICE = re.compile(r"\b[A-D]\b")
@@ -78,34 +94,18 @@ def _summary_ids(text: str) -> list[int]:
 
 
 def concordance(prediction: str, answer: str) -> float:
-    """Share of pairs of ids that both orders place in the same sequence; 0 unless the ids are the same multiset.
-
-    A single id in the right place is a perfect order.
-    """
+    """Share of pairs of ids that both orders place in the same sequence; 0 unless the ids are the same multiset."""
     predicted, gold = _summary_ids(prediction), _summary_ids(answer)
     if not gold or sorted(predicted) != sorted(gold):
         return 0.0
     place = {number: position for position, number in enumerate(predicted)}
     places = [place[number] for number in dict.fromkeys(gold)]
+    n_concordant, before = 0, list[int]()
+    for position in places:
+        n_concordant += (rank := bisect(before, position))
+        before.insert(rank, position)
     n_pairs = len(places) * (len(places) - 1) // 2
-    return _concordant_pairs(places) / n_pairs if n_pairs else 1.0
-
-
-def _concordant_pairs(places: Sequence[int]) -> int:
-    """How many pairs of different numbers stand in ascending order, counted with a Fenwick tree."""
-    rank = {place: number for number, place in enumerate(sorted(places), start=1)}
-    tree = [0] * (len(places) + 1)
-    n_concordant = 0
-    for place in places:
-        node = rank[place]
-        while node:
-            n_concordant += tree[node]
-            node &= node - 1
-        node = rank[place]
-        while node < len(tree):
-            tree[node] += 1
-            node += node & -node
-    return n_concordant
+    return n_concordant / n_pairs if n_pairs else 1.0
 
 
 @cache
@@ -136,7 +136,7 @@ class GeometricRouge:
     def score(
         self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str
     ) -> dict[str, float]:
-        """Best F-measure over the answers, for every ROUGE type by itself (see `Metric.score`).
+        """Best F-measure over the answers, for every ROUGE type by itself.
 
         "score" is the geometric mean of this example's three values: for comparing examples, not used by `aggregate`.
         """
@@ -159,12 +159,13 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 METRICS: tuple[Metric, ...] = (
     GeometricRouge(),
-    BestAnswerMetric("zs_f1", "token F1, transliterated (tau/zero_scrolls)", lambda p, a, c: f1(p, a)),
-    BestAnswerMetric("zs_accuracy", "first letter A to D (tau/zero_scrolls)", lambda p, a, c: accuracy(p, a)),
-    BestAnswerMetric(
-        "zs_exp_similarity", "0.5 ** (percentage points / 10) (tau/zero_scrolls)", lambda p, a, c: exp_similarity(p, a)
-    ),
-    BestAnswerMetric(
-        "zs_concordance", "share of concordant pairs of ids (tau/zero_scrolls)", lambda p, a, c: concordance(p, a)
+    *(
+        BestAnswerMetric(name, f"{definition} (tau/zero_scrolls)", compare)
+        for name, definition, compare in (
+            ("zs_f1", "token F1, transliterated", lambda p, a, c: f1(p, a)),
+            ("zs_accuracy", "first letter A to D", lambda p, a, c: accuracy(p, a)),
+            ("zs_exp_similarity", "0.5 ** (percentage points / 10)", lambda p, a, c: exp_similarity(p, a)),
+            ("zs_concordance", "share of concordant pairs of ids", lambda p, a, c: concordance(p, a)),
+        )
     ),
 )

@@ -23,7 +23,7 @@ from uuid import uuid4
 import torch
 
 from kvbench.errors import RecordError
-from kvbench.metrics.environment import scorer_versions
+from kvbench.metrics.base import scorer_versions
 from kvbench.models.config import ModelConfig
 from kvbench.models.load import PreparedModel
 from kvbench.ops.dispatch import choose_backend

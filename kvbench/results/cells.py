@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from kvbench.errors import DataError
-from kvbench.metrics.averages import KVMERGER_DATASETS
+from kvbench.metrics.longbench import KVMERGER_DATASETS
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls, read_config, read_environments
 from kvbench.results.statistics import Comparison, Interval, Scores, best_arm, compare_arms, score_interval

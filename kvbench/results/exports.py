@@ -21,26 +21,14 @@ import pandas as pd
 
 from kvbench import __version__, strict_json
 from kvbench.errors import RecordError
-from kvbench.metrics.longbench import DATASETS
+from kvbench.metrics.longbench import ROWS as LONGBENCH_ROWS
+from kvbench.metrics.zeroscrolls import PREFIX as ZEROSCROLLS_PREFIX
+from kvbench.metrics.zeroscrolls import TASKS as ZEROSCROLLS_TASKS
 from kvbench.records.read import model_name, read_records
 from kvbench.results.summary import ArmSummary, RecordDict, arm_order, summarise
-from kvbench.tasks.fetched import (
-    LONGBENCH_E_DATASETS,
-    LONGBENCH_REPO,
-    LONGBENCH_REVISION,
-    ZEROSCROLLS_REPO,
-    ZEROSCROLLS_TEST_QUESTIONS,
-)
+from kvbench.tasks.data import LONGBENCH_REPO, LONGBENCH_REVISION, ZEROSCROLLS_REPO
 
-ZEROSCROLLS_PREFIX = "zeroscrolls_"
-LONGBENCH_ROWS = {
-    **{name: rows for name, (_, rows) in DATASETS.items()},
-    **dict.fromkeys((f"{name}_e" for name in LONGBENCH_E_DATASETS), 300),
-    "qasper_e": 224,
-    "multifieldqa_en_e": 150,
-    "multi_news_e": 294,
-}
-ZEROSCROLLS_ROWS = {f"{ZEROSCROLLS_PREFIX}{task}": rows for task, rows in ZEROSCROLLS_TEST_QUESTIONS.items()}
+ZEROSCROLLS_ROWS = {f"{ZEROSCROLLS_PREFIX}{name}": task.rows for name, task in ZEROSCROLLS_TASKS.items()}
 DIGITS = 4
 
 
@@ -128,7 +116,7 @@ def export_zeroscrolls(runs: Sequence[Path], out: Path) -> dict[Path, int]:
         if any(record["meta"].get("split") != "test" for group in groups for record in group.good):
             _note(f"{label}: has validation questions; the leaderboard takes those of task.split=test")
         tasks = {group.dataset.removeprefix(ZEROSCROLLS_PREFIX): group.good for group in groups}
-        if missing := [task for task in ZEROSCROLLS_TEST_QUESTIONS if task not in tasks]:
+        if missing := [task for task in ZEROSCROLLS_TASKS if task not in tasks]:
             _note(f"{label}: has no {', '.join(missing)}; the leaderboard takes all ten tasks")
         rows = [(task, row["sample"], row["prediction"]) for task, good in tasks.items() for row in good]
         frame = pd.DataFrame(rows, columns=["Task", "ID", "Prediction"], dtype=object)

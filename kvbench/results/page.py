@@ -24,7 +24,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from kvbench import strict_json
-from kvbench.metrics.fidelity import first_divergence
+from kvbench.metrics.text import first_divergence
 from kvbench.records.read import model_name, read_environments, read_prompts, read_records, record_files
 from kvbench.results.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.results.figures import FIGURES, drawn, save

@@ -1,4 +1,4 @@
-"""What a task is: a name, samples, and the metric each sample is scored with.
+"""What a task is: a name, samples, and the metric each sample is scored with; and a mixture of tasks.
 
 Sample ids and texts depend on the task's parameters and seed alone, so that a resumed run, a second machine or another
 shard asks the same questions.
@@ -7,7 +7,9 @@ shard asks the same questions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Annotated, Any
 
 from kvbench.errors import ConfigError
@@ -68,20 +70,12 @@ class Task(ABC):
     limit: Annotated[int, Within(1)] | None = None
 
     def __post_init__(self) -> None:
-        """Check all fields against their annotations; subclasses extend this.
-
-        Raises:
-            ConfigError: if a value is of the wrong type or out of range.
-        """
+        """Check all fields against their annotations (`ConfigError`); subclasses extend this."""
         check_fields(self, "task")
 
     @abstractmethod
     def all_samples(self) -> list[Sample]:
-        """All samples in their fixed order.
-
-        Raises:
-            DataError: if data is missing or malformed.
-        """
+        """All samples in their fixed order; `DataError` if data is missing or malformed."""
 
     def samples(self) -> list[Sample]:
         """The samples to run: all of them, or the first `limit`.
@@ -99,3 +93,24 @@ class Task(ABC):
                 )
             seen.add((sample.dataset, sample.id))
         return samples[: self.limit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix(Task):
+    """The samples of several tasks, one of each in turn, so that a `limit` keeps the mixture.
+
+    Each sample is scored by its own metric under its own data set name.
+
+    Attributes:
+        tasks: the parts by any key (the key makes them addressable on the command line); a part's own `limit` holds.
+    """
+
+    name: str = "mix"
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+
+    def all_samples(self) -> list[Sample]:
+        """The parts' samples in turn; `ConfigError` if there are no parts."""
+        if not self.tasks:
+            raise ConfigError(f"task {self.name} mixes 0 tasks: name at least 1 in task.tasks")
+        rounds = zip_longest(*(task.samples() for task in self.tasks.values()))
+        return [sample for turn in rounds for sample in turn if sample is not None]

@@ -2,8 +2,9 @@
 
     python -m kvbench task=longbench/qasper data.root=DIR data.official=DIR
 
-Rows are the official JSONL files. Prompt templates and generation lengths are the official configuration files, checked
-against pinned SHA-256 sums and never retyped, so their oddities (typos, trailing spaces) survive.
+Rows are the official JSONL files, or the same rows as Parquet. What differs between the data sets is in
+`kvbench.metrics.longbench.DATASETS`. Prompt templates and generation lengths are the official configuration files,
+checked against pinned SHA-256 sums and never retyped, so their oddities (typos, trailing spaces) survive.
 
 Source: THUDM/LongBench at `OFFICIAL_COMMIT`, LongBench/pred.py; Bai et al. 2024, arXiv:2308.14508.
 """
@@ -18,13 +19,39 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.errors import ConfigError, DataError
+from kvbench.metrics.longbench import DATASETS, ROWS, base_dataset
 from kvbench.paths import user_path
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.fetched import OFFICIAL_COMMIT, OFFICIAL_SHA256, longbench_folder
-from kvbench.tasks.jsonl import any_field, count_field, read_jsonl, text_field, text_list_field
+from kvbench.tasks.data import OFFICIAL_COMMIT, OFFICIAL_SHA256, Row, longbench_folder, read_rows
 
 MAX_OFFICIAL_BYTES = 2**20  # the official files have a few thousand
 FETCH = "python -m kvbench.fetch longbench"
+
+
+def config_nodes() -> dict[str, dict[str, Any]]:
+    """What Hydra composes for each data set; "_base" is what all of them share."""
+    base = {
+        "_target_": f"{LongBench.__module__}.LongBench",
+        "name": "${.dataset}",
+        "limit": None,
+        "root": "${data.root}",
+        "official": "${data.official}",
+    }
+    return {"_base": base} | {dataset: {**base, **dataset_fields(dataset)} for dataset in ROWS}
+
+
+def dataset_fields(dataset: str) -> dict[str, Any]:
+    """The fields of `LongBench` that the table decides."""
+    known = DATASETS[base_dataset(dataset)]
+    return {
+        "dataset": dataset,
+        "language": known.language,
+        "category": known.category,
+        "metric": known.metric,
+        "chat": known.chat,
+        "first_line_only": known.first_line_only,
+        "stop_newline": base_dataset(dataset) == "samsum",
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +66,8 @@ class LongBench(Task):
         chat: whether the model's chat wrapper goes around the prompt.
         first_line_only: only the first line of a prediction is scored; the metrics apply the rule by data set name.
         stop_newline: generation also stops at a newline token, after at least one token (samsum).
-        root: folder with `<dataset>.jsonl` or `data/<dataset>.jsonl`; None for `$KVBENCH_DATA`, else the fetched data.
+        root: folder with the rows, `<dataset>.jsonl` or .parquet, or a folder `data` of them; None for `$KVBENCH_DATA`,
+            else the fetched data.
         official: folder with `dataset2prompt.json` and `dataset2maxlen.json`; None for beside the rows, else the
             fetched ones.
     """
@@ -54,11 +82,6 @@ class LongBench(Task):
     root: str | None = None
     official: str | None = None
 
-    @property
-    def base_dataset(self) -> str:
-        """The id without `_e`: the key of prompts, lengths and metrics."""
-        return self.dataset.removesuffix("_e")
-
     def all_samples(self) -> list[Sample]:
         """All rows of the data set in file order, as samples.
 
@@ -72,38 +95,40 @@ class LongBench(Task):
                 "scorer takes the first line on few-shot data sets and on no others"
             )
         prompts, lengths = official_config(self._official_folder())
-        if self.base_dataset not in prompts:
+        base = base_dataset(self.dataset)
+        if base not in prompts:
             raise ConfigError(f"LongBench has no data set {self.dataset!r}; it has {', '.join(prompts)}")
         path = self._rows_file()
         samples: list[Sample] = []
         first_line_of: dict[str, int] = {}
-        for line_number, row in read_jsonl(path):
-            where = f"{path}:{line_number}"
-            sample = self._sample(row, where, prompts[self.base_dataset], lengths[self.base_dataset])
+        for line_number, fields in read_rows(path):
+            row = Row(fields, f"{path}:{line_number}")
+            sample = self._sample(row, prompts[base], lengths[base])
             if sample.id in first_line_of:
                 raise DataError(
-                    f"{where}: _id {sample.id!r} was seen in line {first_line_of[sample.id]}; every row needs its own "
-                    "(were two files joined?)"
+                    f"{row.where}: _id {sample.id!r} was seen in line {first_line_of[sample.id]}; every row needs its "
+                    "own (were two files joined?)"
                 )
             first_line_of[sample.id] = line_number
             samples.append(sample)
         return samples
 
-    def _sample(self, row: dict[str, Any], where: str, template: str, max_new_tokens: int) -> Sample:
-        context = text_field(row, "context", where)
-        question = text_field(row, "input", where)
-        answers = text_list_field(row, "answers", where)
-        classes = () if any_field(row, "all_classes", where) is None else text_list_field(row, "all_classes", where)
-        row_dataset = text_field(row, "dataset", where)
+    def _sample(self, row: Row, template: str, max_new_tokens: int) -> Sample:
+        context, question = row.text("context"), row.text("input")
+        answers = row.texts("answers")
+        classes = () if row.any("all_classes") is None else row.texts("all_classes")
+        row_dataset = row.text("dataset")
         if not answers:
-            raise DataError(f"{where}: field 'answers' is empty; a row without a reference cannot be scored")
+            raise DataError(f"{row.where}: field 'answers' is empty; a row without a reference cannot be scored")
         if self.metric == "classification" and not classes:
-            raise DataError(f"{where}: field 'all_classes' is empty, but {self.dataset} is scored by classification")
-        if row_dataset.removesuffix("_e") != self.base_dataset:
-            raise DataError(f"{where}: this is a row of {row_dataset!r}, expected {self.dataset!r}")
+            raise DataError(
+                f"{row.where}: field 'all_classes' is empty, but {self.dataset} is scored by classification"
+            )
+        if base_dataset(row_dataset) != base_dataset(self.dataset):
+            raise DataError(f"{row.where}: this is a row of {row_dataset!r}, expected {self.dataset!r}")
         prompt, question_start = render(template, context, question)
         return Sample(
-            id=text_field(row, "_id", where),
+            id=row.text("_id"),
             dataset=self.dataset,
             prompt=prompt,
             answers=answers,
@@ -115,36 +140,38 @@ class LongBench(Task):
             stop_newline=self.stop_newline,
             min_new_tokens=1 if self.stop_newline else 0,
             truncation="middle",
-            length=count_field(row, "length", where),
+            length=row.count("length"),
             meta={
                 "category": self.category,
                 "language": self.language,
-                "row_language": text_field(row, "language", where),
+                "row_language": row.text("language"),
                 "first_line_only": self.first_line_only,
             },
         )
 
-    def _rows_file(self) -> Path:
+    def _named_folder(self) -> Path | None:
         named = self.root or os.environ.get("KVBENCH_DATA")
-        folder = user_path(named) if named else longbench_folder()
-        candidates = (folder / f"{self.dataset}.jsonl", folder / "data" / f"{self.dataset}.jsonl")
-        for path in candidates:
-            if path.is_file():
-                return path
-        raise DataError(
-            f"neither {candidates[0]} nor {candidates[1]} exists; set data.root=DIR (or KVBENCH_DATA) to the folder of "
-            f"the LongBench files, or neither and run `{FETCH}`"
-        )
+        return user_path(named) if named else None
+
+    def _rows_file(self) -> Path:
+        folder = self._named_folder() or longbench_folder()
+        candidates = [
+            folder / place / f"{self.dataset}{ending}" for ending in (".jsonl", ".parquet") for place in ("", "data")
+        ]
+        if (found := next((path for path in candidates if path.is_file()), None)) is None:
+            raise DataError(
+                f"neither {candidates[0]} nor {candidates[1]} exists; set data.root=DIR (or KVBENCH_DATA) to the "
+                f"folder of the LongBench files, or neither and run `{FETCH}`"
+            )
+        return found
 
     def _official_folder(self) -> Path:
         if self.official is not None:
             return user_path(self.official)
-        named = self.root or os.environ.get("KVBENCH_DATA")
-        beside = (user_path(named), user_path(named) / "config") if named else ()
-        return (
-            next((folder for folder in beside if (folder / "dataset2prompt.json").is_file()), None)
-            or longbench_folder() / "config"
-        )
+        named = self._named_folder()
+        beside = (named, named / "config") if named else ()
+        found = next((folder for folder in beside if (folder / "dataset2prompt.json").is_file()), None)
+        return found or longbench_folder() / "config"
 
 
 def official_config(folder: Path) -> tuple[dict[str, str], dict[str, int]]:

@@ -1,7 +1,7 @@
 """A small set of documents that ships with the package, for question answering and summaries without any download.
 
 Twelve fictional texts of about 230 words, written for this project, each with four questions and a summary: 60 rows in
-the format of LongBench rows (`data/mini.jsonl`), scored like LongBench's with F1 and ROUGE-L. The prompts are our own.
+the format of LongBench rows (`mini.jsonl`), scored like LongBench's with F1 and ROUGE-L. The prompts are our own.
 A question follows the text and the document's other three questions with their answers, which show a small model how
 short an answer is meant to be. The texts are far shorter than a benchmark's: this task shows the machinery at work, it
 ranks nothing.
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.jsonl import read_jsonl
+from kvbench.tasks.data import read_jsonl
 
-DATA = Path(__file__).parent / "data" / "mini.jsonl"
+DATA = Path(__file__).parent / "mini.jsonl"
 WORKED = "Question: {question}\nAnswer: {answer}\n\n"
 QUESTION = "Question: {question}\n"
 ANSWER_PREFIX = "Answer:"

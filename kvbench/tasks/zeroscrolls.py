@@ -4,7 +4,7 @@
     python -m kvbench task=zeroscrolls/quality task.split=test task.export_only=true
 
 The second command makes predictions for rows without references; `python -m kvbench.export zeroscrolls RUN` writes the
-leaderboard's CSV from them.
+leaderboard's CSV from them. What differs between the tasks is in `kvbench.metrics.zeroscrolls.TASKS`.
 
 Source: hub data set tau/zero_scrolls; Shaham et al. 2023, arXiv:2305.14196; experiments/hf/run_hf_model.py of
 tau-nlp/zero_scrolls for the truncation.
@@ -22,15 +22,30 @@ from typing import IO, Annotated, Any, Literal
 
 from kvbench.errors import ConfigError, DataError, printable
 from kvbench.fields import Within
+from kvbench.metrics.zeroscrolls import PREFIX, TASKS
 from kvbench.paths import user_path
-from kvbench.tasks.archive import open_member
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.fetched import ZEROSCROLLS_TASKS, zeroscrolls_folder
-from kvbench.tasks.jsonl import any_field, count_field, parse_jsonl, text_field
+from kvbench.tasks.data import Row, open_member, parse_jsonl, zeroscrolls_folder
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("validation", "test")
+INDICES = ("document_start_index", "document_end_index", "query_start_index", "query_end_index")
+
+
+def config_nodes() -> dict[str, dict[str, Any]]:
+    """What Hydra composes for each task; "_base" is what all of them share."""
+    base = {
+        "_target_": f"{ZeroScrolls.__module__}.ZeroScrolls",
+        "name": f"{PREFIX}${{.task}}",
+        "limit": None,
+        "split": "validation",
+        "export_only": False,
+        "chat": True,
+        "root": "${data.root}",
+    }
+    own = {name: {"task": name, "metric": t.metric, "max_new_tokens": t.max_new_tokens} for name, t in TASKS.items()}
+    return {"_base": base} | {name: {**base, **fields} for name, fields in own.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +72,8 @@ class ZeroScrolls(Task):
 
     @property
     def dataset(self) -> str:
-        """Name in records and tables; LongBench has data sets of the same names."""
-        return f"zeroscrolls_{self.task}"
+        """Name in records and tables."""
+        return f"{PREFIX}{self.task}"
 
     def all_samples(self) -> list[Sample]:
         """The split's questions in first-seen order; several rows with one id are one question with several references.
@@ -67,16 +82,15 @@ class ZeroScrolls(Task):
             ConfigError: if the task is unknown.
             DataError: if data is missing or malformed, or a row has no reference and `export_only` is off.
         """
-        if self.task not in ZEROSCROLLS_TASKS:
-            raise ConfigError(f"ZeroSCROLLS has no task.task={self.task!r}: give one of {', '.join(ZEROSCROLLS_TASKS)}")
+        if self.task not in TASKS:
+            raise ConfigError(f"ZeroSCROLLS has no task.task={self.task!r}: give one of {', '.join(TASKS)}")
         self._check_splits()
         samples: dict[str, Sample] = {}
         with self._open(self.split) as (file, name):
-            for line_number, row in parse_jsonl(file, name):
-                sample = self._sample(row, f"{name}:{line_number}")
-                first = samples.get(sample.id)
-                if first is None:
-                    samples[sample.id] = sample
+            for line_number, fields in parse_jsonl(file, name):
+                sample = self._sample(Row(fields, f"{name}:{line_number}"))
+                first = samples.setdefault(sample.id, sample)
+                if first is sample:
                     continue
                 if first.prompt != sample.prompt:
                     logger.warning(
@@ -94,19 +108,17 @@ class ZeroScrolls(Task):
             )
         return list(samples.values())
 
-    def _sample(self, row: dict[str, Any], where: str) -> Sample:
-        prompt = text_field(row, "input", where)
-        output = any_field(row, "output", where)
-        answers = () if output is None else (text_field(row, "output", where),)
-        fields = ("document_start_index", "document_end_index", "query_start_index", "query_end_index")
-        indices = [count_field(row, field, where) for field in fields]
+    def _sample(self, row: Row) -> Sample:
+        prompt = row.text("input")
+        answers = () if row.any("output") is None else (row.text("output"),)
+        indices = [row.count(field) for field in INDICES]
         if max(indices) > len(prompt) or indices[0] > indices[2]:
             raise DataError(
-                f"{where}: {', '.join(fields)} are {indices}; they must lie within the {len(prompt)} characters of the "
-                "input, the query after the document"
+                f"{row.where}: {', '.join(INDICES)} are {indices}; they must lie within the {len(prompt)} characters "
+                "of the input, the query after the document"
             )
         return Sample(
-            id=text_field(row, "id", where),
+            id=row.text("id"),
             dataset=self.dataset,
             prompt=prompt,
             answers=answers,
@@ -121,7 +133,7 @@ class ZeroScrolls(Task):
                 "query_start": indices[2],
                 "query_end": indices[3],
                 "document_end": indices[1],
-                "truncation_separator": text_field(row, "truncation_seperator", where),
+                "truncation_separator": row.text("truncation_seperator"),
             },
         )
 

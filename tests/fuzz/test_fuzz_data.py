@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from verdicts import CASES, NASTY, Tally, generator, shown
 
-from kvbench.tasks.archive import unpack
+from kvbench.tasks.data import unpack
 from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.zeroscrolls import ZeroScrolls
 

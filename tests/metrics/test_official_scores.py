@@ -6,7 +6,7 @@ import pytest
 
 from kvbench.metrics import get_metric
 from kvbench.metrics.longbench import DATASETS
-from kvbench.score import read_predictions, score_predictions
+from kvbench.score import score_file
 
 pytestmark = pytest.mark.shared
 
@@ -34,7 +34,7 @@ def is_recursion_artefact(case):
 def test_longbench_cases(golden):
     cases = golden["longbench"]
     assert len(cases) >= 221
-    differing = [case for case in cases if score(DATASETS[case["dataset"]][0], case) != case["score"]]
+    differing = [case for case in cases if score(DATASETS[case["dataset"]].metric, case) != case["score"]]
     # Two equal texts of 1,200 words without a full stop overflow upstream's recursion, which its scorer turns into 0.
     artefacts = [case for case in cases if is_recursion_artefact(case)]
     assert differing == artefacts
@@ -42,7 +42,7 @@ def test_longbench_cases(golden):
 
 
 def test_code_cases_with_levenshtein(golden):
-    cases = [case for case in golden["longbench"] if DATASETS[case["dataset"]][0] == "code_sim"]
+    cases = [case for case in golden["longbench"] if DATASETS[case["dataset"]].metric == "code_sim"]
     assert any("score_with_python_Levenshtein" in case for case in cases)
     for case in cases:
         expected = case.get("score_with_python_Levenshtein", case["score"])
@@ -80,4 +80,4 @@ def test_published_predictions(shared_data, dataset):
     folder = shared_data / "golden" / "llama2-7b-chat-4k"
     published = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert set(published) == set(DATASETS)
-    assert score_predictions(read_predictions(folder / f"{dataset}.jsonl")).official == published[dataset]
+    assert score_file(folder / f"{dataset}.jsonl").official == published[dataset]

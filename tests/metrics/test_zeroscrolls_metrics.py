@@ -133,4 +133,4 @@ def test_geometric_mean():
 
 def test_ten_tasks():
     assert len(TASKS) == 10
-    assert all(get_metric(name) for name in TASKS.values())
+    assert all(get_metric(task.metric) for task in TASKS.values())

@@ -7,28 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from longbench_rows import row, stand_in_official, write_rows
 
 from kvbench.errors import ConfigError, DataError
-from kvbench.metrics.averages import CHINESE_CATEGORIES, ENGLISH_CATEGORIES
-from kvbench.metrics.longbench import DATASETS, FIRST_LINE_DATASETS
-from kvbench.tasks.fetched import LONGBENCH_DATASETS, LONGBENCH_E_DATASETS
-from kvbench.tasks.longbench import LongBench
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "task" / "longbench"
-# Official pred.py leaves these without a chat wrapper; its samsum branch stops at a newline too.
-NO_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
-
-
-def config(name: str) -> dict[str, Any]:
-    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert values.pop("defaults") == ["/task/longbench/_base@_here_"]
-    return values
+from kvbench.metrics.longbench import DATASETS, ROWS
+from kvbench.tasks.longbench import LongBench, dataset_fields
 
 
 def task(dataset: str, /, **fields: Any) -> LongBench:
-    return LongBench(**{"name": dataset, **config(dataset), **fields})
+    return LongBench(**{"name": dataset, **dataset_fields(dataset), **fields})
 
 
 @pytest.fixture
@@ -38,26 +25,21 @@ def qasper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LongBench:
     return task("qasper", root=str(tmp_path), official=str(official))
 
 
-def test_there_is_a_file_for_every_data_set() -> None:
-    names = {path.stem for path in CONFIGS.glob("*.yaml")} - {"_base"}
-    assert names == {*LONGBENCH_DATASETS, *(f"{dataset}_e" for dataset in LONGBENCH_E_DATASETS)}
-    assert (len(LONGBENCH_DATASETS), len(LONGBENCH_E_DATASETS)) == (21, 13)
-
-
-@pytest.mark.parametrize("dataset", [*LONGBENCH_DATASETS, *(f"{dataset}_e" for dataset in LONGBENCH_E_DATASETS)])
-def test_files_agree_with_the_official_tables(dataset: str) -> None:
-    values, base = config(dataset), dataset.removesuffix("_e")
-    categories = CHINESE_CATEGORIES if values["language"] == "zh" else ENGLISH_CATEGORIES
-    assert values["dataset"] == dataset
-    assert values["metric"] == DATASETS[base][0]
-    assert base in {**categories, "extra": ()}[values["category"]]
-    assert values["chat"] == (base not in NO_CHAT)
-    assert values["first_line_only"] == (base in FIRST_LINE_DATASETS)
-    assert values["stop_newline"] == (base == "samsum")
+def test_the_official_rules_of_each_data_set() -> None:
+    # Official pred.py leaves these without a chat wrapper; its samsum branch stops at a newline too.
+    no_chat = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    for dataset in ROWS:
+        values, base = dataset_fields(dataset), dataset.removesuffix("_e")
+        assert values["dataset"] == dataset
+        assert values["chat"] == (base not in no_chat)
+        assert values["first_line_only"] == (base in {"trec", "triviaqa", "samsum", "lsht"})  # eval.py
+        assert values["stop_newline"] == (base == "samsum")
+        chinese = base.endswith("_zh") or base in {"dureader", "vcsum", "lsht"}
+        assert values["language"] == ("zh" if chinese else "en")
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("dataset", LONGBENCH_DATASETS)
+@pytest.mark.parametrize("dataset", DATASETS)
 def test_real_rows_render_as_the_official_code_does(dataset: str, shared_data: Path) -> None:
     official = shared_data / "longbench_official"
     rows_file = shared_data / "longbench_samples" / f"{dataset}.jsonl"
@@ -116,6 +98,17 @@ def test_limit_takes_the_first_rows(qasper: LongBench, tmp_path: Path) -> None:
     write_rows(tmp_path / "data" / "qasper.jsonl", *(row(number) for number in range(5)))
     limited = task("qasper", root=qasper.root, official=qasper.official, limit=2)
     assert [sample.id for sample in limited.samples()] == ["id-0", "id-1"]
+
+
+def test_rows_may_come_as_parquet(qasper: LongBench, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [row(1), row(2, input=""), row(3, answers=["only"])]
+    write_rows(tmp_path / "qasper.jsonl", *rows)
+    expected = qasper.samples()
+    (tmp_path / "qasper.jsonl").unlink()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data" / "qasper.parquet")
+    assert qasper.samples() == expected
 
 
 def test_longbench_e_rows_use_the_prompts_of_the_plain_id(qasper: LongBench, tmp_path: Path) -> None:

