@@ -22,9 +22,11 @@ one layer ever exists twice.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -99,6 +101,7 @@ class RaggedCache(Cache):
 
     Attributes:
         backends: names of the backends in use, for the record.
+        handle: the integer by which `decode_step` finds the cache.
 
     Raises:
         ConfigError: if `n_query_heads` is no multiple of `n_kv_heads`.
@@ -131,6 +134,8 @@ class RaggedCache(Cache):
         self._grown: list[int] = []
         self._dirty = True
         self._generation = 0
+        self.handle = next(_handles)
+        _caches[self.handle] = self
         self._graph_key: Hashable = None
 
     # ---- rows ------------------------------------------------------------------------------------------------------
@@ -319,6 +324,14 @@ class RaggedCache(Cache):
         value: Tensor,
         scaling: float,
         softcap: float | None = None,
+    ) -> Tensor:
+        """As `step`; in compiled code by one custom operation, so that a decoder layer compiles whole."""
+        if torch.compiler.is_compiling():
+            return decode_step(self.handle, layer_index, query, key, value, scaling, softcap)
+        return self.step(layer_index, query, key, value, scaling, softcap)
+
+    def step(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
         """Store the new tokens, attend to their rows, then do the step of the rows whose policy has one.
 
@@ -607,6 +620,26 @@ class RaggedCache(Cache):
         raise TypeError("RaggedCache has neither beam search nor cropping: rows are chosen with keep_rows or choose")
 
     reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _unsupported
+
+
+_handles = itertools.count()
+_caches: WeakValueDictionary[int, RaggedCache] = WeakValueDictionary()
+
+
+@torch.library.custom_op("kvbench::decode_step", mutates_args=())
+def decode_step(
+    handle: int, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """`RaggedCache.step` of the cache with this handle, as torch.compile sees it: tensors in, a tensor out."""
+    return _caches[handle].step(layer_index, query, key, value, scaling, softcap)
+
+
+@decode_step.register_fake
+def _(
+    handle: int, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    n_rows, n_heads, _, head_dim = query.shape
+    return query.new_empty(n_rows, 1, n_heads, head_dim)
 
 
 def grid_slots(max_slots: int) -> int:

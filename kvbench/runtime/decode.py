@@ -25,8 +25,7 @@ from torch import Tensor
 from kvbench.models.load import LoadedModel
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.cache import RaggedCache
-from kvbench.runtime.compiled import CompiledLayers, can_compile
-from kvbench.runtime.head import padded_head
+from kvbench.runtime.patches import CompiledLayers, can_compile, padded_head
 from kvbench.runtime.requests import Arm, Request
 
 EAGER_STEPS = 2  # steps before a shape is captured: they compile kernels and fill library workspaces

@@ -5,16 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AttentionInterface
 
 from kvbench.errors import ModelError
 from kvbench.methods.registry import build_policy
-from kvbench.runtime import attention as interface
 from kvbench.runtime import decode, fused
 from kvbench.runtime.attention import attention_implementation
-from kvbench.runtime.cache import RaggedCache
-from kvbench.runtime.compiled import CompiledLayers, can_compile, decoder_layers
 from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.patches import CompiledLayers, can_compile, decoder_layers
 from kvbench.runtime.requests import Arm, Request
 
 BUDGETS = [("full", 1.0), ("h2o", 0.5), ("h2o", 0.35), ("cam", 0.5), ("cam", 0.35), ("h2o", 0.7), ("cam", 0.7)]
@@ -60,6 +57,7 @@ def test_one_code_serves_all_layers_batches_and_engines_with_the_same_tokens(tin
     compile_here(monkeypatch, counting)
     answers(tiny_model("tiny-random", n_layers=2), 7, compiled=True)
     made = len(graphs)
+    assert made == 1  # a decoder layer compiles whole
     products = [node for graph in graphs for node in graph.graph.nodes if node.target is torch.nn.functional.linear]
     assert len(products) == 5  # queries, keys and values; output; gate; up; down
     assert len(decoder_layers(tiny_gqa.model)) == 4
@@ -99,13 +97,9 @@ def test_only_decode_steps_run_compiled_layers(tiny_gqa, monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_block_leaves_nothing_changed_however_it_ends(tiny_gqa, fails):
     def state():
-        return (
-            [dict(vars(module)) for module in tiny_gqa.model.modules()],
-            RaggedCache.update,
-            AttentionInterface()[interface.IMPLEMENTATION],
-            torch._dynamo.config.allow_unspec_int_on_nn_module,
-            torch._dynamo.config.recompile_limit,
-        )
+        config = torch._dynamo.config
+        modules = [(type(module), dict(vars(module))) for module in tiny_gqa.model.modules()]
+        return modules, config.allow_unspec_int_on_nn_module, config.recompile_limit
 
     with attention_implementation(tiny_gqa.model):
         before = state()

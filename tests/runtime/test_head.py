@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvbench.runtime.head import padded_head
+from kvbench.runtime.patches import padded_head
 
 
 class Model:

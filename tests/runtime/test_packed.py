@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvbench.runtime.packed import PackedProjections
+from kvbench.runtime.patches import PackedProjections
 
 
 class Block(nn.Module):
@@ -33,10 +33,10 @@ def inside(model):
 
 
 def count_products(monkeypatch):
-    from kvbench.runtime import packed
+    from kvbench.runtime import patches
 
     seen = []
-    monkeypatch.setattr(packed, "linear", lambda *a: seen.append(a[1].shape[0]) or nn.functional.linear(*a))
+    monkeypatch.setattr(patches, "linear", lambda *a: seen.append(a[1].shape[0]) or nn.functional.linear(*a))
     return seen
 
 
@@ -47,7 +47,7 @@ def test_same_numbers_by_one_product_a_group(bias, monkeypatch):
     with torch.no_grad():
         expected, before, looks = model(hidden), state(model), inside(model)
         packed = PackedProjections(model)
-        assert packed.n_groups == 2
+        assert len(packed.packs) == 2
         seen = count_products(monkeypatch)
         for _ in range(2):
             with packed.active():
@@ -113,4 +113,4 @@ def test_layers_that_one_product_cannot_serve_are_left_alone(spoil):
         model.k_proj = model.k_proj.double()
     else:
         model.k_proj = model.v_proj
-    assert PackedProjections(model).n_groups == 0
+    assert PackedProjections(model).packs == []
