@@ -123,7 +123,7 @@ def ragged_decode(
     Args:
         query: `(B, H, D)`, model dtype.
         plan: the rows' caches with the new token written.
-        scaling: factor on the logits, usually `D ** -0.5`.
+        scaling: factor on the logits.
         attention_rows: rows whose softmax attention is returned; their heads must not be ragged.
         softcap: bound that logits are soft-capped to (Gemma 2) before a bias is added, or None; torch only.
 

@@ -24,12 +24,12 @@ GRANULE = 256
 class Pool:
     """One tensor `(capacity, *slot_shape)` from whose front consecutive blocks of slots are handed out.
 
-    Blocks are never freed one by one: `clear` forgets them all and keeps the storage. The address of `storage` changes
-    only in `reserve`, which `allocate` calls when the free part is too small.
+    Blocks are never freed one by one: `used = 0` forgets them all. The address of `storage` changes only in `reserve`,
+    which `allocate` calls when the free part is too small.
 
     Attributes:
         storage: `(capacity, *slot_shape)`; uninitialised where nothing was written.
-        used: slots handed out since the last `clear`.
+        used: slots handed out.
         moves: how often the storage has changed its address.
     """
 
@@ -62,10 +62,6 @@ class Pool:
         self.reserve(first + n_slots)
         self.used = first + n_slots
         return first, self.storage[first : self.used]
-
-    def clear(self) -> None:
-        """Forget all blocks; storage and address stay."""
-        self.used = 0
 
 
 class LayerPools:
@@ -136,20 +132,15 @@ class LayerPools:
                 target[: tensor.shape[1]] = tensor[0]
             return padded
 
-        state = None
-        if blocks.state_class is not None:
-            state = self._state(blocks, blocks.lengths[0])
+        state = self._state(blocks, blocks.lengths[0])
         lengths = torch.tensor(blocks.lengths) + grown if blocks.ragged else None
         bias = gather(self.bias, bias=True) if blocks.first_bias >= 0 else None
         return CompressedLayer(gather(self.keys), gather(self.values), lengths=lengths, bias=bias, state=state)
 
     def decode_slots(self, blocks: Blocks, step_index: Tensor) -> DecodeSlots:
         """What a policy's `step` sees of one row: views of the m slots and the scratch slot."""
-        (rectangle,) = blocks.rectangles
-        n_slots = rectangle.length + 1
-        keys, values = (
-            blocks.view(pool.storage, blocks.first, rectangle, n_slots) for pool in (self.keys, self.values)
-        )
+        (rectangle,), n_slots = blocks.rectangles, blocks.lengths[0] + 1
+        keys, values = (blocks.view(p.storage, blocks.first, rectangle, n_slots) for p in (self.keys, self.values))
         return DecodeSlots(keys, values, self._state(blocks, n_slots), step_index)
 
     def row_bytes(self, blocks: Blocks, scratch: bool) -> int:
@@ -163,11 +154,8 @@ class LayerPools:
         return n_slots * per_slot + sum(c.numel() * c.element_size() for c in blocks.constants.values())
 
     def _state(self, blocks: Blocks, n_slots: int) -> object:
-        rectangle = blocks.rectangles[0]
-        views = {
-            key[0]: blocks.view(self.states[key].storage, first, rectangle, n_slots)
-            for key, first in blocks.states.items()
-        }
+        rectangle, found = blocks.rectangles[0], blocks.states.items()
+        views = {key[0]: blocks.view(self.states[key].storage, first, rectangle, n_slots) for key, first in found}
         return make_state(blocks.state_class, views | blocks.constants)
 
 
@@ -192,13 +180,7 @@ def _copy(source: Tensor, target: Tensor, room: int, ragged: tuple[Tensor, Tenso
 
 
 class Layout(NamedTuple):
-    """Host tables of where B rows lie in all layers.
-
-    Attributes:
-        columns: tables by their names in `BlockTable`.
-        attention_elements: per layer the attention weights of all rows that step.
-        longest: per layer the slots that the longest block can hold.
-    """
+    """Where rows lie: tables by their names in `BlockTable`, and per layer attention weights and the longest block."""
 
     columns: dict[str, Tensor]
     attention_elements: list[int]
@@ -208,16 +190,9 @@ class Layout(NamedTuple):
 def lay_out(
     by_row: Sequence[Sequence[Blocks]], grown: Sequence[int], steps: Sequence[bool], n_query_heads: int
 ) -> Layout:
-    """Describe rows, each given by its blocks in all layers, to the device.
+    """Describe rows, each given by its blocks in all layers, what it has grown by and whether it steps.
 
-    Args:
-        by_row: per row its blocks, layer by layer.
-        grown: slots per head that new tokens have added to each row.
-        steps: whether each row steps, so that its `H * (m + 1)` attention weights need a buffer.
-        n_query_heads: H.
-
-    Returns:
-        The tables.
+    A row that steps needs a buffer for its `H * (m + 1)` attention weights.
     """
 
     def integers(name: str) -> Tensor:
@@ -241,31 +216,20 @@ def lay_out(
 class BlockTable:
     """Offsets, lengths and counters of all layers and rows on one device; their addresses never change.
 
-    The host knows all of it beforehand, so `fill` copies whole tables once per change of the batch, and `advance`
-    brings them to the next token with four launches, without the host.
-
-    Attributes:
-        offsets: `(n_layers, max_rows, H_k)` int64, first slot of each block in the layer's key and value pools.
-        lengths: `(n_layers, max_rows, H_k)` int32, filled slots of each block.
-        limits: `(n_layers, max_rows, H_k)` int32, lengths stop there: the last slot of a block is never passed.
-        bias_offsets: `(n_layers, max_rows, H_k)` int64, first bias of each block, -1 without bias.
-        attention_offsets: `(n_layers, max_rows)` int64, where a stepping row's attention begins, -1 for other rows.
-        step_index: `(max_rows,)` int64, new tokens a row has seen.
-        position_ids: `(max_rows, 1)` int64, position id of the next token.
+    Once per change of the batch `fill` copies whole tables; `advance` brings them to the next token with four launches,
+    without the host. What `DecodePlan` names has a leading axis of layers here; of the others, `limits` are what
+    `lengths` stop at (the last slot of a block is never passed), `step_index` the new tokens a row has seen, and
+    `position_ids` that of the next token.
     """
 
     def __init__(self, n_layers: int, max_rows: int, n_kv_heads: int, device: torch.device):
-        def table(*shape: int, dtype: torch.dtype = torch.int64, value: int = 0) -> Tensor:
-            with torch.inference_mode(False):  # tables outlive the block they are first needed in
-                return torch.full(shape, value, dtype=dtype, device=device)
-
-        self.offsets = table(n_layers, max_rows, n_kv_heads)
-        self.lengths = table(n_layers, max_rows, n_kv_heads, dtype=torch.int32)
-        self.limits = table(n_layers, max_rows, n_kv_heads, dtype=torch.int32)
-        self.bias_offsets = table(n_layers, max_rows, n_kv_heads, value=-1)
-        self.attention_offsets = table(n_layers, max_rows, value=-1)
-        self.step_index = table(max_rows)
-        self.position_ids = table(max_rows, 1)
+        blocks = (n_layers, max_rows, n_kv_heads)
+        with torch.inference_mode(False):  # tables outlive the block they are first needed in
+            self.offsets, self.bias_offsets = torch.zeros(2, *blocks, dtype=torch.int64, device=device)
+            self.lengths, self.limits = torch.zeros(2, *blocks, dtype=torch.int32, device=device)
+            self.attention_offsets = torch.zeros(blocks[:2], dtype=torch.int64, device=device)
+            self.step_index = torch.zeros(max_rows, dtype=torch.int64, device=device)
+            self.position_ids = torch.zeros(max_rows, 1, dtype=torch.int64, device=device)
 
     def fill(self, **columns: Tensor) -> None:
         """Copy host tables of the first B rows into place; names are those of the attributes."""

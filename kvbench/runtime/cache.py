@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
@@ -33,15 +33,8 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.errors import ConfigError
-from kvbench.methods.base import (
-    CompressedLayer,
-    Policy,
-    RowsStepper,
-    StepLayer,
-    StepRow,
-    find_rows_stepper,
-    slot_state,
-)
+from kvbench.methods import base
+from kvbench.methods.base import CompressedLayer, Policy, StepLayer, StepRow, slot_state
 from kvbench.ops import ragged_decode
 from kvbench.ops.dispatch import choose_backend, current_device
 from kvbench.ops.ragged_decode import Blocks, DecodePlan
@@ -56,10 +49,8 @@ class _Row:
     """A row as the host knows it: its policy, where it started, how far it is, and its blocks, layer by layer."""
 
     def __init__(self, policy: Policy, position: int, room_tokens: int, n_layers: int):
-        self.policy = policy
-        self.position = position
+        self.policy, self.position, self.new_tokens = policy, position, 0
         self.room = 1 if policy.steps else room_tokens
-        self.new_tokens = 0
         self.blocks: list[Blocks | None] = [None] * n_layers
 
     @property
@@ -68,13 +59,13 @@ class _Row:
         return min(self.new_tokens, self.room - 1)
 
 
-class _Device:
+class _Place:
     """What the layers on one device share: kernels, table, attention buffer, steppers, a stream beside the main one."""
 
     def __init__(self, backend: str, table: BlockTable, device: torch.device):
-        self.backend, self.table = backend, table
+        self.backend, self.table, self.device = backend, table, device
         self.attention = Pool((), torch.float32, device)
-        self.steppers: dict[type[Policy], RowsStepper | None] = {}
+        self.steppers: dict[type[Policy], base.RowsStepper | None] = {}
         self.side = SideStream(device)
 
     @property
@@ -100,42 +91,29 @@ class RaggedCache(Cache):
         max_rows: most rows at a time; tables of that size are allocated once.
 
     Attributes:
-        backends: names of the backends in use, for the record.
         handle: the integer by which `decode_step` finds the cache.
-
-    Raises:
-        ConfigError: if `n_query_heads` is no multiple of `n_kv_heads`.
     """
 
     def __init__(
-        self,
-        n_layers: int,
-        n_query_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        backend: str = "auto",
-        max_rows: int = 64,
-    ):
+        self, n_layers: int, n_query_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype,
+        backend: str = "auto", max_rows: int = 64,
+    ):  # fmt: skip
         super().__init__(layers=[])
         if n_query_heads % n_kv_heads:
             raise ConfigError(
                 f"{n_query_heads} query heads are no multiple of {n_kv_heads} KV heads: check the model's configuration"
             )
         self.n_layers, self.n_query_heads, self.n_kv_heads = n_layers, n_query_heads, n_kv_heads
-        self.head_dim, self.dtype, self.max_rows = head_dim, dtype, max_rows
-        self.backend = backend
-        self.backends: set[str] = set()
+        self.head_dim, self.dtype, self.backend, self.max_rows = head_dim, dtype, backend, max_rows
+        self.handle = next(_handles)
+        _caches[self.handle] = self
         self._rows: list[_Row] = []
         self._layers: list[LayerPools | None] = [None] * n_layers
-        self._devices: dict[torch.device, _Device] = {}
+        self._places: dict[torch.device, _Place] = {}
         self._reserved_slots = [0] * n_layers
         self._plans: list[DecodePlan] = []
         self._grown: list[int] = []
         self._dirty = True
-        self._generation = 0
-        self.handle = next(_handles)
-        _caches[self.handle] = self
         self._graph_key: Hashable = None
 
     # ---- rows ------------------------------------------------------------------------------------------------------
@@ -146,7 +124,7 @@ class RaggedCache(Cache):
         return len(self._rows)
 
     def add_row(self, policy: Policy, position: int, room_tokens: int | None = None) -> int:
-        """Add a row to the batch; its layers are written next.
+        """Add a row to the batch, whose layers are written next, and return its index.
 
         Args:
             policy: the method; a policy that steps keeps its size, any other row grows by a slot per new token.
@@ -154,9 +132,6 @@ class RaggedCache(Cache):
             room_tokens: most new tokens the row will store; a policy that steps needs no room for them. A row that
                 stays in the batch beyond that overwrites its last slot: no other row is harmed, its further answers
                 mean nothing. None: nobody knows, `make_room` is called before each step.
-
-        Returns:
-            The row's index.
         """
         room_tokens = ROOM_TOKENS if room_tokens is None else room_tokens
         if room_tokens < 1 and not policy.steps:
@@ -183,9 +158,8 @@ class RaggedCache(Cache):
 
     def reserve_rows(self, budgets: Sequence[Sequence[int]]) -> None:
         """Reserve storage for the present rows, given each row's slots per KV head of each layer."""
-        rooms = [row.room for row in self._rows]
-        by_layer = [zip(layer, rooms, strict=True) for layer in zip(*budgets, strict=True)]
-        self.reserve([self.n_kv_heads * sum(budget + room for budget, room in layer) for layer in by_layer])
+        room = sum(row.room for row in self._rows)
+        self.reserve([self.n_kv_heads * (sum(layer) + room) for layer in zip(*budgets, strict=True)])
 
     def write(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Copy what is left of one layer into the cache.
@@ -194,19 +168,13 @@ class RaggedCache(Cache):
             layer_index: the layer, from 0.
             row: a row's index.
             layer: the compressed layer; every tensor on the layer's device. Copied, so it may share memory.
-
-        Raises:
-            ValueError: if shapes or dtype do not fit the model, the row's layer is written already, or a policy that
-                steps returns ragged heads.
-            ConfigError: if the backend asked for cannot run on the layer's device.
         """
         record, device = self._rows[row], layer.keys.device
         self._check(layer_index, row, layer)
         self._change()
-        if device not in self._devices:
+        if device not in self._places:
             table = BlockTable(self.n_layers, self.max_rows, self.n_kv_heads, device)
-            self._devices[device] = _Device(choose_backend(self.backend, device), table, device)
-            self.backends.add(self._devices[device].backend)
+            self._places[device] = _Place(choose_backend(self.backend, device), table, device)
         pools = self._layers[layer_index]
         if pools is None:
             pools = self._layers[layer_index] = LayerPools(self.head_dim, self.dtype, device)
@@ -262,7 +230,7 @@ class RaggedCache(Cache):
         self._outdate()
         self._rows = []
         for pool in self._pools():
-            pool.clear()
+            pool.used = 0
 
     def row_slots(self, row: int) -> list[int]:
         """Prompt slots kept in each layer, summed over KV heads."""
@@ -278,14 +246,15 @@ class RaggedCache(Cache):
 
     def layer_use(self, layer_index: int) -> tuple[int, int]:
         """What all rows keep of their prompts in one layer, as soon as it is written: slots and bytes (`row_bytes`)."""
-        layer, slots, n_bytes = self._layer(layer_index), 0, 0
-        for record in self._rows:
-            blocks = record.blocks[layer_index]
-            if blocks is None:
-                raise RuntimeError(f"layer {layer_index} is not written yet")
-            slots += sum(blocks.lengths)
-            n_bytes += layer.row_bytes(blocks, record.policy.steps)
-        return slots, n_bytes
+        found = [(row.blocks[layer_index], row.policy.steps) for row in self._rows]
+        kept = [(blocks, steps) for blocks, steps in found if blocks is not None]
+        n_bytes = sum(self._layer(layer_index).row_bytes(blocks, steps) for blocks, steps in kept)
+        return sum(sum(blocks.lengths) for blocks, _ in kept), n_bytes
+
+    @property
+    def backends(self) -> set[str]:
+        """Names of the backends in use, for the record."""
+        return {place.backend for place in self._places.values()}
 
     @property
     def allocated_bytes(self) -> int:
@@ -298,37 +267,24 @@ class RaggedCache(Cache):
     def position_ids(self) -> Tensor:
         """`(B, 1)` int64 position ids of the next token, on the first layer's device; `advance` adds 1 in place."""
         self.prepare()
-        return self._devices[self._layer(0).device].table.position_ids[: len(self._rows)]
+        return self._places[self._layer(0).device].table.position_ids[: len(self._rows)]
 
     def prepare(self) -> None:
-        """Bring tables and plans up to date after the batch has changed; a step does so itself.
-
-        Raises:
-            RuntimeError: if the batch is empty or a layer of a row was not written.
-        """
+        """Bring tables and plans up to date after the batch has changed; a step does so itself."""
         if self._dirty:
             self._plan()
             self._dirty = False
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """The arguments: `attend` stores them (called by the model's attention module, which hands them on)."""
         return key_states, value_states
 
     def attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None = None,
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
         """As `step`; in compiled code by one custom operation, so that a decoder layer compiles whole."""
-        if torch.compiler.is_compiling():
-            return decode_step(self.handle, layer_index, query, key, value, scaling, softcap)
-        return self.step(layer_index, query, key, value, scaling, softcap)
+        step = decode_step if torch.compiler.is_compiling() else _step
+        return step(self.handle, layer_index, query, key, value, scaling, softcap)
 
     def step(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
@@ -348,21 +304,17 @@ class RaggedCache(Cache):
 
         Returns:
             `(B, 1, H, D)`.
-
-        Raises:
-            RuntimeError: as `prepare`, or if a step of the torch backend is captured in a CUDA graph: its lengths are
-                the host's.
         """
         self.prepare()
         expected = (len(self._rows), self.n_kv_heads, 1, self.head_dim)
         if tuple(key.shape) != expected:
             raise ValueError(f"new keys have shape {tuple(key.shape)}, the batch needs {expected}")
-        plan, place = self._plans[layer_index], self._devices[key.device]
+        plan, place = self._plans[layer_index], self._places[key.device]
         if place.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("the torch backend cannot be captured in a CUDA graph: ask `capturable` first")
+            raise RuntimeError("the torch backend cannot be captured in a CUDA graph: its lengths are the host's")
+        kernels, alone = place.kernels, tuple(plan.steps)
         capped = {} if softcap is None else {"softcap": softcap}
         with current_device(key.device):
-            kernels, alone = place.kernels, tuple(plan.steps)
             kernels.write_token(key, value, plan)
             place.side.join()
             output, attention = kernels.ragged_decode(query.squeeze(2), plan, scaling, alone, **capped)
@@ -383,30 +335,23 @@ class RaggedCache(Cache):
 
     def advance_device(self) -> None:
         """The device's half of `advance`, without the host's: see `count_step`."""
-        for place in self._devices.values():
+        for place in self._places.values():
             place.side.join()
             place.table.advance()
 
     def count_step(self) -> None:
-        """The host's half of `advance`.
+        """The host's half of `advance`: lengths that the torch backend reads in a step.
 
-        A replayed step need not call it: whenever the batch changes, and for `room_left`, the cache asks the device how
-        far its rows are. Only the torch backend reads the host's lengths in a step.
+        A replayed step need not call it: whenever the batch changes, the cache asks the device how far its rows are.
         """
         for row in self._rows:
             row.new_tokens += 1
         self._grown[:] = [row.grown for row in self._rows]  # the plans' own list
 
-    def room_left(self, row: int) -> int | None:
-        """New tokens a row can still store; None for a row that steps, which always can."""
-        self._pull_steps()
-        record = self._rows[row]
-        return None if record.policy.steps else record.room - record.new_tokens
-
     @property
     def capturable(self) -> bool:
         """Whether a step may be captured in a CUDA graph: all layers use Triton and lie on one device."""
-        return self.backends == {"triton"} and len(self._devices) == 1
+        return self.backends == {"triton"} and len(self._places) == 1
 
     @property
     def graph_key(self) -> Hashable:
@@ -417,13 +362,6 @@ class RaggedCache(Cache):
         """
         self.prepare()
         return self._graph_key
-
-    @property
-    def generation(self) -> int:
-        """Grows whenever `graph_key` changes, so whenever a step captured before must not be replayed as it is."""
-        if self._rows:
-            self.prepare()
-        return self._generation
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -442,10 +380,9 @@ class RaggedCache(Cache):
 
     def _check(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Refuse what does not fit the model; these are defects of a policy or the caller, not of a configuration."""
-        policy = self._rows[row].policy
+        policy, shape = self._rows[row].policy, (self.n_kv_heads, layer.keys.shape[1], self.head_dim)
         if self._rows[row].blocks[layer_index] is not None:
             raise ValueError(f"layer {layer_index} of row {row} is written already")
-        shape = (self.n_kv_heads, layer.keys.shape[1], self.head_dim)
         for name, tensor in (("keys", layer.keys), ("values", layer.values)):
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{policy.name}: {name} have shape {tuple(tensor.shape)}, the cache needs {shape}")
@@ -457,26 +394,21 @@ class RaggedCache(Cache):
         if layer.lengths is not None and policy.steps:
             raise ValueError(f"{policy.name} steps and returns ragged heads: a step needs heads of equal length")
 
-    def _pools(self) -> Iterable[Pool]:
+    def _pools(self) -> list[Pool]:
         layers = [pool for layer in self._layers if layer is not None for pool in layer.pools]
-        return layers + [place.attention for place in self._devices.values()]
+        return layers + [place.attention for place in self._places.values()]
 
     def _change(self) -> None:
-        """The batch is about to change: note how far its rows are; before the next step look everything up again."""
-        self._pull_steps()
+        """The batch is about to change: ask the device how far its rows are, since replayed steps pass the host by."""
+        if not self._dirty:
+            seen = self._places[self._layer(0).device].table.step_index[: len(self._rows)].tolist()
+            for row, new_tokens in zip(self._rows, seen, strict=True):
+                row.new_tokens = new_tokens
         self._outdate()
 
     def _outdate(self) -> None:
         """Everything is looked up again before the next step; until then nothing keeps the storage of grown pools."""
-        self._dirty = True
-        self._plans = []
-
-    def _pull_steps(self) -> None:
-        """Ask the device how many tokens the rows have seen, since replayed steps pass the host by."""
-        if not self._dirty:
-            seen = self._devices[self._layer(0).device].table.step_index[: len(self._rows)].tolist()
-            for row, new_tokens in zip(self._rows, seen, strict=True):
-                row.new_tokens = new_tokens
+        self._dirty, self._plans = True, []
 
     def _plan(self) -> None:
         """Fill the device tables and look up what every layer's steps need."""
@@ -487,36 +419,31 @@ class RaggedCache(Cache):
         self._grown = [row.grown for row in self._rows]
         layout = lay_out(by_row, self._grown, [policy.steps for policy in policies], self.n_query_heads)
         for index, n_elements in enumerate(layout.attention_elements):
-            self._devices[self._layer(index).device].attention.reserve(n_elements)
+            self._places[self._layer(index).device].attention.reserve(n_elements)
         columns = layout.columns | {
             "step_index": torch.tensor([row.new_tokens for row in self._rows]),
             "position_ids": torch.tensor([[row.position + row.new_tokens] for row in self._rows]),
         }
-        for device, place in self._devices.items():
+        for place in self._places.values():
             place.table.fill(**columns)
             for kind in {type(policy) for policy in policies if policy.steps} - place.steppers.keys():
-                shape = self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, device
-                found = find_rows_stepper(kind) if place.backend == "triton" else None  # kernels; triton may be missing
+                found = base.find_rows_stepper(kind) if place.backend == "triton" else None  # steppers are kernels
+                shape = self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, place.device
                 place.steppers[kind] = found(*shape) if found else None
-        views = layout.columns["attention_offsets"].tolist()
+        firsts = layout.columns["attention_offsets"].tolist()
         self._plans = [
-            self._plan_layer(index, policies, list(blocks), layout.longest[index], views[index])
+            self._plan_layer(index, policies, blocks, layout.longest[index], firsts[index])
             for index, blocks in enumerate(zip(*by_row, strict=True))
         ]
-        addresses = tuple(pool.moves for pool in self._pools())
-        key = (len(self._rows), addresses, tuple(plan.key for plan in self._plans))
-        if key != self._graph_key:
-            self._graph_key = key
-            self._generation += 1
+        moves = tuple(pool.moves for pool in self._pools())
+        self._graph_key = (len(self._rows), moves, tuple(plan.key for plan in self._plans))
 
     def _plan_layer(
-        self, index: int, policies: list[Policy], blocks: list[Blocks], longest: int, attention_first: list[int]
+        self, index: int, policies: list[Policy], blocks: Sequence[Blocks], longest: int, attention_firsts: list[int]
     ) -> DecodePlan:
         pools, n_rows = self._layer(index), len(blocks)
-        place = self._devices[pools.device]
+        place = self._places[pools.device]
         table, attention = place.table, place.attention.storage
-        stepping = [row for row, policy in enumerate(policies) if policy.steps]
-        alone = [row for row in stepping if place.steppers[type(policies[row])] is None]
         plan = DecodePlan(
             keys=pools.keys.storage,
             values=pools.values.storage,
@@ -524,63 +451,51 @@ class RaggedCache(Cache):
             lengths=table.lengths[index, :n_rows],
             bias=pools.bias.storage if any(b.first_bias >= 0 for b in blocks) else None,
             bias_offsets=table.bias_offsets[index, :n_rows],
-            attention=attention if stepping else None,
+            attention=attention if any(policy.steps for policy in policies) else None,
             attention_offsets=table.attention_offsets[index, :n_rows],
             max_slots=grid_slots(longest),
             blocks=blocks,
             grown=self._grown,
         )
-        for row in alone:
-            n_slots = blocks[row].lengths[0] + 1
-            flat = attention[attention_first[row] :][: self.n_query_heads * n_slots]
-            plan.attention_views[row] = flat.view(self.n_query_heads, n_slots)
-            plan.steps[row] = (policies[row], pools.decode_slots(blocks[row], table.step_index[row]))
-        together: dict[type[Policy], list[int]] = {}
-        for row in stepping:
-            if row not in alone:
-                together.setdefault(type(policies[row]), []).append(row)
-        for kind, rows in together.items():
-            step_layer = StepLayer(
-                index=index,
-                keys=plan.keys,
-                values=plan.values,
-                offsets=plan.offsets,
-                lengths=plan.lengths,
-                attention=attention,
-                attention_offsets=plan.attention_offsets,
-                step_index=table.step_index[:n_rows],
-                states={},
-                rows=[],
-            )
-            for row in rows:
-                for key in blocks[row].states:
-                    name, storage = key[0], pools.states[key].storage
-                    if step_layer.states.setdefault(name, storage) is not storage:
-                        raise ValueError(f"{policies[row].name}: state {name!r} differs in dtype or shape between rows")
-                firsts = {key[0]: first for key, first in blocks[row].states.items()}
-                step_row = StepRow(row, policies[row], blocks[row].lengths[0], firsts, blocks[row].constants)
-                step_layer.rows.append(step_row)
+        together: dict[type[Policy], StepLayer] = {}
+        for row, policy in enumerate(policies):
+            if not policy.steps:
+                continue
+            kind, n_slots = type(policy), blocks[row].lengths[0]
+            if place.steppers[kind] is None:
+                flat = attention[attention_firsts[row] :][: self.n_query_heads * (n_slots + 1)]
+                plan.attention_views[row] = flat.view(self.n_query_heads, n_slots + 1)
+                plan.steps[row] = (policy, pools.decode_slots(blocks[row], table.step_index[row]))
+                continue
+            if kind not in together:
+                shared = plan.keys, plan.values, plan.offsets, plan.lengths, attention, plan.attention_offsets
+                together[kind] = StepLayer(index, *shared, table.step_index[:n_rows], states={}, rows=[])
+            for key in blocks[row].states:
+                name, storage = key[0], pools.states[key].storage
+                if together[kind].states.setdefault(name, storage) is not storage:
+                    raise ValueError(f"{policy.name}: state {name!r} differs in dtype or shape between rows")
+            firsts = {key[0]: first for key, first in blocks[row].states.items()}
+            together[kind].rows.append(StepRow(row, policy, n_slots, firsts, blocks[row].constants))
+        for kind, layer in together.items():
             stepper = place.steppers[kind]
             assert stepper is not None
-            stepper.prepare(step_layer)
-            plan.steppers.append((stepper, step_layer))
+            stepper.prepare(layer)
+            plan.steppers.append((stepper, layer))
         plan.key = (
             plan.max_slots,
             plan.bias is not None,
-            tuple((type(stepper), len(layer.rows)) for stepper, layer in plan.steppers),
-            tuple((row, policies[row], blocks[row].first, blocks[row].lengths[0]) for row in alone),
+            tuple((kind, len(layer.rows)) for kind, layer in together.items()),
+            tuple((row, policies[row], blocks[row].first, blocks[row].lengths[0]) for row in plan.steps),
         )
         return plan
 
     # ---- transformers' view ----------------------------------------------------------------------------------------
 
+    is_compileable = False  # steps are captured by the engine, not compiled by transformers
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen by the row that has seen most, new ones included (not the number of slots)."""
         return max((row.position + row.new_tokens for row in self._rows), default=0)
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: no limit that transformers should know of."""
-        return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Sizes of a mask that the registered mask function does not build: `(tokens seen + query_length, 0)`."""
@@ -590,31 +505,6 @@ class RaggedCache(Cache):
     def is_sliding(self) -> list[bool]:
         """No layer drops tokens by itself."""
         return [False] * self.n_layers
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: steps are captured by the engine, not compiled by transformers."""
-        return False
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether there are rows."""
-        return bool(self._rows)
-
-    @property
-    def batch_size(self) -> int:
-        """Rows in the batch."""
-        return len(self._rows)
-
-    def __len__(self) -> int:
-        return self.n_layers
-
-    def __repr__(self) -> str:
-        return f"RaggedCache({len(self._rows)} rows, {self.n_layers} layers, {self.allocated_bytes} bytes)"
-
-    def reset(self) -> None:
-        """As `clear`."""
-        self.clear()
 
     def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("RaggedCache has neither beam search nor cropping: rows are chosen with keep_rows or choose")
@@ -626,20 +516,19 @@ _handles = itertools.count()
 _caches: WeakValueDictionary[int, RaggedCache] = WeakValueDictionary()
 
 
-@torch.library.custom_op("kvbench::decode_step", mutates_args=())
-def decode_step(
+def _step(
     handle: int, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
-    """`RaggedCache.step` of the cache with this handle, as torch.compile sees it: tensors in, a tensor out."""
     return _caches[handle].step(layer_index, query, key, value, scaling, softcap)
 
 
+decode_step = torch.library.custom_op("kvbench::decode_step", _step, mutates_args=())
+"""`RaggedCache.step` of the cache with some handle, as torch.compile sees it: tensors in, a tensor out."""
+
+
 @decode_step.register_fake
-def _(
-    handle: int, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
-    n_rows, n_heads, _, head_dim = query.shape
-    return query.new_empty(n_rows, 1, n_heads, head_dim)
+def _(handle: int, layer_index: int, query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
 
 
 def grid_slots(max_slots: int) -> int:
