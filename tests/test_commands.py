@@ -16,7 +16,7 @@ from kvbench.errors import DataError
 
 COMMANDS = [
     "kvbench.cli", "kvbench.paper", "kvbench.score", "kvbench.export", "kvbench.fetch", "kvbench.report",
-    "kvbench.progress", "kvbench.check.cli", "kvbench.analysis", "kvbench.lm_eval",
+    "kvbench.progress", "kvbench.check", "kvbench.analysis", "kvbench.lm_eval",
     "kvbench.models.fetch",
 ]  # fmt: skip
 RUN = [

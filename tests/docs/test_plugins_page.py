@@ -1,19 +1,21 @@
 """docs/plugins.md: its classes pass the check, its commands run, its package is found, its table lists the rules."""
 
+import contextlib
 import json
 import re
 import shlex
 import sys
 import tomllib
 from pathlib import Path
+from unittest import SkipTest
 
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from kvbench.check import RULES, check_policy
-from kvbench.check.cli import main as check
+from kvbench.check import main as check
 from kvbench.cli import main
 from kvbench.methods.registry import build_policy
+from kvbench.testing import RULES, check_policy
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 
@@ -61,7 +63,7 @@ def test_the_page_shows_what_the_check_says_of_a_forgotten_need(methods):
     (methods / "my_methods" / "forgetful.py").write_text(source.replace('{"window_attention"}', ""), encoding="utf-8")
     from my_methods.forgetful import LastVotes
 
-    (finding,) = check_policy(LastVotes()).broken
+    (finding,) = (one for one in check_policy(LastVotes, on_fail=None) if one.status == "broken")
     shown = " ".join(PAGE.split())
     assert finding.rule == "compress"
     for text in (finding.statement, finding.seen.partition(" (")[0], finding.remedy):
@@ -101,7 +103,10 @@ def test_the_template_package_is_found_by_name_and_its_test_passes(methods, monk
     (installed / "entry_points.txt").write_text(f"[{group}]\n{lines}", encoding="utf-8")
     test = {}
     exec(block("python", "tests/test_last_votes.py"), test)
-    test["test_the_method_keeps_the_contract"](8)
+    (cases,) = test["test_the_method_keeps_the_contract"].pytestmark
+    for rule in cases.args[1][: len(RULES)]:
+        with contextlib.suppress(SkipTest):
+            rule()
     assert type(build_policy("last_votes", {"last_tokens": 4})).__module__ == "last_votes"
     words = ["method=last_votes", "method.last_tokens=4", "budget=0.5", "task=passkey", "model=tiny-random"]
     monkeypatch.setattr(
@@ -117,4 +122,4 @@ def test_the_template_package_is_found_by_name_and_its_test_passes(methods, monk
 
 def test_the_page_lists_the_rules():
     listed = re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.MULTILINE)
-    assert listed == [(rule.name, rule.statement) for rule in RULES]
+    assert listed == [(name, look.__doc__) for name, (look, _) in RULES.items()]

@@ -4,11 +4,11 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens, relative_rms
 
-from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.cam import CaM
 from kvbench.ops.counter_rng import counter_hash, counter_uniform
 from kvbench.reference.cam import ReferenceCaM
+from kvbench.testing import decode_slots
 
 SHAPES = [(4, 4, 61), (6, 2, 97)]
 

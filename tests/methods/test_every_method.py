@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer
 
-from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy, constant_state, slot_state
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.methods.snapkv import SnapKV
+from kvbench.testing import decode_slots
 
 N_LAYERS = 6
 SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on prompts of some fifty tokens

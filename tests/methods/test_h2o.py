@@ -6,11 +6,11 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens, relative_rms
 
-from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.base import slot_state
 from kvbench.methods.h2o import H2O, H2OState
 from kvbench.reference.h2o import ReferenceH2O
+from kvbench.testing import decode_slots
 
 SHAPES = [(4, 4, 61), (6, 2, 97)]
 

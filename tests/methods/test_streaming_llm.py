@@ -4,10 +4,10 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens
 
-from kvbench.check.inputs import decode_slots
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.streaming_llm import StreamingLLM
 from kvbench.reference.streaming_llm import ReferenceStreamingLLM
+from kvbench.testing import decode_slots
 
 
 @pytest.mark.parametrize("start_tokens", [0, 4, 9])

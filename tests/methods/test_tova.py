@@ -4,10 +4,10 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens
 
-from kvbench.check.inputs import decode_slots
 from kvbench.errors import ConfigError
 from kvbench.methods.tova import TOVA
 from kvbench.reference.tova import ReferenceTOVA
+from kvbench.testing import decode_slots
 
 
 @pytest.mark.parametrize("keep_newest", [False, True])

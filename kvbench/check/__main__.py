@@ -1,8 +1,0 @@
-"""`python -m kvbench.check`."""
-
-import sys
-
-from kvbench.check.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())
