@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvbench import strict_json
 from kvbench.commands import command
@@ -39,44 +39,46 @@ from kvbench.tasks.data import read_jsonl
 CODE_METRICS = {"difflib": "code_sim", "levenshtein": "code_sim_levenshtein"}
 
 
+WHOLE = "score"  # the only part of a file unless it is scored by length
+
+
 @dataclass(frozen=True)
 class DatasetScore:
-    """Score of one file.
+    """Score of one file, in parts: `WHOLE`, or the length buckets of LongBench-E.
 
     Attributes:
         dataset: name of the data set.
         metric: name of the metric.
-        rows: number of scored rows (per bucket for LongBench-E).
-        score: unrounded score on the 0..100 scale, or one for each length bucket for LongBench-E (if empty NaN, in JSON
-            null).
-        official: the same as the official script rounds it.
+        rows: number of scored rows.
+        scores: on the 0..100 scale, unrounded; NaN for an empty bucket, in JSON null.
+        official: the same as the official script rounds them.
     """
 
     dataset: str
     metric: str
-    rows: int | dict[str, int]
-    score: float | dict[str, float]
-    official: float | dict[str, float]
-
-
-def _is_strings(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    rows: dict[str, int]
+    scores: dict[str, float]
+    official: dict[str, float]
 
 
 def _row_problem(row: dict[str, Any], needs_length: bool, needs_classes: bool) -> str | None:
     """What is wrong with a row, or None."""
+
+    def is_strings(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
     for key in ("pred", "answers", "all_classes", *(["length"] if needs_length else [])):
         if key not in row:
             return f"has no {key!r}"
     if not isinstance(row["pred"], str):
         return f"has a 'pred' of type {type(row['pred']).__name__}, expected a string"
-    if not _is_strings(row["answers"]) or not row["answers"]:
+    if not is_strings(row["answers"]) or not row["answers"]:
         return "has 'answers' that are not a non-empty list of strings"
     if needs_classes and not row["all_classes"]:
         return "has no class names in 'all_classes'"
-    if row["all_classes"] is not None and not _is_strings(row["all_classes"]):
+    if row["all_classes"] is not None and not is_strings(row["all_classes"]):
         return "has 'all_classes' that are neither null nor a list of strings"
-    if needs_length and (not isinstance(row["length"], int) or isinstance(row["length"], bool)):
+    if needs_length and type(row["length"]) is not int:
         return f"has a 'length' of {row['length']!r}, expected a whole number"
     return None
 
@@ -89,9 +91,6 @@ def score_file(path: Path, by_length: bool = False, code_metric: str = "difflib"
         by_length: score every length bucket by itself (LongBench-E).
         code_metric: "difflib" (the official requirements) or "levenshtein" (what fuzzywuzzy computes where
             python-Levenshtein is installed); only lcc and repobench-p depend on it.
-
-    Returns:
-        The score, unrounded and as the official script rounds it.
 
     Raises:
         DataError: if the data set is unknown, the file is empty or a row is malformed; names file and line.
@@ -110,16 +109,12 @@ def score_file(path: Path, by_length: bool = False, code_metric: str = "difflib"
     scores = [metric.score(row["pred"], row["answers"], classes, dataset) for row in rows]
     if not by_length:
         score = metric.aggregate(scores)
-        return DatasetScore(dataset, metric.name, len(scores), score, round(score, 2))
+        return DatasetScore(dataset, metric.name, {WHOLE: len(rows)}, {WHOLE: score}, {WHOLE: round(score, 2)})
     buckets = length_buckets([row["length"] for row in rows], [score["score"] for score in scores])
-    means = {bucket: bucket_mean(values) for bucket, values in buckets.items()}
-    return DatasetScore(
-        dataset,
-        metric.name,
-        {bucket: len(values) for bucket, values in buckets.items()},
-        {bucket: float(mean) for bucket, mean in means.items()},
-        {bucket: float(round(mean, 2)) for bucket, mean in means.items()},  # numpy's rounding, as the script's
-    )
+    counts = {bucket: len(values) for bucket, values in buckets.items()}
+    means = {bucket: bucket_mean(values) for bucket, values in buckets.items()}  # numpy's, and so is the rounding
+    rounded = {bucket: float(round(mean, 2)) for bucket, mean in means.items()}
+    return DatasetScore(dataset, metric.name, counts, {bucket: float(mean) for bucket, mean in means.items()}, rounded)
 
 
 def score_folder(folder: Path, by_length: bool = False, code_metric: str = "difflib") -> list[DatasetScore]:
@@ -138,36 +133,21 @@ def score_folder(folder: Path, by_length: bool = False, code_metric: str = "diff
     return [score_file(path, by_length, code_metric) for path in paths]
 
 
-def _write_result(path: Path, result: dict[str, float | dict[str, float]]) -> None:
-    try:
-        path.write_text(strict_json.dumps(result, ensure_ascii=False, indent=4), encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror}); leave out --write or copy the folder") from error
-
-
 def _score_table(scores: Sequence[DatasetScore], by_length: bool) -> Table:
-    table = Table(title="LongBench-E" if by_length else "LongBench")
-    table.add_column("data set", overflow="fold")
-    table.add_column("metric", overflow="fold")
-    for heading in (*(LENGTH_BUCKETS if by_length else ("score",)), "n"):
-        table.add_column(heading, justify="right")
+    numbers = (Column(heading, justify="right") for heading in (*(LENGTH_BUCKETS if by_length else (WHOLE,)), "n"))
+    names = (Column(heading, overflow="fold") for heading in ("data set", "metric"))
+    table = Table(*names, *numbers, title="LongBench-E" if by_length else "LongBench")
     for score in scores:
-        if isinstance(score.official, dict) and isinstance(score.rows, dict):
-            cells = [f"{score.official[bucket]:.2f}" for bucket in LENGTH_BUCKETS]
-            rows = " / ".join(str(score.rows[bucket]) for bucket in LENGTH_BUCKETS)
-        else:
-            official_rows = DATASETS[base_dataset(score.dataset)].rows
-            cells = [f"{score.official:.2f}"]
-            rows = f"{score.rows}" if score.rows == official_rows else f"{score.rows} (official {official_rows})"
-        table.add_row(score.dataset, score.metric, *cells, rows)
+        official = DATASETS[base_dataset(score.dataset)].rows
+        note = "" if by_length or score.rows[WHOLE] == official else f" (official {official})"
+        cells = (f"{value:.2f}" for value in score.official.values())
+        table.add_row(score.dataset, score.metric, *cells, " / ".join(map(str, score.rows.values())) + note)
     return table
 
 
 def _average_table(found: Sequence[Average]) -> Table:
-    table = Table(title="Averages (unweighted, of unrounded scores)")
-    table.add_column("average")
-    table.add_column("score", justify="right")
-    table.add_column("mean of")
+    title = "Averages (unweighted, of unrounded scores)"
+    table = Table("average", Column("score", justify="right"), "mean of", title=title)
     for average in found:
         if average.value is not None:
             missing = f"; INCOMPLETE, missing {', '.join(average.missing)}" if average.missing else ""
@@ -181,22 +161,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvbench.score", description="Score LongBench prediction files.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of <dataset>.jsonl files")
     parser.add_argument("--e", action="store_true", help="LongBench-E: one score per length bucket")
-    parser.add_argument(
-        "--code-metric",
-        choices=tuple(CODE_METRICS),
-        default="difflib",
-        help="similarity of code lines; default difflib, which the official requirements give",
-    )
+    code_help = "similarity of code lines; default difflib, which the official requirements give"
+    parser.add_argument("--code-metric", choices=tuple(CODE_METRICS), default="difflib", help=code_help)
     parser.add_argument("--write", action="store_true", help="write DIR/result.json in the official layout")
     options = parser.parse_args(arguments)
     scores = score_folder(options.folder, options.e, options.code_metric)
-    result = {score.dataset: score.official for score in scores}
+    result = {score.dataset: score.official if options.e else score.official[WHOLE] for score in scores}
     if options.write:
-        _write_result(options.folder / "result.json", result)
+        path = options.folder / "result.json"
+        try:
+            path.write_text(strict_json.dumps(result, ensure_ascii=False, indent=4), encoding="utf-8")
+        except OSError as error:
+            remedy = "leave out --write or copy the folder"
+            raise DataError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
     console = Console(soft_wrap=False)
     console.print(_score_table(scores, options.e))
     if not options.e:
-        console.print(_average_table(averages({s.dataset: s.score for s in scores if isinstance(s.score, float)})))
+        console.print(_average_table(averages({score.dataset: score.scores[WHOLE] for score in scores})))
     print(strict_json.dumps(result, ensure_ascii=False))
     return 0
 

@@ -33,7 +33,7 @@ ENTRY_POINT_GROUP = "kvbench.metrics"
 
 @runtime_checkable
 class Metric(Protocol):
-    """A named scorer; `definition` says in one line what exactly is computed, and after which official scorer."""
+    """A named scorer."""
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Metric(Protocol):
 
     @property
     def definition(self) -> str:
-        """One line for records and tables."""
+        """One line saying what exactly is computed, and after which official scorer."""
         ...
 
     def score(
@@ -137,26 +137,19 @@ def get_metric(name: str) -> Metric:
 
 
 def check_environment(search_path: list[str] | None = None) -> None:
-    """Refuse an environment in which the files of the package `rouge` are not those that its installation recorded.
+    """Refuse (`MetricError`) an environment in which files of the package `rouge` are not those that were installed.
 
     `rouge-chinese` 1.0.3 installs files over those of `rouge` and so silently changes every ROUGE score computed with
     it (gov_report 26.63 becomes 15.77 on the same predictions). Our own ROUGE-L does not use the package, but no other
-    tool can reproduce published scores in such an environment.
-
-    Args:
-        search_path: folders to look for installed packages in; None for `sys.path`.
-
-    Raises:
-        MetricError: if a file of `rouge` was overwritten or deleted after its installation.
+    tool can reproduce published scores in such an environment. `search_path` replaces `sys.path`.
     """
 
     def find(name: str) -> Distribution | None:
         found = distributions(name=name) if search_path is None else distributions(name=name, path=search_path)
         return next(iter(found), None)
 
-    if (rouge := find("rouge")) is None:
-        return
-    for file in rouge.files or []:
+    rouge = find("rouge")
+    for file in (rouge and rouge.files) or []:
         if file.parts[0] != "rouge" or file.suffix != ".py" or file.hash is None:
             continue
         path, state = Path(str(file.locate())), "missing"
@@ -165,10 +158,8 @@ def check_environment(search_path: list[str] | None = None) -> None:
             if digest.decode() == file.hash.value:
                 continue
             state = "overwritten by rouge-chinese" if find("rouge-chinese") else "overwritten"
-        raise MetricError(
-            f"{file} of package rouge {rouge.version} is {state}; "
-            "run: pip uninstall -y rouge rouge-chinese && pip install rouge==1.0.1"
-        )
+        remedy = "pip uninstall -y rouge rouge-chinese && pip install rouge==1.0.1"
+        raise MetricError(f"{file} of the installed package rouge is {state}; run: {remedy}")
 
 
 def scorer_versions() -> dict[str, str]:

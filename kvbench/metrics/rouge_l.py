@@ -125,12 +125,7 @@ def _sentences(text: str) -> list[list[str]]:
 def rouge_l(prediction: str, reference: str) -> float:
     """F-measure of the words in any longest common subsequence of a sentence of each, counted in distinct words.
 
-    Returns:
-        F-measure in [0, 1); 0.0 if either text has no sentence. Equal texts score 0.999999995 (the package adds 1e-8 to
-        the denominator).
-
-    Raises:
-        MetricError: if the texts are too long for an exact score (`check_pairs`).
+    It is in [0, 1); equal texts score 0.999999995, as the package adds 1e-8 to the denominator. See `check_pairs`.
     """
     predicted, referenced = _sentences(prediction), _sentences(reference)
     if not predicted or not referenced:

@@ -39,14 +39,11 @@ def normalize_chinese_token(token: str) -> str:
 
 @cache
 def _chinese_tokenizer() -> Any:
-    """A tokenizer of our own over jieba's dictionary, loaded on first use and without messages on stderr.
-
-    jieba reads the dictionary in its package (no network) and caches the parsed form in the temporary folder.
-    """
+    """A tokenizer over the dictionary in jieba's package, which caches its parsed form in the temporary folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jieba 0.42.1 has invalid escapes and asks for pkg_resources
         import jieba
-    logger = logging.getLogger("jieba")
+    logger = logging.getLogger("jieba")  # tells on stderr what it loads
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:

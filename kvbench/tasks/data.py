@@ -52,15 +52,16 @@ ZEROSCROLLS_REVISION = "main"  # its files changed in 2025; the manifest records
 
 MAX_LINE_BYTES = 64 * 2**20  # the longest official rows (narrativeqa of both benchmarks) are a few megabytes
 MAX_WEB_FILE_BYTES = 16 * 2**20
+MAX_MEMBERS = 1000  # files in an archive
+MAX_TOTAL_BYTES = 8 * 2**30  # unpacked; LongBench has well under 1 GiB
+MAX_RATIO = 100  # unpacked over packed size of a file of more than SMALL_BYTES; text packs 3 to 10 times
+SMALL_BYTES = 2**20
 
 
 def longbench_folder() -> Path:
-    """Folder with `data/<id>.jsonl` and `config/*.json`, fetched on first use.
+    """Folder with `data/<id>.jsonl` and `config/*.json`, fetched on first use; `DataError` if that is not possible.
 
     `KVBENCH_OFFICIAL_URL` replaces the address of the folder of configuration files, `HF_ENDPOINT` that of the hub.
-
-    Raises:
-        DataError: if it is not there and cannot be fetched.
     """
     identity = {"repo": LONGBENCH_REPO, "revision": LONGBENCH_REVISION, "official": OFFICIAL_SHA256}
 
@@ -77,11 +78,7 @@ def longbench_folder() -> Path:
 
 
 def zeroscrolls_folder(task: str) -> Path:
-    """Folder with `<task>/{validation,test}.jsonl` of one of the ten tasks, fetched on first use.
-
-    Raises:
-        DataError: if it is not there and cannot be fetched.
-    """
+    """Folder with `<task>/{validation,test}.jsonl` of one of the ten tasks, likewise."""
     identity = {"repo": ZEROSCROLLS_REPO, "revision": ZEROSCROLLS_REVISION, "task": task}
 
     def write(folder: Path) -> dict[str, Any]:
@@ -208,37 +205,17 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What an archive may hold.
-
-    Attributes:
-        members: number of files.
-        total_bytes: sum of unpacked sizes; LongBench unpacks to well under 1 GiB.
-        ratio: unpacked over packed size of a member of more than `small_bytes`; text packs 3 to 10 times.
-        small_bytes: members up to this size may have any ratio.
-    """
-
-    members: int = 1000
-    total_bytes: int = 8 * 2**30
-    ratio: float = 100.0
-    small_bytes: int = 2**20
-
-
-def unpack(archive: Path, folder: Path, suffix: str, limits: Limits = Limits()) -> list[str]:
-    """Unpack the files of a zip whose names end in `suffix` into an empty folder.
+def unpack(archive: Path, folder: Path, suffix: str) -> list[str]:
+    """Unpack the files of a zip whose names end in `suffix` into an empty folder; returns their names, in its order.
 
     `zipfile` checks every member's CRC-32 when it is read to the end, so what was unpacked is intact.
-
-    Returns:
-        Names of the files written, relative to `folder`, in the archive's order.
 
     Raises:
         DataError: if the archive is damaged, a name points outside of the folder, a member is no plain file, or a limit
             is exceeded. Nothing is written in the last three cases.
     """
     with _opened(archive) as file:
-        members = [member for member in _checked(file, archive, limits) if member.filename.endswith(suffix)]
+        members = [member for member in _checked(file, archive) if member.filename.endswith(suffix)]
         for member in members:
             target = folder / member.filename
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -249,13 +226,9 @@ def unpack(archive: Path, folder: Path, suffix: str, limits: Limits = Limits()) 
 
 @contextmanager
 def open_member(archive: Path, names: tuple[str, ...]) -> Iterator[tuple[IO[bytes], str]]:
-    """Open the first file of these names inside of a zip for reading; yields it with the name found.
-
-    Raises:
-        DataError: as in `unpack`, also from within the `with` block; or if no member has one of these names.
-    """
+    """Open the first file of these names inside of a zip, as safely; yields it with the name found."""
     with _opened(archive) as file:
-        present = {member.filename: member for member in _checked(file, archive, Limits())}
+        present = {member.filename: member for member in _checked(file, archive)}
         found = next((name for name in names if name in present), None)
         if found is None:
             raise DataError(
@@ -280,17 +253,17 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
         raise DataError(f"{archive} is damaged or cut short ({error}); remove it and fetch it again") from None
 
 
-def _checked(file: zipfile.ZipFile, archive: Path, limits: Limits) -> list[zipfile.ZipInfo]:
+def _checked(file: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInfo]:
     """The archive's plain files, after all checks that need no unpacking."""
     members = [member for member in file.infolist() if not member.filename.endswith("/")]  # is_dir trips over ""
     total_bytes = sum(member.file_size for member in members)
-    if len(members) > limits.members:
-        raise DataError(f"{archive} has {len(members)} files, the limit is {limits.members}: not a data set archive")
-    if total_bytes > limits.total_bytes:
-        raise DataError(f"{archive} unpacks to {total_bytes} bytes, the limit is {limits.total_bytes}: refused")
+    if len(members) > MAX_MEMBERS:
+        raise DataError(f"{archive} has {len(members)} files, the limit is {MAX_MEMBERS}: not a data set archive")
+    if total_bytes > MAX_TOTAL_BYTES:
+        raise DataError(f"{archive} unpacks to {total_bytes} bytes, the limit is {MAX_TOTAL_BYTES}: refused")
     seen: set[str] = set()
     for member in members:
-        if problem := _member_problem(member, limits):
+        if problem := _member_problem(member):
             raise DataError(f"{archive} has {member.filename!r}, {problem}")
         if member.filename in seen:
             raise DataError(f"{archive} has two files named {member.filename!r}: refused")
@@ -298,8 +271,8 @@ def _checked(file: zipfile.ZipFile, archive: Path, limits: Limits) -> list[zipfi
     return members
 
 
-def _member_problem(member: zipfile.ZipInfo, limits: Limits) -> str | None:
-    windows = PureWindowsPath(member.filename)  # splits at both kinds of slash
+def _member_problem(member: zipfile.ZipInfo) -> str | None:
+    windows, method = PureWindowsPath(member.filename), member.compress_type  # the former splits at both kinds of slash
     outside = PurePosixPath(member.filename).is_absolute() or windows.drive or windows.root or ".." in windows.parts
     if not member.filename or outside or "\0" in member.filename:
         return "a name that is empty or leaves the folder: refused"
@@ -308,17 +281,10 @@ def _member_problem(member: zipfile.ZipInfo, limits: Limits) -> str | None:
         return "which is a link or a special file: refused"
     if member.flag_bits & 0x1:
         return "which is encrypted: refused"
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # a damaged byte can name any, and LZMA may then ask for 4 GiB
-        return (
-            f"packed by method {member.compress_type}: only stored and deflated files are read (methods 0 and 8), "
-            "pack it anew with zip"
-        )
-    if member.file_size > limits.small_bytes and member.file_size > limits.ratio * member.compress_size:
-        return (
-            f"of {member.file_size} bytes packed into {member.compress_size}, more than {limits.ratio:g} times: "
-            "refused as a zip bomb"
-        )
+    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # a damaged byte can name any; LZMA may ask for 4 GiB
+        return f"packed by method {method}: only stored and deflated files (0 and 8) are read, pack it anew with zip"
+    if member.file_size > max(SMALL_BYTES, MAX_RATIO * member.compress_size):
+        return f"of {member.file_size} bytes packed into {member.compress_size}: refused as a zip bomb"
     return None
 
 
@@ -336,33 +302,27 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); fetch it again") from None
 
 
-def read_jsonl(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[tuple[int, dict[str, Any]]]:
-    r"""Yield (line number from 1, row) for every line; lines end at "\n" alone, as their writers meant.
-
-    Args:
-        path: a UTF-8 file with one JSON object per line.
-        max_line_bytes: a longer line is refused before it fills the memory.
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    r"""Yield (line number from 1, row) for every line of a UTF-8 file; lines end at "\n" alone, as their writers meant.
 
     Raises:
         DataError: if the file cannot be read or is empty, or at the first line that is not a JSON object in UTF-8.
     """
     try:
         with path.open("rb") as file:
-            yield from parse_jsonl(file, str(path), max_line_bytes)
+            yield from parse_jsonl(file, str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def parse_jsonl(
-    file: IO[bytes], name: str, max_line_bytes: int = MAX_LINE_BYTES
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def parse_jsonl(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The same for a file that is open in binary mode; `name` is what errors call it."""
     line_number = 0
-    while line := file.readline(max_line_bytes + 1):
+    while line := file.readline(MAX_LINE_BYTES + 1):
         line_number += 1
-        if len(line) > max_line_bytes:
+        if len(line) > MAX_LINE_BYTES:  # refused before it fills the memory
             raise DataError(
-                f"{name}:{line_number}: the line is longer than {max_line_bytes} bytes; "
+                f"{name}:{line_number}: the line is longer than {MAX_LINE_BYTES} bytes; "
                 "is this a JSONL file (one row per line)?"
             )
         yield line_number, _parse(line, f"{name}:{line_number}")
@@ -407,27 +367,27 @@ class Row:
         value = self.any(field)
         if not isinstance(value, str):
             raise DataError(f"{self.where}: field {field!r} must be a string, this is a {type(value).__name__}")
-        return self._encodable(value, field)
+        self._check_encodable(field, value)
+        return value
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A list of such strings."""
         value = self.any(field)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise DataError(f"{self.where}: field {field!r} must be a list of strings")
-        return tuple(self._encodable(item, field) for item in value)
+        for item in value:
+            self._check_encodable(field, item)
+        return tuple(value)
 
     def count(self, field: str) -> int:
         """A non-negative integer."""
-        value = self.any(field)
+        value, wanted = self.any(field), "must be a non-negative integer"
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise DataError(
-                f"{self.where}: field {field!r} must be a non-negative integer, this is {str(value)[:40]!r}"
-            )
+            raise DataError(f"{self.where}: field {field!r} {wanted}, this is {str(value)[:40]!r}")
         return value
 
-    def _encodable(self, value: str, field: str) -> str:
+    def _check_encodable(self, field: str, value: str) -> None:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(f"{self.where}: field {field!r} has a lone surrogate at character {error.start}") from None
-        return value

@@ -83,12 +83,7 @@ class LongBench(Task):
     official: str | None = None
 
     def all_samples(self) -> list[Sample]:
-        """All rows of the data set in file order, as samples.
-
-        Raises:
-            ConfigError: if the data set is not one of LongBench's.
-            DataError: if a file is missing, malformed or (official configuration) does not match its checksum.
-        """
+        """All rows of the data set in file order; `ConfigError` if LongBench has no such data set."""
         if self.first_line_only != (self.category == "few-shot"):
             raise ConfigError(
                 f"first_line_only={self.first_line_only} for {self.dataset}, category {self.category!r}: the official "
@@ -99,19 +94,18 @@ class LongBench(Task):
         if base not in prompts:
             raise ConfigError(f"LongBench has no data set {self.dataset!r}; it has {', '.join(prompts)}")
         path = self._rows_file()
-        samples: list[Sample] = []
-        first_line_of: dict[str, int] = {}
+        samples: dict[str, Sample] = {}
         for line_number, fields in read_rows(path):
             row = Row(fields, f"{path}:{line_number}")
             sample = self._sample(row, prompts[base], lengths[base])
-            if sample.id in first_line_of:
+            if sample.id in samples:
+                line = list(samples).index(sample.id) + 1
                 raise DataError(
-                    f"{row.where}: _id {sample.id!r} was seen in line {first_line_of[sample.id]}; every row needs its "
-                    "own (were two files joined?)"
+                    f"{row.where}: _id {sample.id!r} was seen in line {line}; every row needs its own (were two files "
+                    "joined?)"
                 )
-            first_line_of[sample.id] = line_number
-            samples.append(sample)
-        return samples
+            samples[sample.id] = sample
+        return list(samples.values())
 
     def _sample(self, row: Row, template: str, max_new_tokens: int) -> Sample:
         context, question = row.text("context"), row.text("input")
@@ -177,41 +171,32 @@ class LongBench(Task):
 def official_config(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
     """Prompt template and generation limit in tokens of every LongBench data set, by id without `_e`.
 
-    Args:
-        folder: holds the official `dataset2prompt.json` and `dataset2maxlen.json`.
-
     Raises:
-        DataError: if a file is missing or is not byte for byte the official one.
+        DataError: if one of the two official files is missing in `folder`, or is not byte for byte the official one.
     """
-    return json.loads(_verified(folder, "dataset2prompt.json")), json.loads(_verified(folder, "dataset2maxlen.json"))
-
-
-def _verified(folder: Path, file: str) -> bytes:
-    path = folder / file
-    try:
-        with path.open("rb") as opened:
-            content = opened.read(MAX_OFFICIAL_BYTES)  # the checksum tells if there is more
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); set data.official=DIR to the folder of LongBench's official "
-            f"configuration, or run `{FETCH}`"
-        ) from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != OFFICIAL_SHA256[file]:
-        raise DataError(
-            f"{path} has SHA-256 {found[:12]}..., expected {OFFICIAL_SHA256[file][:12]}... (LongBench at "
-            f"{OFFICIAL_COMMIT[:12]}); scores with other prompts are not comparable: run `{FETCH}`"
-        )
-    return content
+    found = []
+    for file in ("dataset2prompt.json", "dataset2maxlen.json"):
+        path = folder / file
+        try:
+            with path.open("rb") as opened:
+                content = opened.read(MAX_OFFICIAL_BYTES)  # the checksum tells if there is more
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be read ({error.strerror}); set data.official=DIR to the folder of LongBench's "
+                f"official configuration, or run `{FETCH}`"
+            ) from None
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != OFFICIAL_SHA256[file]:
+            raise DataError(
+                f"{path} has SHA-256 {digest[:12]}..., expected {OFFICIAL_SHA256[file][:12]}... (LongBench at "
+                f"{OFFICIAL_COMMIT[:12]}); scores with other prompts are not comparable: run `{FETCH}`"
+            )
+        found.append(json.loads(content))
+    return found[0], found[1]
 
 
 def render(template: str, context: str, question: str) -> tuple[str, int | None]:
     """Fill a template as the official code does (`str.format`, so braces in the data are safe).
-
-    Args:
-        template: has `{context}` and may have `{input}`.
-        context: the row's `context`.
-        question: the row's `input`, possibly empty.
 
     Returns:
         The prompt and the character index right after the context, from where the question runs to the end; None where

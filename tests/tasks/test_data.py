@@ -10,29 +10,37 @@ import pytest
 
 from kvbench.errors import DataError
 from kvbench.tasks import data
-from kvbench.tasks.data import MAX_LINE_BYTES, Limits, Row, open_member, parse_jsonl, read_jsonl, read_rows, unpack
+from kvbench.tasks.data import MAX_LINE_BYTES, Row, open_member, read_jsonl, read_rows, unpack
 
 
-def make_zip(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes], **options: int) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **options) as archive:
+def make_zip(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in members:
             archive.writestr(name, content)
     return path
 
 
-def refused(tmp_path: Path, archive: Path, problem: str, limits: Limits | None = None) -> None:
+def patched(archive: Path, offset: int, change: bytes, directory: bool = True) -> Path:
+    """Overwrite bytes, counted from the archive's directory or from its start."""
+    content = bytearray(archive.read_bytes())
+    start = content.rindex(b"PK\x01\x02") * directory + offset
+    content[start : start + len(change)] = change
+    archive.write_bytes(content)
+    return archive
+
+
+def refused(tmp_path: Path, archive: Path, problem: str) -> None:
     target = tmp_path / "target"
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     with pytest.raises(DataError, match=problem):
-        unpack(archive, target, ".jsonl", limits or Limits())
+        unpack(archive, target, ".jsonl")
     assert not list(target.iterdir())
 
 
 def test_only_the_wanted_files_are_unpacked(tmp_path: Path) -> None:
     archive = make_zip(tmp_path / "x.zip", ("data/", b""), ("data/a.jsonl", b"{}\n"), ("data/b.py", b"1"))
-    target = tmp_path / "target"
-    assert unpack(archive, target, ".jsonl") == ["data/a.jsonl"]
-    assert [path.name for path in target.rglob("*")] == ["data", "a.jsonl"]
+    assert unpack(archive, tmp_path / "target", ".jsonl") == ["data/a.jsonl"]
+    assert [path.name for path in (tmp_path / "target").rglob("*")] == ["data", "a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -40,79 +48,58 @@ def test_only_the_wanted_files_are_unpacked(tmp_path: Path) -> None:
     ["../a.jsonl", "/a.jsonl", "data/../../a.jsonl", "..\\a.jsonl", "C:\\a.jsonl", "C:a.jsonl", "\\\\host\\a.jsonl"],
 )
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    archive = make_zip(tmp_path / "x.zip", ("fine.jsonl", b"{}"), (name, b"{}"))
-    refused(tmp_path, archive, "leaves the folder")
+    refused(tmp_path, make_zip(tmp_path / "x.zip", ("fine.jsonl", b"{}"), (name, b"{}")), "leaves the folder")
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
 def test_links_and_special_files_are_refused(tmp_path: Path, kind: int) -> None:
     info = zipfile.ZipInfo("link.jsonl")
-    info.create_system = 3
-    info.external_attr = (kind | 0o777) << 16
+    info.create_system, info.external_attr = 3, (kind | 0o777) << 16
     refused(tmp_path, make_zip(tmp_path / "x.zip", (info, b"/etc/passwd")), "link or a special file")
 
 
-def test_limits_hold(tmp_path: Path) -> None:
-    text = b"x" * 3 * 2**20
-    archive = make_zip(tmp_path / "x.zip", ("a.jsonl", text))
+def test_limits_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = make_zip(tmp_path / "x.zip", ("a.jsonl", b"x" * 3 * 2**20), ("b.jsonl", b""))
     refused(tmp_path, archive, "zip bomb")
-    (tmp_path / "target").rmdir()
-    refused(
-        tmp_path, archive, "unpacks to 3145728 bytes, the limit is 3000000", Limits(total_bytes=3_000_000, ratio=1e9)
-    )
-    (tmp_path / "target").rmdir()
-    many = make_zip(tmp_path / "y.zip", ("a.jsonl", b""), ("b.jsonl", b""))
-    refused(tmp_path, many, "has 2 files, the limit is 1", Limits(members=1))
-    assert unpack(archive, tmp_path / "target", ".jsonl", Limits(ratio=1e9)) == ["a.jsonl"]
+    monkeypatch.setattr(data, "MAX_RATIO", 1e9)
+    for limit, value, problem in (
+        ("MAX_TOTAL_BYTES", 3_000_000, "unpacks to 3145728 bytes, the limit is 3000000"),
+        ("MAX_MEMBERS", 1, "has 2 files, the limit is 1"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, limit, value)
+            refused(tmp_path, archive, problem)
+    assert unpack(archive, tmp_path / "target", ".jsonl") == ["a.jsonl", "b.jsonl"]
 
 
-def test_a_size_that_lies_is_told_from_the_checksum(tmp_path: Path) -> None:
-    """The directory says 10 bytes, the packed data goes on: only 10 are read, and their checksum is wrong."""
-    archive = make_zip(tmp_path / "x.zip", ("a.jsonl", b"y" * 100_000))
-    content = bytearray(archive.read_bytes())
-    directory = content.rindex(b"PK\x01\x02")
-    content[directory + 24 : directory + 28] = (10).to_bytes(4, "little")
-    archive.write_bytes(content)
-    with pytest.raises(DataError, match="damaged"):
-        unpack(archive, tmp_path / "target", ".jsonl")
+def test_damage_is_found(tmp_path: Path) -> None:
+    fine = make_zip(tmp_path / "x.zip", ("a.jsonl", bytes(range(256)) * 400)).read_bytes()
+    for damage in (
+        {"offset": 60, "change": bytes([fine[60] ^ 1]), "directory": False},  # a flipped bit
+        {"offset": 24, "change": (10).to_bytes(4, "little")},  # says 10 bytes: only so many are read, the sum is wrong
+    ):
+        (tmp_path / "x.zip").write_bytes(fine)
+        folder = tmp_path / str(damage["offset"])
+        with pytest.raises(DataError, match="damaged"):
+            unpack(patched(tmp_path / "x.zip", **damage), folder, ".jsonl")
 
 
-def test_twice_the_same_name_is_refused(tmp_path: Path) -> None:
+def test_namesakes_and_encrypted_members_are_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         archive = make_zip(tmp_path / "x.zip", ("a.jsonl", b"1"), ("a.jsonl", b"2"))
     refused(tmp_path, archive, "two files named")
-
-
-def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
-    archive = make_zip(tmp_path / "x.zip", ("a.jsonl", bytes(range(256)) * 9))
-    content = bytearray(archive.read_bytes())
-    content[60] ^= 1
-    archive.write_bytes(content)
-    with pytest.raises(DataError, match="damaged"):
-        unpack(archive, tmp_path / "target", ".jsonl")
-
-
-def test_encrypted_members_are_refused(tmp_path: Path) -> None:
-    archive = make_zip(tmp_path / "x.zip", ("a.jsonl", b"{}"))
-    content = bytearray(archive.read_bytes())
-    content[content.rindex(b"PK\x01\x02") + 8] |= 1
-    archive.write_bytes(content)
-    refused(tmp_path, archive, "encrypted")
+    refused(tmp_path, patched(make_zip(tmp_path / "y.zip", ("a.jsonl", b"{}")), 8, b"\1"), "encrypted")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, 99])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_only_the_common_ways_of_packing_are_read(tmp_path: Path, method: int, damaged: bool) -> None:
     """zipfile lets LZMAError and bzip2's nameless OSError through, and LZMA may ask for 4 GiB."""
-    archive = tmp_path / "x.zip"
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED if method == 99 else method) as file:
-        file.writestr("a.jsonl", b"{}" * 100)
-    content = bytearray(archive.read_bytes())
-    directory = content.rindex(b"PK\x01\x02")
-    content[directory + 10 : directory + 12] = method.to_bytes(2, "little")
+    known = zipfile.ZIP_STORED if method == 99 else method
+    archive = make_zip(tmp_path / "x.zip", ("a.jsonl", b"{}" * 100), method=known)
+    patched(archive, 10, method.to_bytes(2, "little"))
     if damaged:
-        content[44:60] = b"\xff" * 16
-    archive.write_bytes(content)
+        patched(archive, 44, b"\xff" * 16, directory=False)
     refused(tmp_path, archive, f"packed by method {method}.* pack it anew with zip")
 
 
@@ -126,9 +113,9 @@ def test_one_member_can_be_read_in_place(tmp_path: Path) -> None:
         pass
 
 
-def rows(path: Path, content: bytes, **options: int) -> list[tuple[int, dict]]:
+def rows(path: Path, content: bytes) -> list[tuple[int, dict]]:
     path.write_bytes(content)
-    return list(read_jsonl(path, **options))
+    return list(read_jsonl(path))
 
 
 def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
@@ -153,25 +140,13 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     ],
     ids=["cut", "empty", "blank", "list", "null", "latin-1", "byte order mark", "deep", "digits", "long"],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, problem: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, problem: str) -> None:
+    monkeypatch.setattr(data, "MAX_LINE_BYTES", 999_999)
     path = tmp_path / "x.jsonl"
     with pytest.raises(DataError, match=problem) as error:
-        rows(path, b'{"a": 1}\n' + line + b'\n{"a": 3}\n', max_line_bytes=999_999)
+        rows(path, b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
     assert f"{path}:2: " in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_long_line_is_refused_before_it_is_read_whole() -> None:
-    class Endless(io.BytesIO):
-        """One line without an end."""
-
-        def readline(self, size: int | None = -1, /) -> bytes:
-            assert size is not None
-            assert 0 <= size <= 2**20 + 1, "the line would fill the memory"
-            return b"x" * size
-
-    with pytest.raises(DataError, match="endless:1: the line is longer than 1048576 bytes"):
-        list(parse_jsonl(Endless(), "endless", max_line_bytes=2**20))
 
 
 def test_no_file_an_empty_file_and_a_folder(tmp_path: Path) -> None:

