@@ -109,10 +109,7 @@ def group_options(group: str) -> list[str]:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse words on a command line that Hydra would refuse without saying which.
-
-    Args:
-        arguments: words after the command.
+    """Refuse words after a command that Hydra would refuse without saying which.
 
     Raises:
         ConfigError: if one is no text in UTF-8, or gives a group a value that cannot be the name of an option.

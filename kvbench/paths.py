@@ -34,10 +34,7 @@ def user_path(text: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The cache folder, created if missing.
-
-    `$KVBENCH_CACHE` if set, else `$XDG_CACHE_HOME/kvbench`, else `~/.cache/kvbench`. As the XDG base directory
-    specification asks, a relative `$XDG_CACHE_HOME` is ignored.
+    """`$KVBENCH_CACHE` if set, else `$XDG_CACHE_HOME/kvbench` unless relative, else `~/.cache/kvbench`; created.
 
     Raises:
         DataError: if the folder cannot be created.
@@ -73,16 +70,13 @@ def ensure_folder(
     write: Callable[[Path], dict[str, Any] | None],
     waiting: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Make sure that `folder` is complete, writing it at most once, whatever other processes do.
+    """Make sure that `folder` is complete, writing it at most once, whatever other processes do; returns it.
 
     Args:
         folder: the final folder.
         identity: what the content depends on (checksums, versions); JSON values.
         write: fills an empty folder; called only if needed. What it returns is kept in the manifest as "source".
         waiting: called once if another process is writing the folder, before waiting for it.
-
-    Returns:
-        `folder`.
 
     Raises:
         DataError: if the folder cannot be written.

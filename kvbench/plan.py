@@ -26,26 +26,18 @@ from kvbench.tasks.base import Task
 
 COMPRESS_CHOICES = ("after_question", "before_question")
 UNIDENTIFYING_MODEL_KEYS = ("device", "device_map")  # where it runs does not change what is asked
+SPECIAL_TOKENS_KEY = "parse_special_tokens"
 UNIDENTIFYING_TASK_KEYS = ("limit", "root", "official")  # nor does how much of it, or where the files lie
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know.
+    """Everything a run needs to know: the composed configuration, built; what it leaves unsaid is said here.
 
     Attributes:
-        model: the model's configuration.
-        task: the task.
         arms: arms to measure, in order.
         reference: the full-cache arm that KL is measured against.
-        engine: the engine.
-        compress: "after_question" or "before_question".
-        seed: the protocol's seed.
-        gold_tokens: gold tokens to force at most.
-        max_new_tokens: generation limit that replaces the task's, or None.
         output_root: folder of run folders.
-        retry_failed: whether failed samples run again.
-        mix_environments: whether answers of another environment, or of none that is known, count beside today's.
         identity: what defines the run; hashed into its folder's name.
         config: the full composed configuration, plain types.
         shard: the part of the samples to run, or None for all; no part of the identity.
@@ -82,11 +74,7 @@ def build_plan(config: DictConfig) -> Plan:
         check_fields(kind(**plain[group]), group)
     model = ModelConfig.from_mapping(plain["model"])
     task = _instantiate(config.task, "task", Task)
-    identity = {
-        "model": _model_identity(model),
-        "task": _task_identity(task),
-        "protocol": plain["protocol"],
-    }
+    identity = {"model": _model_identity(model), "task": _task_identity(task), "protocol": plain["protocol"]}
     return Plan(
         model=model,
         task=task,
@@ -157,8 +145,8 @@ def _model_identity(model: ModelConfig) -> dict[str, Any]:
     So a run begun before there was that option goes on in its folder: rows that spell no special token, and no official
     row we have seen spells one, were always asked like this.
     """
-    fields = _without(dataclasses.asdict(model), UNIDENTIFYING_MODEL_KEYS)
-    return fields if model.parse_special_tokens else _without(fields, ("parse_special_tokens",))
+    unsaid = UNIDENTIFYING_MODEL_KEYS if model.parse_special_tokens else (*UNIDENTIFYING_MODEL_KEYS, SPECIAL_TOKENS_KEY)
+    return {key: value for key, value in dataclasses.asdict(model).items() if key not in unsaid}
 
 
 def _task_identity(value: Any) -> Any:
@@ -169,10 +157,6 @@ def _task_identity(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _task_identity(v) for k, v in value.items() if k not in UNIDENTIFYING_TASK_KEYS}
     return [_task_identity(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _without(mapping: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: value for key, value in mapping.items() if key not in keys}
 
 
 def _instantiate(node: DictConfig, name: str, kind: type) -> Any:

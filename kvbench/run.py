@@ -87,9 +87,9 @@ def run_plan(plan: Plan, console: Console) -> Outcome:
     with console.status("reading the prompts") as status:
         prepared = prepare_model(plan.model, report=status.update)
         encoded = {index: encode_sample(samples[index], prepared) for index in positions}
-        jobs = {index: _job(plan, prepared, index, samples[index], prompt) for index, prompt in encoded.items()}
+        requests = {index: _request(plan, prepared, index, samples[index], prompt) for index, prompt in encoded.items()}
         status.update("hashing the weights")
-        making = making_of(plan, prepared, samples, jobs)
+        making = making_of(plan, prepared, samples, requests)
     shard = None if plan.shard is None else plan.shard.folder_name
     folder = RunFolder(plan.output_root, f"{plan.task.name}-{plan.model.name}", plan.identity, shard)
     folder.describe(plan.config)
@@ -102,7 +102,7 @@ def run_plan(plan: Plan, console: Console) -> Outcome:
         )
         with console.status("loading the model") as status:
             loaded = load_weights(plan.model, prepared, report=status.update)
-        wanted = [replace(jobs[index], arms=arms) for index, arms in todo.items()]
+        wanted = [replace(requests[index], arms=arms) for index, arms in todo.items()]
         waiting = {index: len(arms) for index, arms in todo.items()}
         with _progress(console, len(wanted), plan) as advance, interruptible() as interrupts:
             for result in plan.engine.run(loaded, wanted, interrupts.asked):
@@ -187,7 +187,7 @@ def _limited(sample: Sample, plan: Plan) -> Sample:
     return replace(sample, max_new_tokens=plan.max_new_tokens) if plan.max_new_tokens else sample
 
 
-def _job(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt: EncodedPrompt) -> Request:
+def _request(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt: EncodedPrompt) -> Request:
     compress_at = len(prompt.input_ids)
     if plan.compress == "before_question":
         if not prompt.question_start_token:

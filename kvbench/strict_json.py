@@ -9,12 +9,7 @@ from typing import Any
 
 
 def dumps(value: Any, **options: Any) -> str:
-    """Write a value as JSON, numbers that are not finite as null.
-
-    Args:
-        value: what `json.dumps` takes.
-        options: those of `json.dumps`.
-    """
+    """Write a value as `json.dumps` does with these options, but numbers that are not finite as null."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
