@@ -80,4 +80,4 @@ def test_published_predictions(shared_data, dataset):
     folder = shared_data / "golden" / "llama2-7b-chat-4k"
     published = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert set(published) == set(DATASETS)
-    assert score_file(folder / f"{dataset}.jsonl").official == published[dataset]
+    assert score_file(folder / f"{dataset}.jsonl").official == {"score": published[dataset]}
