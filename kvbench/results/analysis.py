@@ -1,154 +1,34 @@
-"""The KVMerger paper's observations (arXiv 2407.08454), measured on a model's layers, tested, and drawn.
+"""The KVMerger paper's observations (arXiv 2407.08454), tested and drawn from `<model>.json` alone.
 
-Adjacent keys are similar, and RoPE is why; a fixed threshold gives each layer a ratio that belongs to the model and not
-to the data; the first and last layers attend more uniformly than the others. One prefill of a sample measures all of
-it; tables and figures are made from the measurements in `<model>.json` alone.
-
-The claim "independent of the data set, persistent per model" is a test: ratios of all samples and layers are split into
-sums of squares between models, between a model's layers, between data sets (the part of a layer's ratio that moves with
-the data set) and between samples of one data set. If the claim holds, the data sets' share is no larger than
-relabelling the samples at random makes it.
+`kvbench.analysis` measures them. The claim that a fixed threshold's ratio is "independent of the data set, persistent
+per model" is a test: ratios of all samples and layers are split into sums of squares between models, between a model's
+layers, between data sets (the part of a layer's ratio that moves with the data set) and between samples of one data
+set. If the claim holds, the data sets' share is no larger than relabelling the samples at random makes it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from kvbench.errors import DataError
-from kvbench.methods.base import LayerStates
-from kvbench.models.load import LoadedModel
-from kvbench.models.prompt import encode_sample
 from kvbench.results.figures import MARKERS, PALETTE, SEQUENTIAL, save_both, style, subplots
-from kvbench.runtime.attention import attention_implementation
-from kvbench.runtime.observe import Observer
-from kvbench.runtime.requests import model_shape
-from kvbench.tasks.base import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-THRESHOLDS = (0.65, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95)
 PAPER_THRESHOLD = 0.75
-WINDOW_QUERIES = 64
-DIGITS = 5
 N_PERMUTATIONS = 2000
 SEED = 20_241
 STATES = {"keys_after": "keys after RoPE", "keys_before": "keys before RoPE", "values": "values"}
 Measured = dict[str, dict[str, Any]]
 """Model -> what was measured of it."""
-
-
-def adjacent_cosines(states: Tensor) -> Tensor:
-    """Cosine of each token's state with the next token's: `(H_k, T, D)`, T at least 2, to `(H_k, T - 1)` fp32."""
-    states = states.float()
-    return cosine_similarity(states[:, :-1], states[:, 1:], dim=-1)
-
-
-def unrotated(keys: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Keys as they were before RoPE: each is rotated back by its own position.
-
-    Args:
-        keys: `(H_k, T, D)` after RoPE, halves rotated against each other as in Llama, Mistral and Qwen (Su et al.,
-            "RoFormer", arXiv 2104.09864, equation 34, in transformers' layout of halves).
-        cosines: `(T, D)` the model's rotary cosines, attention scaling included.
-        sines: `(T, D)` likewise.
-
-    Returns:
-        `(H_k, T, D)` fp32.
-    """
-    keys, cosines, sines = keys.float(), cosines.float(), sines.float()
-    first, second = keys.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (keys * cosines - turned * sines) / (cosines.square() + sines.square())
-
-
-def kept_shares(cosines: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Share of slots left if every run of neighbours above a threshold becomes one slot; nothing is protected.
-
-    Args:
-        cosines: `(H_k, T - 1)` from `adjacent_cosines`.
-        thresholds: cosine thresholds.
-
-    Returns:
-        `(H_k, thresholds)` sets over tokens, in (0, 1].
-    """
-    limits = torch.tensor(thresholds, device=cosines.device)
-    links = (cosines.unsqueeze(-1) > limits).sum(1)
-    return 1 - links / (cosines.shape[1] + 1)
-
-
-def attention_uniformity(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """How uniformly the last queries attend.
-
-    Args:
-        rows: `(H, W, T)` attention of the last W queries of the prompt; row w sees T - W + w + 1 keys.
-
-    Returns:
-        `(H,)` mean normalised entropy, 1 for uniform attention over all visible keys and 0 for a single key, and `(H,)`
-        mean attention on the first token (the attention sink).
-    """
-    n_window, n_tokens = rows.shape[1:]
-    rows = rows.double()
-    entropy = torch.special.entr(rows).sum(-1)
-    visible = torch.arange(n_tokens - n_window + 1, n_tokens + 1, device=rows.device, dtype=torch.float64)
-    return (entropy / visible.clamp_min(2).log()).mean(-1), rows[..., 0].mean(-1)
-
-
-def measure_samples(loaded: LoadedModel, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """Measure samples one by one on a Llama-like model with `model.rotary_emb`.
-
-    Yields:
-        Per sample plain JSON types: ids, `n_tokens`, and per layer the mean adjacent cosine of each KV head
-        (`keys_after`, `keys_before`, `values`), the share of slots left at each of `THRESHOLDS` (`kept`), and the
-        normalised entropy and the first token's attention, means over heads (`entropy`, `sink`).
-    """
-    for sample in samples:
-        ids = encode_sample(sample, loaded).input_ids
-        layers = measure_prompt(loaded, ids)
-        fields = {name: [layer[name] for layer in layers] for name in layers[0]}
-        yield {"dataset": sample.dataset, "sample": sample.id, "n_tokens": len(ids), **fields}
-
-
-def measure_prompt(loaded: LoadedModel, input_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """One prefill; the measures of every layer, in order."""
-    ids = torch.tensor([list(input_ids)], device=loaded.device)
-    positions = torch.arange(ids.shape[1], device=loaded.device).unsqueeze(0)
-    probe = torch.zeros(1, device=loaded.device)
-    cosines, sines = (table[0] for table in loaded.model.model.rotary_emb(probe, positions))
-    layers: list[dict[str, Any]] = []
-
-    def on_layer(layer: LayerStates) -> None:
-        after = adjacent_cosines(layer.keys)
-        before = adjacent_cosines(unrotated(layer.keys, cosines.to(layer.keys.device), sines.to(layer.keys.device)))
-        assert layer.window_attention is not None
-        entropy, sink = attention_uniformity(layer.window_attention[:, -WINDOW_QUERIES:])
-        measures = {"keys_after": after.mean(1), "keys_before": before.mean(1),
-                    "values": adjacent_cosines(layer.values).mean(1), "kept": kept_shares(after, THRESHOLDS).mean(0),
-                    "entropy": entropy.mean(), "sink": sink.mean()}  # fmt: skip
-        layers.append({name: _rounded(values.tolist()) for name, values in measures.items()})
-
-    shape = model_shape(loaded)
-    observer = Observer(
-        needs=frozenset({"window_attention"}), window_tokens=WINDOW_QUERIES, n_layers=shape["n_layers"],
-        n_query_heads=shape["n_query_heads"], seed=0, on_layer=on_layer,
-    )  # fmt: skip
-    with torch.inference_mode(), attention_implementation(loaded.model):
-        loaded.model(input_ids=ids, attention_context=observer, use_cache=False, logits_to_keep=1)
-    return layers
-
-
-def _rounded(value: Any) -> Any:
-    return [_rounded(item) for item in value] if isinstance(value, list) else round(value, DIGITS)
 
 
 class VarianceShares(NamedTuple):

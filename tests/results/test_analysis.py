@@ -10,17 +10,17 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvbench.analysis import main
-from kvbench.results import analysis
-from kvbench.results.analysis import (
+from kvbench.analysis import (
     THRESHOLDS,
     adjacent_cosines,
     attention_uniformity,
     kept_shares,
+    main,
     measure_prompt,
     unrotated,
-    variance_shares,
 )
+from kvbench.results import analysis
+from kvbench.results.analysis import variance_shares
 
 LABELS = ["a"] * 10 + ["b"] * 10
 PROFILE = np.array([0.2, 0.5, 0.8, 0.4])
