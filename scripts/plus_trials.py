@@ -32,7 +32,8 @@ from kvbench.models.config import named_config
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.prompt import encode_sample
 from kvbench.runtime.attention import attention_implementation
-from kvbench.runtime.fork import LayerFork, prefill
+from kvbench.runtime.fused import LayerFork
+from kvbench.runtime.observe import prefill
 from kvbench.runtime.requests import Arm, Request, model_shape
 from kvbench.tasks.base import Task
 from kvbench.tasks.synthetic import FewShot, NeedleInHaystack, PassKey

@@ -22,8 +22,8 @@ from kvbench.models.load import LoadedModel
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.decode import DecodeLoop
 from kvbench.runtime.decode import Sequence as DecodeSequence
-from kvbench.runtime.fork import LayerFork, prefill
-from kvbench.runtime.fused import FusedEngine
+from kvbench.runtime.fused import FusedEngine, LayerFork
+from kvbench.runtime.observe import prefill
 from kvbench.runtime.requests import Arm, Request, model_shape
 
 LONG_TOKENS = 65_536  # from here on one repeat is enough: a run takes many seconds

@@ -1,7 +1,14 @@
-"""The fused engine: one prefill per sample for all arms, all arms of one or more samples decoded as one batch."""
+"""The fused engine: one prefill per sample for all arms, all arms of one or more samples decoded as one batch.
+
+On a GPU the arms compress side by side, each on a stream of its own: choosing slots keeps a few multiprocessors busy
+for long and leaves the others idle. The order of the streams is what makes memory safe without further bookkeeping:
+side streams wait for everything the main stream has been given before, and the main stream waits for all of them
+before it goes on, so a freed tensor is never reused while another stream still reads it.
+"""
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections import abc, deque
@@ -14,25 +21,17 @@ import torch
 
 from kvbench.errors import ConfigError, failure_reason
 from kvbench.fields import Within, check_fields
-from kvbench.methods.base import CompressedLayer
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy
 from kvbench.methods.full import in_effect
 from kvbench.models.load import LoadedModel
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.decode import DecodeLoop, Sequence
-from kvbench.runtime.fork import LayerFork, prefill
 from kvbench.runtime.model_check import check_model
-from kvbench.runtime.requests import (
-    Answer,
-    Arm,
-    Engine,
-    Request,
-    SampleFailure,
-    blank_answer,
-    check_requests,
-    ends_the_run,
-    is_out_of_memory,
-    never,
-)
+from kvbench.runtime.observe import prefill
+from kvbench.runtime.requests import Answer, Arm, Engine, Request, SampleFailure, ends_the_run, is_out_of_memory
+
+CONCURRENT_TOKENS = 16_384
+"""Longest prompt whose arms compress at the same time: beyond, the work fills the GPU and memory is worth more."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ class FusedEngine(Engine):
             raise ConfigError("engine.memory_ratio=0 leaves no memory: give a share above 0, e.g. memory_ratio=0.8")
 
     def run(
-        self, loaded: LoadedModel, requests: abc.Sequence[Request], stopping: Callable[[], bool] = never
+        self, loaded: LoadedModel, requests: abc.Sequence[Request], stopping: Callable[[], bool] = lambda: False
     ) -> Iterator[Answer | SampleFailure]:
         """Run requests, several per batch where rows and memory allow; see `Engine.run`."""
-        check_requests(loaded, requests)
+        self.check(loaded, requests)
         session = _Session(self, loaded)
         waiting = deque(requests)
         while waiting and not stopping():
@@ -225,8 +224,9 @@ class _Session:
         blanks = []
         for arm in request.arms:
             row = rows[arm.key][0]
-            answer = blank_answer(self.loaded, request, arm, cache.row_slots(row), cache.row_bytes(row), seconds)
+            answer = Answer.blank(self.loaded, request, arm, cache.row_slots(row), cache.row_bytes(row))
             answer.gold_nll, answer.kl = [*nll], [0.0] * len(nll)  # the same for every arm
+            answer.seconds = seconds
             blanks.append(answer)
         return sequences, blanks
 
@@ -266,3 +266,55 @@ def _outcomes(
         answer.seconds += seconds * (1 if forced is None else 2)
         answer.settings = settings
         yield answer
+
+
+class LayerFork:
+    """Compresses one layer after the other for all arms; give it to `prefill` as `on_layer`.
+
+    Args:
+        policies: one per arm.
+        n_tokens: prompt tokens that are compressed.
+        n_layers: layers of the model.
+        write: called with (arm, layer, compressed layer) for every arm in order; copies what it keeps.
+
+    Raises:
+        BudgetError: if an arm's budget is impossible for the prompt.
+    """
+
+    def __init__(
+        self,
+        policies: abc.Sequence[Policy],
+        n_tokens: int,
+        n_layers: int,
+        write: Callable[[int, int, CompressedLayer], None],
+    ):
+        self.policies, self.write = policies, write
+        self.budgets = [policy.layer_budgets(n_tokens, n_layers) for policy in policies]
+
+    def __call__(self, states: LayerStates) -> None:
+        """Compress and write one layer for all arms."""
+        device, index, arms = states.keys.device, states.layer_index, range(len(self.policies))
+        if device.type != "cuda" or states.n_tokens > CONCURRENT_TOKENS or len(arms) == 1:
+            for arm in arms:
+                self.write(arm, index, self._compress(arm, states))
+            return
+        main = torch.cuda.current_stream(device)
+        ready = main.record_event()
+        compressed = []
+        for arm in arms:
+            stream = _stream(device, arm)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                compressed.append(self._compress(arm, states))
+        for arm in arms:
+            main.wait_stream(_stream(device, arm))
+            self.write(arm, index, compressed[arm])
+
+    def _compress(self, arm: int, states: LayerStates) -> CompressedLayer:
+        return self.policies[arm].compress(states, self.budgets[arm][states.layer_index])
+
+
+@functools.cache
+def _stream(device: torch.device, arm: int) -> torch.cuda.Stream:
+    """One stream per place in the order of arms, the same for every sample: freed memory belongs to its stream."""
+    return torch.cuda.Stream(device)

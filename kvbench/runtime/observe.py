@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import LayerStates
+from kvbench.methods.full import in_effect
+from kvbench.models.load import LoadedModel
 from kvbench.ops.dispatch import choose_backend
 from kvbench.ops.observe import observe
+from kvbench.runtime.attention import attention_implementation
+from kvbench.runtime.requests import Arm, Request, model_shape
 
 OBSERVABLE = frozenset({"column_sums", "window_attention", "queries", "rotary_frequencies"})
 FULL_ATTENTION = "full_attention"
@@ -135,3 +139,41 @@ def rotary_frequencies(config: PreTrainedConfig, n_tokens: int) -> Tensor:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     n_turning = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     return 1.0 / parameters["rope_theta"] ** (torch.arange(0, n_turning, 2, dtype=torch.float32) / n_turning)
+
+
+def prefill(
+    loaded: LoadedModel,
+    request: Request,
+    arms: Iterable[Arm],
+    on_layer: Callable[[LayerStates], None],
+    kernels: str = "auto",
+) -> tuple[Tensor, set[str]]:
+    """Prefill a request's first `compress_at` tokens with full attention and observe what the arms' policies need.
+
+    Args:
+        loaded: the model.
+        request: the request.
+        arms: arms whose policies will compress the layers.
+        on_layer: called once per layer, in order, with the layer's states; they are freed when it returns unless it
+            keeps a reference.
+        kernels: "auto", "torch" or "triton".
+
+    Returns:
+        Logits of the last prefilled token `(V,)` fp32, and the names of the observation backends that ran.
+    """
+    policies = [in_effect(arm.policy) for arm in arms]
+    shape = model_shape(loaded)
+    observer = Observer(
+        needs=frozenset().union(*(policy.needs for policy in policies)),
+        window_tokens=max(policy.window_tokens for policy in policies),
+        n_layers=shape["n_layers"],
+        n_query_heads=shape["n_query_heads"],
+        seed=request.seed,
+        on_layer=on_layer,
+        backend=kernels,
+        config=loaded.model.config.get_text_config(),
+    )
+    input_ids = torch.tensor([request.input_ids[: request.compress_at]], device=loaded.device)
+    with torch.inference_mode(), attention_implementation(loaded.model):
+        output = loaded.model(input_ids=input_ids, attention_context=observer, use_cache=False, logits_to_keep=1)
+        return output.logits[0, -1].float(), observer.backends

@@ -17,32 +17,14 @@ from torch import Tensor
 from transformers import Cache
 
 from kvbench.errors import failure_reason
-from kvbench.methods.base import (
-    CompressedLayer,
-    DecodeSlots,
-    LayerStates,
-    Policy,
-    constant_state,
-    make_state,
-    slot_state,
-)
+from kvbench.methods import base
+from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
 from kvbench.methods.full import in_effect
 from kvbench.models.load import LoadedModel
 from kvbench.runtime.attention import attention_implementation
-from kvbench.runtime.fork import prefill
-from kvbench.runtime.requests import (
-    Answer,
-    Arm,
-    Engine,
-    Request,
-    SampleFailure,
-    blank_answer,
-    check_requests,
-    ends_the_run,
-    is_out_of_memory,
-    model_shape,
-    never,
-)
+from kvbench.runtime.model_check import check_model
+from kvbench.runtime.observe import prefill
+from kvbench.runtime.requests import Answer, Arm, Engine, Request, SampleFailure, ends_the_run, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -50,10 +32,10 @@ class PlainEngine(Engine):
     """Prefills anew for every sequence of every arm, and decodes it alone (see module docstring)."""
 
     def run(
-        self, loaded: LoadedModel, requests: Sequence[Request], stopping: Callable[[], bool] = never
+        self, loaded: LoadedModel, requests: Sequence[Request], stopping: Callable[[], bool] = lambda: False
     ) -> Iterator[Answer | SampleFailure]:
         """Run requests one after the other; see `Engine.run`."""
-        check_requests(loaded, requests)
+        self.check(loaded, requests)
         for request in requests:
             if stopping():
                 return
@@ -75,7 +57,7 @@ def _answer(loaded: LoadedModel, request: Request, arm: Arm, reference: Tensor |
     """One arm's answer, and its likelihood and KL against the reference's log-probabilities `(n_gold, V)`."""
     start = time.perf_counter()
     row = _Row(loaded, request, arm)
-    answer = blank_answer(loaded, request, arm, row.cache.slots_per_layer, row.cache.n_bytes, seconds=0.0)
+    answer = Answer.blank(loaded, request, arm, row.cache.slots_per_layer, row.cache.n_bytes)
     answer.token_ids, answer.finish = row.generate()
     if reference is not None:
         answer.gold_nll, log_probs = _Row(loaded, request, arm).force()
@@ -101,7 +83,7 @@ class _Row:
     def __init__(self, loaded: LoadedModel, request: Request, arm: Arm):
         self.loaded, self.request = loaded, request
         policy = in_effect(arm.policy)
-        budgets = policy.layer_budgets(request.compress_at, model_shape(loaded)["n_layers"])
+        budgets = policy.layer_budgets(request.compress_at, check_model(loaded.model).shape["n_layers"])
         self.cache = PlainCache(policy, position=request.compress_at)
 
         def on_layer(states: LayerStates) -> None:
@@ -164,8 +146,8 @@ class _Layer:
         self.values = [compressed.values[h, :n].clone() for h, n in enumerate(lengths)]
         self.bias = [bias[h, :n].float().clone() for h, n in enumerate(lengths)]
         self.state_class = None if compressed.state is None else type(compressed.state)
-        self.state = {name: tensor.clone() for name, tensor in slot_state(compressed.state).items()}
-        self.constants = {name: tensor.clone() for name, tensor in constant_state(compressed.state).items()}
+        self.state = {name: tensor.clone() for name, tensor in base.slot_state(compressed.state).items()}
+        self.constants = {name: tensor.clone() for name, tensor in base.constant_state(compressed.state).items()}
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Append one token: key and value `(H_k, D)`."""
@@ -195,7 +177,7 @@ class _Layer:
             name: torch.cat([tensor, tensor.new_zeros(tensor.shape[0], 1, *tensor.shape[2:])], 1)
             for name, tensor in self.state.items()
         }
-        slots = DecodeSlots(keys, values, make_state(self.state_class, state | self.constants), step_index)
+        slots = DecodeSlots(keys, values, base.make_state(self.state_class, state | self.constants), step_index)
         policy.step(slots, torch.stack(rows))
         self.keys, self.values = list(keys[:, :-1]), list(values[:, :-1])
         self.bias = [bias[:-1] for bias in self.bias]
@@ -203,21 +185,13 @@ class _Layer:
 
 
 class PlainCache(Cache):
-    """One arm's cache of one sample; also the attention context of the decode steps.
-
-    Args:
-        policy: the arm's policy.
-        position: position id of the first new token: the number of tokens seen so far.
-    """
+    """One arm's cache of one sample, whose first new token has position id `position`; also the attention context."""
 
     def __init__(self, policy: Policy, position: int):
         super().__init__(layers=[])
-        self.policy = policy
-        self.position = position
+        self.policy, self.position, self._steps, self.n_bytes = policy, position, 0, 0
         self.slots_per_layer: list[int] = []
-        self.n_bytes = 0
         self._stored: list[_Layer] = []
-        self._steps = 0
 
     def add(self, compressed: CompressedLayer) -> None:
         """Add the next layer."""
@@ -239,11 +213,7 @@ class PlainCache(Cache):
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
-        """Attention of the new token `(1, H, 1, D)` over the stored slots, then the policy's step.
-
-        Returns:
-            `(1, 1, H, D)` in the query's dtype.
-        """
+        """Attention of the new token `(1, H, 1, D)` over the stored slots as `(1, 1, H, D)`, then the policy's step."""
         layer = self._stored[layer_index]
         output, rows = layer.attend(query[0, :, 0], scaling, softcap)
         if self.policy.steps:
@@ -259,14 +229,6 @@ class PlainCache(Cache):
         """Tokens seen, which is not the number of slots kept."""
         return self.position
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Position of the next query."""
-        return self.position
-
     def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
         """Key length and offset for a mask; unused, since our mask function makes none."""
         return self.position + 1, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No maximum."""
-        return -1

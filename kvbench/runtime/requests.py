@@ -106,12 +106,20 @@ class Answer:
     compressed_tokens: int
     full_slots: int
     full_bytes: int
-    seconds: float
+    seconds: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     finish: str = "length"
     gold_nll: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def blank(cls, loaded: LoadedModel, request: Request, arm: Arm, slots: list[int], n_bytes: int) -> Answer:
+        """An answer without a token yet: what an arm's cache takes, beside what the full cache would."""
+        shape = model_shape(loaded)
+        full_slots = request.compress_at * shape["n_layers"] * shape["n_kv_heads"]
+        full_bytes = full_slots * 2 * shape["head_dim"] * loaded.dtype.itemsize
+        return cls(request.index, arm, slots, n_bytes, request.compress_at, full_slots, full_bytes)
 
 
 class SampleFailure(Exception):
@@ -128,17 +136,12 @@ class SampleFailure(Exception):
         self.index, self.reason, self.arms = index, reason, arms
 
 
-def never() -> bool:
-    """The answer of a caller that does not want to stop an engine."""
-    return False
-
-
 class Engine(ABC):
     """Turns requests into answers."""
 
     @abstractmethod
     def run(
-        self, loaded: LoadedModel, requests: Sequence[Request], stopping: Callable[[], bool] = never
+        self, loaded: LoadedModel, requests: Sequence[Request], stopping: Callable[[], bool] = lambda: False
     ) -> Iterator[Answer | SampleFailure]:
         """Run requests; outcomes come as they are finished, those of one request one after the other.
 
@@ -156,27 +159,16 @@ class Engine(ABC):
                 model that is not supported (before the first request).
         """
 
-
-def check_requests(loaded: LoadedModel, requests: Sequence[Request]) -> None:
-    """Refuse a model that is not supported, or requests longer than it can be asked (`ModelError`, with the remedy)."""
-    spans = [(r.compress_at, len(r.input_ids) + max(r.max_new_tokens, len(r.gold_ids)) - 1) for r in requests]
-    check_lengths(loaded.model, spans)
+    @staticmethod
+    def check(loaded: LoadedModel, requests: Sequence[Request]) -> None:
+        """Refuse a model that is not supported, or requests longer than it can be asked, in one line each."""
+        spans = [(r.compress_at, len(r.input_ids) + max(r.max_new_tokens, len(r.gold_ids)) - 1) for r in requests]
+        check_lengths(loaded.model, spans)
 
 
 def model_shape(loaded: LoadedModel) -> dict[str, int]:
     """Sizes of the attention of a model, `ModelFacts.shape`; `ModelError` if the model is not supported."""
     return check_model(loaded.model).shape
-
-
-def blank_answer(
-    loaded: LoadedModel, request: Request, arm: Arm, slots_per_layer: list[int], cache_bytes: int, seconds: float
-) -> Answer:
-    """An answer without a token yet: what an arm's cache takes, beside what the full cache would."""
-    shape = model_shape(loaded)
-    full_slots = request.compress_at * shape["n_layers"] * shape["n_kv_heads"]
-    full_bytes = full_slots * 2 * shape["head_dim"] * loaded.dtype.itemsize
-    sizes = slots_per_layer, cache_bytes, request.compress_at, full_slots, full_bytes
-    return Answer(request.index, arm, *sizes, seconds)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from kvbench.methods.cam import CaM
 from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O
 from kvbench.methods.kvmerger import KVMerger
-from kvbench.runtime.fork import CONCURRENT_TOKENS, LayerFork
+from kvbench.runtime.fused import CONCURRENT_TOKENS, LayerFork
 
 POLICIES = (Full(), H2O(budget=0.5), CaM(budget=0.35), KVMerger(budget=0.5, whole_first_layers=0))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]

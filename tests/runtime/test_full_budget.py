@@ -32,7 +32,7 @@ class LossyAtAnyBudget(Policy):
             tensor[:, 0] = tensor[:, -1]
 
 
-METHODS = [*(build_policy(name, {"budget": 1.0}) for name in load_policies()), LossyAtAnyBudget()]
+METHODS = [*(build_policy(name, {"budget": 1.0}) for name in load_policies()), LossyAtAnyBudget(budget=1.0)]
 
 
 @pytest.fixture(scope="module")
