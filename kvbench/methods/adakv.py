@@ -12,7 +12,6 @@ decide (largest first, ties: the lower head), and the total is exact. Its `norma
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,11 +19,11 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ConfigError
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy
-from kvbench.methods.options import require_number
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share
+from kvbench.methods.options import Fraction
 from kvbench.methods.scored import ScoredPolicy, protect_first, take_slots
 from kvbench.methods.snapkv import SnapKV
-from kvbench.ops.segments import largest_by_recency
+from kvbench.ops.selection import largest_by_recency, marked_positions
 
 PAPERS_BASE = SnapKV()
 
@@ -34,24 +33,26 @@ class AdaKV(Policy):
     """Ragged heads over the scores of another method; one selection at the end of the prompt.
 
     Attributes:
-        base: the method whose scores, protected tokens and layer budgets are used; its own `budget` is not.
-        floor_share: share of its average slots that every head gets for certain; 1 is the base method.
+        base: the method whose scores, protected tokens and layer budgets are used, its own `budget` is not: SnapKV
+            (the paper), PyramidKV, Knorm, ExpectedAttention or another `ScoredPolicy`, at its own defaults. On the
+            command line `method.base._target_=kvbench.methods.knorm.Knorm +method.base.recent_tokens=32`.
+        floor_share: share of its average slots that every head gets for certain; 1 is the base method. The authors
+            recommend 0.2 with grouped-query attention.
     """
 
     base: ScoredPolicy = PAPERS_BASE
-    floor_share: float = 0.2
+    floor_share: Fraction = 0.2
 
     name: ClassVar[str] = "adakv"
 
     def __post_init__(self) -> None:
         """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
         if not isinstance(self.base, ScoredPolicy):
             raise ConfigError(
                 f"base={self.base!r} scores no keys: give a method of kvbench.methods.scored, e.g. "
                 "base._target_=kvbench.methods.snapkv.SnapKV"
             )
-        require_number("floor_share", self.floor_share, 0.0, 1.0)
+        super().__post_init__()
 
     @property
     def needs(self) -> frozenset[str]:
@@ -73,39 +74,26 @@ class AdaKV(Policy):
         return dataclasses.replace(self.base, budget=self.budget).layer_budgets(n_tokens, n_layers)
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Keep each head's best, as many as its share; see `Policy.compress`.
-
-        Args:
-            layer: has to provide what `needs` says.
-            budget_tokens: slots per KV head on average.
-
-        Returns:
-            Slots in the order of positions, with `lengths` that sum to `H_k * budget_tokens`.
-        """
+        """Keep each head's best, in the order of positions; `lengths` sum to `H_k * budget_tokens`."""
         first, last = self.base.first_tokens, self.base.last_tokens
-        n_tokens, device = layer.n_tokens, layer.keys.device
+        n_tokens = layer.n_tokens
         scores = self.base.scores(layer)
         lengths = first + last + self.head_slots(scores[:, first : n_tokens - last], budget_tokens - first - last)
         kept = torch.ones_like(scores, dtype=torch.bool)
         older = protect_first(scores, first)[:, : n_tokens - last]
         kept[:, : n_tokens - last] = largest_by_recency(older, lengths.unsqueeze(1) - last)
-        positions = torch.where(kept, torch.arange(n_tokens, device=device), n_tokens).sort(1).values
-        positions = positions[:, : int(lengths.max())].clamp_max(n_tokens - 1)
+        positions = marked_positions(kept, int(lengths.max())).clamp_max(n_tokens - 1)
         return take_slots(layer, positions, lengths)
 
     def head_slots(self, scores: Tensor, average: int) -> Tensor:
-        """Divide slots among heads.
-
-        Args:
-            scores: `(H_k, n)` fp32 of the tokens that compete.
-            average: b, slots per head to be divided, at most n.
+        """Divide `H_k * average` slots among heads by the `(H_k, n)` scores of the tokens that compete.
 
         Returns:
-            `(H_k,)` int64, at most n each, summing to `H_k * average`.
+            `(H_k,)` int64, at most n each.
         """
         n_heads = scores.shape[0]
         total = n_heads * average
-        floor = math.floor(round(self.floor_share * average, 9))
+        floor = floor_share(self.floor_share, average)
         pooled = scores.flip(1).T.flatten()  # by position from the last, then head: a stable sort keeps that for ties
         winners = pooled.sort(descending=True, stable=True).indices[:total].remainder(n_heads)
         counts = (winners == torch.arange(n_heads, device=scores.device).unsqueeze(1)).sum(1)

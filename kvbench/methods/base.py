@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import BudgetError, ConfigError
+from kvbench.fields import check_fields
 
 GROUP_REDUCTIONS = ("mean", "max", "first")
 CONSTANT = {"kvbench": "one small tensor of any shape, not one entry per slot"}
@@ -243,11 +244,18 @@ class Policy(ABC):
     steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Validate the options; subclasses extend this and raise `ConfigError`."""
+        """Check every option against its annotation (`kvbench.fields`, words in `kvbench.methods.options`).
+
+        Subclasses extend this where options depend on each other.
+
+        Raises:
+            ConfigError: at the first option whose value is not what its annotation says.
+        """
         if not (type(self.budget) in (int, float) and 0.0 < self.budget <= 1.0):
             raise ConfigError(
                 f"budget={self.budget!r} is not in (0, 1]: give the fraction of the cache to keep, e.g. 0.35"
             )
+        check_fields(self, self.name)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -15,15 +15,23 @@ number of targets there really are; every token merges once, when it leaves; the
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import CONSTANT, CompressedLayer, DecodeSlots, LayerStates, Policy, RowsStepper
-from kvbench.methods.options import require_bool, require_count, require_number
+from kvbench.methods.base import (
+    CONSTANT,
+    CompressedLayer,
+    DecodeSlots,
+    LayerStates,
+    Policy,
+    RowsStepper,
+    floor_share,
+    reduce_groups,
+)  # fmt: skip
+from kvbench.methods.options import Positive, WithinExcept
 from kvbench.ops.counter_rng import absorb_word, counter_hash, hash_to_uniform
 
 
@@ -49,24 +57,18 @@ class CaM(Policy):
 
     Attributes:
         start_share: share of the kept slots that holds the first tokens; the rest is the recent window.
-        merge_tokens: how many of the following kept tokens share the leaving value (m of the paper; official: 32).
+        merge_tokens: how many of the following kept tokens share the leaving value (m of the paper), fewer if the
+            window is shorter; 32 is hard-coded in the official generation code.
         merge: false drops leaving tokens without merging, which is StreamingLLM, the base to compare with.
     """
 
-    start_share: float = 0.5
-    merge_tokens: int = 32
+    start_share: Annotated[float, WithinExcept(0, 1, left_out=1)] = 0.5
+    merge_tokens: Positive = 32
     merge: bool = True
 
     name: ClassVar[str] = "cam"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
     steps: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_number("start_share", self.start_share, 0.0, 1.0, include_high=False)
-        require_count("merge_tokens", self.merge_tokens, minimum=1)
-        require_bool("merge", self.merge)
 
     @property
     def minimum_tokens(self) -> int:
@@ -75,34 +77,20 @@ class CaM(Policy):
 
     def split(self, n_slots: int) -> tuple[int, int]:
         """Divide a layer's slots into (start, recent); start is the floor of its share and leaves at least 1 recent."""
-        start = min(n_slots - 1, math.floor(round(self.start_share * n_slots, 9)))
+        start = min(n_slots - 1, floor_share(self.start_share, n_slots))
         return start, n_slots - start
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Keep the first and the most recent tokens; nothing is merged here.
-
-        Args:
-            layer: needs `column_sums`.
-            budget_tokens: slots per KV head.
-
-        Returns:
-            `budget_tokens` slots per KV head; state "scores" `(H_k, m)` fp32, attention mass summed over all queries so
-            far (mean over the query heads of a group); constant "head_hashes" `(H_k, 1)` int64, hashes of the sample's
-            seed, the layer and the KV head, to which a step adds its number.
-        """
-        if layer.column_sums is None:
-            raise ValueError("cam needs column_sums, which the prefill did not provide")
-        device = layer.keys.device
+        """Keep the first and the most recent tokens; nothing is merged here."""
         start, recent = self.split(budget_tokens)
+        device = layer.keys.device
+        scores = layer.group_scores(layer.observed("column_sums"))
         hashes = head_hashes(layer.seed, layer.n_layers, layer.n_kv_heads, device)
         return CompressedLayer(
             first_and_recent(layer.keys, start, recent),
             first_and_recent(layer.values, start, recent),
             kept_positions(layer.n_tokens, start, recent, device).expand(layer.n_kv_heads, -1),
-            state=CaMState(
-                first_and_recent(layer.group_scores(layer.column_sums, "mean"), start, recent),
-                hashes[layer.layer_index],
-            ),
+            state=CaMState(first_and_recent(scores, start, recent), hashes[layer.layer_index]),
         )
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
@@ -112,10 +100,9 @@ class CaM(Policy):
         that short. The gate compares `u * mean(A of the targets)` with the leaving token's A, u being uniform by (seed,
         layer, KV head, step), which is the Bernoulli draw without a division by zero. Device operations only.
         """
-        n_kv_heads, n_slots = slots.keys.shape[0], slots.keys.shape[1] - 1
-        start, recent = self.split(n_slots)
+        start, recent = self.split(slots.n_slots)
         scores = slots.state.scores
-        scores += attention.unflatten(0, (n_kv_heads, -1)).mean(1)
+        scores += reduce_groups(attention, slots.keys.shape[0], "mean")
         leaving = (start + slots.step_index.remainder(recent)).reshape(1)
         leaving_values = slots.values.index_select(1, leaving).float()
         leaving_scores = scores.index_select(1, leaving)
@@ -123,8 +110,7 @@ class CaM(Policy):
         if not self.merge:
             return
         n_targets = min(self.merge_tokens, recent)
-        device = slots.keys.device
-        ahead = torch.arange(1, n_targets + 1, device=device)
+        ahead = torch.arange(1, n_targets + 1, device=slots.keys.device)
         targets = start + (slots.step_index + ahead).remainder(recent)  # `recent` ahead is the new token's slot
         uniform = hash_to_uniform(torch.as_tensor(absorb_word(slots.state.head_hashes, slots.step_index)))
         gate = uniform * scores.index_select(1, targets).mean(1, keepdim=True) < leaving_scores
@@ -135,7 +121,7 @@ class CaM(Policy):
     @classmethod
     def rows_stepper(cls) -> type[RowsStepper]:
         """One launch for all rows, options differing from row to row included."""
-        from kvbench.ops.cam_step_triton import CaMRowsStepper  # imports triton, which a CPU may lack
+        from kvbench.ops.steps_triton import CaMRowsStepper  # imports triton, which a CPU may lack
 
         return CaMRowsStepper
 
@@ -148,8 +134,7 @@ def first_and_recent(tensor: Tensor, start: int, recent: int) -> Tensor:
 @functools.lru_cache(maxsize=32)  # the same for all layers of a prompt: one copy to the device instead of one a layer
 def kept_positions(n_tokens: int, start: int, recent: int, device: torch.device) -> Tensor:
     """Positions of the first `start` and the last `recent` of `n_tokens` tokens, `(start + recent,)` int64."""
-    kept = torch.cat([torch.arange(start), torch.arange(n_tokens - recent, n_tokens)])
-    return kept.to(device)
+    return torch.cat([torch.arange(start), torch.arange(n_tokens - recent, n_tokens)]).to(device)
 
 
 @functools.lru_cache(maxsize=32)

@@ -22,8 +22,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, LayerStates, with_whole_layers
-from kvbench.methods.evict_and_merge import EvictAndMerge, nearest_kept, sum_by_slot, tokens_at
-from kvbench.methods.options import reduce_groups, require_count
+from kvbench.methods.options import Count
+from kvbench.methods.scored import EvictAndMerge
+from kvbench.ops.merging import nearest_kept, sum_by_slot, tokens_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,36 +32,27 @@ class D2O(EvictAndMerge):
     """Heavy hitters with recall of similar tokens; the options of `EvictAndMerge`, and these.
 
     Attributes:
-        whole_first_layers: first layers left uncompressed; their slots count towards the budget.
-        whole_last_layers: last layers left uncompressed, likewise.
+        whole_first_layers: first layers left uncompressed; their slots count towards the budget. 2 in the official
+            code, as `start_tokens` is 4 there and `recent_share` a half (0.1 of the prompt each).
+        whole_last_layers: last layers left uncompressed, likewise; 1 in the official code.
     """
 
-    whole_first_layers: int = 2
-    whole_last_layers: int = 1
+    whole_first_layers: Count = 2
+    whole_last_layers: Count = 1
 
     name: ClassVar[str] = "d2o"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
 
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_count("whole_first_layers", self.whole_first_layers, minimum=0)
-        require_count("whole_last_layers", self.whole_last_layers, minimum=0)
-
     def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
-        """Give whole layers all T slots and spread the rest evenly; see `Policy.layer_budgets`."""
+        """Give whole layers all T slots and spread the rest evenly."""
         return with_whole_layers(self, n_tokens, n_layers, self.whole_first_layers, self.whole_last_layers)
 
     def scores(self, layer: LayerStates) -> Tensor:
-        """Accumulated attention of each token; see `EvictAndMerge.scores`. Needs `column_sums`."""
-        if layer.column_sums is None:
-            raise ValueError(f"{self.name} needs column_sums, which the prefill did not provide")
-        return reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
+        """Accumulated attention of each token."""
+        return layer.group_scores(layer.observed("column_sums"), self.group_reduce)
 
-    def merge_evicted(
-        self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor
-    ) -> CompressedLayer:
-        """Average the recalled tokens into their nearest kept ones; see `EvictAndMerge.merge_evicted`."""
+    def merged(self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor) -> CompressedLayer:
+        """Average the recalled tokens into their nearest kept ones."""
         cosines, slots = nearest_kept(layer.keys, positions, evicted)
         recalled = cosines >= cosines.mean(1, keepdim=True)
         weights = (cosines * recalled).unsqueeze(-1)

@@ -17,13 +17,14 @@ and C keep that scale, so that z is the logit the model would compute.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvbench.fields import Within
 from kvbench.methods.base import LayerStates
-from kvbench.methods.options import require_bool, require_count, require_number
+from kvbench.methods.options import Count, Positive
 from kvbench.methods.scored import ScoredPolicy
 
 
@@ -39,23 +40,14 @@ class ExpectedAttention(ScoredPolicy):
         epsilon: added to the expected attention before that, so that large values may win without it.
     """
 
-    future_tokens: int = 512
-    start_tokens: int = 4
+    future_tokens: Positive = 512
+    start_tokens: Count = 4
     use_covariance: bool = True
     use_value_norm: bool = True
-    epsilon: float = 0.0
+    epsilon: Annotated[float, Within(0)] = 0.0
 
     name: ClassVar[str] = "expected_attention"
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "rotary_frequencies"})
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_count("future_tokens", self.future_tokens, minimum=1)
-        require_count("start_tokens", self.start_tokens, minimum=0)
-        require_bool("use_covariance", self.use_covariance)
-        require_bool("use_value_norm", self.use_value_norm)
-        require_number("epsilon", self.epsilon, 0.0, float("inf"), include_high=False)
 
     @property
     def first_tokens(self) -> int:
@@ -63,22 +55,13 @@ class ExpectedAttention(ScoredPolicy):
         return self.start_tokens
 
     def scores(self, layer: LayerStates) -> Tensor:
-        """Expected attention of each key, times the norm of its value.
-
-        Args:
-            layer: needs the extras "queries", "scaling" and "rotary_frequencies".
-
-        Returns:
-            `(H_k, T)` fp32; zeros for the sinks, which are kept anyway.
-        """
-        missing = {"queries", "scaling", "rotary_frequencies"} - set(layer.extras)
-        if missing:
-            raise ValueError(f"{self.name} needs {', '.join(sorted(missing))}, which the prefill did not provide")
+        """Expected attention of each key, times the norm of its value, `(H_k, T)` fp32; zeros for the sinks."""
+        queries, scaling = layer.observed("queries"), layer.observed("scaling")
+        frequencies = layer.observed("rotary_frequencies")
         start, device = self.start_tokens, layer.keys.device
-        scaling, frequencies = layer.extras["scaling"], layer.extras["rotary_frequencies"]
         seen = torch.arange(start, layer.n_tokens, device=device)
         angles = seen.unsqueeze(-1) * frequencies
-        queries = turn(layer.extras["queries"][:, start:].float(), angles.cos(), -angles.sin()) * scaling
+        queries = turn(queries[:, start:].float(), angles.cos(), -angles.sin()) * scaling
         coming = torch.arange(layer.n_tokens, layer.n_tokens + self.future_tokens, device=device)
         angles = coming.unsqueeze(-1) * frequencies
         basis = torch.eye(queries.shape[-1], device=device)
@@ -97,16 +80,7 @@ class ExpectedAttention(ScoredPolicy):
 
 
 def turn(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + R / 2) as RoPE does, by an angle or an average of angles; channels from R on stay.
-
-    Args:
-        states: `(..., D)`.
-        cosines: `(..., R / 2)` of the angles.
-        sines: likewise.
-
-    Returns:
-        As `states`.
-    """
+    """Turn channel pairs (i, i + R / 2) of `(..., D)` as RoPE does, by angles or averages of them; others stay."""
     n_pairs = cosines.shape[-1]
     first, second, rest = states.split([n_pairs, n_pairs, states.shape[-1] - 2 * n_pairs], -1)
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], -1)

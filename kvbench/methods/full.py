@@ -11,30 +11,30 @@ from kvbench.methods.base import CompressedLayer, LayerStates, Policy
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Policy):
-    """Keep all keys and values; while decoding the cache grows by one slot per new token."""
+    """Keep all keys and values; while decoding the cache grows by one slot per new token. It has no options.
+
+    Attributes:
+        budget: 1; any other number is refused, since nothing would be left out and the number would mislead.
+    """
 
     budget: float = 1.0
 
     name: ClassVar[str] = "full"
 
     def __post_init__(self) -> None:
-        """Refuse any budget but 1: nothing would be left out, so the number would mislead."""
+        """Refuse any budget but 1."""
         super().__post_init__()
         if self.budget != 1.0:
             raise ConfigError(f"budget={self.budget:g} with method full, which keeps everything: set budget to 1.0")
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Return the layer as it is; see `Policy.compress`."""
+        """Return the layer as it is."""
         return layer.whole()
 
 
 def in_effect(policy: Policy) -> Policy:
     """The policy that runs in place of one: at budget 1 every method keeps everything, while decoding, too.
 
-    Args:
-        policy: any policy. One whose budget decides nothing (`exact_budget` is false) runs at any budget.
-
-    Returns:
-        `Full()` at budget 1, else the policy itself.
+    A policy whose budget decides nothing (`exact_budget` is false) runs at any budget.
     """
     return Full() if policy.budget == 1.0 and policy.exact_budget else policy

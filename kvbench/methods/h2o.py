@@ -11,17 +11,23 @@ head).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from types import ModuleType
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy, RowsStepper
-from kvbench.methods.options import GROUP_REDUCTIONS, reduce_groups, require_bool, require_choice, require_number
-from kvbench.ops import selection
+from kvbench.methods.base import (
+    CompressedLayer,
+    DecodeSlots,
+    LayerStates,
+    Policy,
+    RowsStepper,
+    floor_share,
+    reduce_groups,
+)  # fmt: skip
+from kvbench.methods.options import GroupReduction, WithinExcept
+from kvbench.ops.selection import heavy_and_recent, keep_slots
 
 
 @dataclass
@@ -40,27 +46,21 @@ class H2O(Policy):
     the token that leaves the window before new token `step_index` is in ring slot `step_index mod recent`.
 
     Attributes:
-        recent_share: share of the kept slots that holds the most recent tokens; the rest holds heavy hitters.
+        recent_share: share of the kept slots that holds the most recent tokens; the rest holds heavy hitters. Half and
+            half is the official setting (heavy_ratio = recent_ratio = 0.1 of the prompt).
         normalise_by_count: divide each score by the number of queries that could see its key (the flavour of kvpress'
             ObservedAttention); H2O itself ranks by the plain sum, which favours early tokens.
         group_reduce: how the query heads of a KV head share one score: "mean" (same ranks as the sum), "max" or
             "first".
     """
 
-    recent_share: float = 0.5
+    recent_share: Annotated[float, WithinExcept(0, 1)] = 0.5
     normalise_by_count: bool = False
-    group_reduce: str = "mean"
+    group_reduce: GroupReduction = "mean"
 
     name: ClassVar[str] = "h2o"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
     steps: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_number("recent_share", self.recent_share, 0.0, 1.0, include_low=False)
-        require_bool("normalise_by_count", self.normalise_by_count)
-        require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
 
     @property
     def minimum_tokens(self) -> int:
@@ -69,27 +69,15 @@ class H2O(Policy):
 
     def split(self, n_slots: int) -> tuple[int, int]:
         """Divide a layer's slots into (heavy, recent); recent is the floor of its share, but at least 1."""
-        recent = max(1, math.floor(round(self.recent_share * n_slots, 9)))
+        recent = max(1, floor_share(self.recent_share, n_slots))
         return n_slots - recent, recent
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Keep the heavy hitters among the older tokens and the recent window.
-
-        Args:
-            layer: needs `column_sums`.
-            budget_tokens: slots per KV head.
-
-        Returns:
-            `budget_tokens` slots per KV head; state "scores" `(H_k, m)` fp32, attention mass summed over all queries so
-            far, and with `normalise_by_count` also "counts" `(H_k, m)` fp32, the queries that saw each slot.
-        """
-        if layer.column_sums is None:
-            raise ValueError("h2o needs column_sums, which the prefill did not provide")
-        scores = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
+        """Keep the heavy hitters among the older tokens and the recent window."""
+        scores = layer.group_scores(layer.observed("column_sums"), self.group_reduce)
         ranks = scores / layer.query_counts if self.normalise_by_count else scores
-        operations = selection_operations(layer.kernels)
-        positions = operations.heavy_and_recent(ranks, *self.split(budget_tokens))
-        keys, values, kept_scores = operations.keep_slots(layer.keys, layer.values, scores, positions)
+        positions = heavy_and_recent(ranks, *self.split(budget_tokens), layer.kernels)
+        keys, values, kept_scores = keep_slots(layer.keys, layer.values, scores, positions, layer.kernels)
         counts = (layer.n_tokens - positions).float() if self.normalise_by_count else None
         return CompressedLayer(keys, values, positions, state=H2OState(kept_scores, counts))
 
@@ -99,8 +87,7 @@ class H2O(Policy):
         The leaving token wins a tie (it is the more recent one); among heavy slots the first of equals goes. Device
         operations only: nothing is read back to the host.
         """
-        n_slots = slots.keys.shape[1] - 1
-        heavy, recent = self.split(n_slots)
+        heavy, recent = self.split(slots.n_slots)
         scores = slots.state.scores
         scores += reduce_groups(attention, slots.keys.shape[0], self.group_reduce)
         ranks = scores
@@ -120,15 +107,6 @@ class H2O(Policy):
     @classmethod
     def rows_stepper(cls) -> type[RowsStepper]:
         """One launch for all rows, options differing from row to row included."""
-        from kvbench.ops.h2o_step_triton import H2ORowsStepper  # imports triton, which a CPU may lack
+        from kvbench.ops.steps_triton import H2ORowsStepper  # imports triton, which a CPU may lack
 
         return H2ORowsStepper
-
-
-def selection_operations(kernels: str) -> ModuleType:
-    """The module that selects and copies slots, kernels or their torch twin (see `LayerStates.kernels`)."""
-    if kernels == "torch":
-        return selection
-    from kvbench.ops import selection_triton  # imports triton, which a CPU may lack
-
-    return selection_triton

@@ -18,14 +18,16 @@ group share votes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from kvbench.fields import Within
 from kvbench.methods.base import CompressedLayer, LayerStates
-from kvbench.methods.evict_and_merge import EvictAndMerge, nearest_kept, sum_by_slot, tokens_at
-from kvbench.methods.options import reduce_groups, require_bool, require_count, require_number
+from kvbench.methods.options import Positive
+from kvbench.methods.scored import EvictAndMerge
+from kvbench.ops.merging import nearest_kept, sum_by_slot, tokens_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,27 +35,21 @@ class KeepKV(EvictAndMerge):
     """Merging with votes; the options of `EvictAndMerge`, and these.
 
     Attributes:
-        threshold: cosine of the keys at and above which an evicted token merges, in [-1, 1].
-        observation_tokens: last prompt queries that score the tokens and estimate their weights.
+        threshold: cosine of the keys at and above which an evicted token merges; below, it is dropped. 0.8 officially.
+        observation_tokens: last prompt queries that score the tokens and estimate their weights; as many as the recent
+            window has in the official code.
         distance_weight: weight of the last of these queries in the scores, the first one's being 1; linear between.
+            1.2 in the official code.
         merge_keys: false leaves the kept keys as they are and merges values and votes only.
     """
 
-    threshold: float = 0.8
-    observation_tokens: int = 32
-    distance_weight: float = 1.2
+    threshold: Annotated[float, Within(-1, 1)] = 0.8
+    observation_tokens: Positive = 32
+    distance_weight: Annotated[float, Within(0)] = 1.2
     merge_keys: bool = True
 
     name: ClassVar[str] = "keepkv"
     needs: ClassVar[frozenset[str]] = frozenset({"window_attention"})
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_number("threshold", self.threshold, -1.0, 1.0)
-        require_count("observation_tokens", self.observation_tokens, minimum=1)
-        require_number("distance_weight", self.distance_weight, 0.0, float("inf"), include_high=False)
-        require_bool("merge_keys", self.merge_keys)
 
     @property
     def window_tokens(self) -> int:
@@ -62,14 +58,11 @@ class KeepKV(EvictAndMerge):
 
     def window(self, layer: LayerStates) -> Tensor:
         """Attention of the last queries, `(H_k, min(W, T), T)` fp32, reduced over the query heads of a group."""
-        if layer.window_attention is None:
-            raise ValueError(f"{self.name} needs window_attention, which the prefill did not provide")
-        return reduce_groups(
-            layer.window_attention[:, -self.observation_tokens :].float(), layer.n_kv_heads, self.group_reduce
-        )
+        rows = layer.observed("window_attention")[:, -self.observation_tokens :]
+        return layer.group_scores(rows.float(), self.group_reduce)
 
     def scores(self, layer: LayerStates) -> Tensor:
-        """Attention from the window's queries, later queries weighted a little more; see `EvictAndMerge.scores`."""
+        """Attention from the window's queries, later queries weighted a little more."""
         window = self.window(layer)
         weights = torch.linspace(1.0, self.distance_weight, window.shape[1], device=window.device)
         return (window * weights.unsqueeze(-1)).sum(1)
@@ -80,14 +73,8 @@ class KeepKV(EvictAndMerge):
         seen_by = layer.query_counts.clamp_max(window.shape[1])
         return window.sum(1) / seen_by + torch.finfo(torch.float32).tiny
 
-    def merge_evicted(
-        self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor
-    ) -> CompressedLayer:
-        """Mix similar tokens into their slots by weight and count their votes; see `EvictAndMerge.merge_evicted`.
-
-        Returns:
-            Slots with `bias`, the logarithm of the votes.
-        """
+    def merged(self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor) -> CompressedLayer:
+        """Mix similar tokens into their slots by weight; the bias is the logarithm of the votes."""
         cosines, slots = nearest_kept(layer.keys, positions, evicted)
         joins = cosines >= self.threshold
         estimates = self.attention_estimates(layer)

@@ -4,8 +4,7 @@ Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cac
 2406.11430); KnormPress of NVIDIA/kvpress. Keys of low norm tend to receive much attention, and the rotary embedding
 does not change a norm. It fires once; while decoding the cache grows.
 
-The defaults are kvpress': every layer, no protected tokens. Zefan-Cai/KVCache-Factory leaves the first two layers whole
-(`whole_first_layers=2`); `recent_tokens` makes a fair comparison with methods that protect a recent window.
+The defaults are kvpress': every layer, no protected tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbench.methods.base import LayerStates, with_whole_layers
-from kvbench.methods.options import require_count
+from kvbench.methods.options import Count
 from kvbench.methods.scored import ScoredPolicy
 
 
@@ -25,20 +24,16 @@ class Knorm(ScoredPolicy):
     """Low-norm keys; one selection at the end of the prompt.
 
     Attributes:
-        recent_tokens: last tokens that are always kept.
-        whole_first_layers: first layers left uncompressed; their slots count towards the budget.
+        recent_tokens: last tokens that are always kept. The method has no such window; give one to compare it fairly
+            with methods that do.
+        whole_first_layers: first layers left uncompressed; their slots count towards the budget. 0 as in
+            NVIDIA/kvpress; Zefan-Cai/KVCache-Factory leaves 2.
     """
 
-    recent_tokens: int = 0
-    whole_first_layers: int = 0
+    recent_tokens: Count = 0
+    whole_first_layers: Count = 0
 
     name: ClassVar[str] = "knorm"
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_count("recent_tokens", self.recent_tokens, minimum=0)
-        require_count("whole_first_layers", self.whole_first_layers, minimum=0)
 
     @property
     def last_tokens(self) -> int:
@@ -46,7 +41,7 @@ class Knorm(ScoredPolicy):
         return self.recent_tokens
 
     def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
-        """Give whole layers all T slots and spread the rest evenly; see `Policy.layer_budgets`."""
+        """Give whole layers all T slots and spread the rest evenly."""
         if not self.whole_first_layers:
             return super().layer_budgets(n_tokens, n_layers)
         return with_whole_layers(self, n_tokens, n_layers, self.whole_first_layers, 0)

@@ -17,25 +17,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from kvbench.errors import ConfigError
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy
-from kvbench.methods.options import (
-    GROUP_REDUCTIONS,
-    reduce_groups,
-    require_choice,
-    require_count,
-    require_number,
-)
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share
+from kvbench.methods.options import AboveZero, Fraction, GroupReduction, Positive, Width
+from kvbench.methods.scored import take_slots
 from kvbench.ops.refit import kept_mass, refit_bias, refit_values
-from kvbench.ops.segments import largest_by_recency
-
-REFITS = ("values", "both", "none")
+from kvbench.ops.selection import largest_by_recency, marked_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +48,18 @@ class KVMergerPlus(Policy):
         group_reduce: how the query heads of a KV head share one score: "mean", "max" or "first".
     """
 
-    recent_share: float = 0.25
-    question_share: float = 0.33
-    question_queries: int = 16
-    kernel_tokens: int = 13
-    text_queries: int = 256
-    refit: str = "values"
-    refit_queries: int = 64
-    ridge: float = 0.03
-    group_reduce: str = "mean"
+    recent_share: Fraction = 0.25
+    question_share: Fraction = 0.33
+    question_queries: Positive = 16
+    kernel_tokens: Width = 13
+    text_queries: Positive = 256
+    refit: Literal["values", "both", "none"] = "values"
+    refit_queries: Positive = 64
+    ridge: AboveZero = 0.03
+    group_reduce: GroupReduction = "mean"
 
     name: ClassVar[str] = "kvmerger_plus"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums", "window_attention"})
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        for option in ("question_queries", "kernel_tokens", "text_queries", "refit_queries"):
-            require_count(option, getattr(self, option), minimum=1)
-        if self.kernel_tokens % 2 == 0:
-            raise ConfigError(f"kernel_tokens={self.kernel_tokens} is even: give an odd width, so that it has a middle")
-        require_number("recent_share", self.recent_share, 0.0, 1.0)
-        require_number("question_share", self.question_share, 0.0, 1.0)
-        require_choice("refit", self.refit, REFITS)
-        require_number("ridge", self.ridge, 0.0, math.inf, include_low=False, include_high=False)
-        require_choice("group_reduce", self.group_reduce, GROUP_REDUCTIONS)
 
     @property
     def window_tokens(self) -> int:
@@ -93,56 +72,42 @@ class KVMergerPlus(Policy):
         return 4
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Choose slots and refit them; see `Policy.compress`.
-
-        Args:
-            layer: needs `column_sums` and `window_attention`.
-            budget_tokens: slots per KV head; T leaves the layer whole.
-
-        Returns:
-            `budget_tokens` slots per KV head at their own positions, with a bias if `refit` is "both".
-        """
-        if layer.column_sums is None or layer.window_attention is None:
-            raise ValueError(f"{self.name} needs column_sums and window_attention, which the prefill did not provide")
+        """Choose slots and refit them; with a bias if `refit` is "both". A budget of T leaves the layer whole."""
         if budget_tokens >= layer.n_tokens:
             return layer.whole()
         positions = self.positions(layer, budget_tokens)
-        slots = positions.unsqueeze(-1).expand(-1, -1, layer.keys.shape[-1])
-        keys, values = layer.keys.gather(1, slots), layer.values.gather(1, slots)
+        kept = take_slots(layer, positions)
         if self.refit == "none":
-            return CompressedLayer(keys, values, positions)
-        rows = layer.window_attention[:, -self.refit_queries :].unflatten(0, (layer.n_kv_heads, -1)).flatten(1, 2)
+            return kept
+        window = layer.observed("window_attention")[:, -self.refit_queries :]
+        rows = window.unflatten(0, (layer.n_kv_heads, -1)).flatten(1, 2)
         mass = kept_mass(rows, positions)
-        bias = refit_bias(mass, self.ridge) if self.refit == "both" else None
-        values = refit_values(rows, mass, layer.values, values, bias, self.ridge)
-        return CompressedLayer(keys, values, positions, bias=bias)
+        kept.bias = refit_bias(mass, self.ridge) if self.refit == "both" else None
+        kept.values = refit_values(rows, mass, layer.values, kept.values, kept.bias, self.ridge)
+        return kept
 
     def positions(self, layer: LayerStates, budget_tokens: int) -> Tensor:
         """Choose the tokens to keep (ties: the more recent token), `(H_k, budget_tokens)` int64, ascending."""
-        n_tokens = layer.n_tokens
         recent, n_question = self.split(budget_tokens)
-        n_chosen = budget_tokens - recent
-        votes = self.mean_attention(layer, self.question_queries)[:, : n_tokens - recent]
+        older = layer.n_tokens - recent
+        votes = self.mean_attention(layer, self.question_queries)[:, :older]
         votes = max_pool1d(votes, self.kernel_tokens, stride=1, padding=self.kernel_tokens // 2)
         asked = largest_by_recency(votes, n_question)
-        told = self.text_scores(layer)[:, : n_tokens - recent].masked_fill(asked, -math.inf)
-        kept = torch.ones(layer.n_kv_heads, n_tokens, dtype=torch.bool, device=layer.keys.device)
-        kept[:, : n_tokens - recent] = asked | largest_by_recency(told, n_chosen - n_question)
-        tokens = torch.arange(n_tokens, device=layer.keys.device)
-        return torch.where(kept, tokens, n_tokens).sort(dim=1).values[:, :budget_tokens]
+        told = self.text_scores(layer)[:, :older].masked_fill(asked, -math.inf)
+        kept = torch.ones(layer.n_kv_heads, layer.n_tokens, dtype=torch.bool, device=layer.keys.device)
+        kept[:, :older] = asked | largest_by_recency(told, budget_tokens - recent - n_question)
+        return marked_positions(kept, budget_tokens)
 
     def split(self, n_slots: int) -> tuple[int, int]:
         """How many of a layer's slots hold recent tokens, and how many follow the question."""
-        recent = max(1, math.floor(round(self.recent_share * n_slots, 9)))
-        return recent, math.floor(round(self.question_share * (n_slots - recent), 9))
+        recent = max(1, floor_share(self.recent_share, n_slots))
+        return recent, floor_share(self.question_share, n_slots - recent)
 
     def mean_attention(self, layer: LayerStates, n_queries: int) -> Tensor:
         """Mean attention each key receives from the last queries, `(H_k, T)` fp32."""
-        assert layer.window_attention is not None
-        return reduce_groups(layer.window_attention[:, -n_queries:].mean(1), layer.n_kv_heads, self.group_reduce)
+        return layer.group_scores(layer.observed("window_attention")[:, -n_queries:].mean(1), self.group_reduce)
 
     def text_scores(self, layer: LayerStates) -> Tensor:
         """Mean attention over the queries that could see a key and over the last ones, averaged, `(H_k, T)` fp32."""
-        assert layer.column_sums is not None
-        seen = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce) / layer.query_counts
+        seen = layer.group_scores(layer.observed("column_sums"), self.group_reduce) / layer.query_counts
         return 0.5 * (seen + self.mean_attention(layer, self.text_queries))

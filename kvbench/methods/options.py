@@ -1,13 +1,47 @@
-"""Checks for policy options: each raises `ConfigError` with the value, the limit and the choices."""
+"""Words for the annotations of options, which a policy checks when it is built, and the same checks as functions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from kvbench.errors import ConfigError
-from kvbench.methods.base import GROUP_REDUCTIONS, reduce_groups
+from kvbench.fields import Within
 
-__all__ = ["GROUP_REDUCTIONS", "reduce_groups", "require_bool", "require_choice", "require_count", "require_number"]
+
+@dataclass(frozen=True)
+class WithinExcept(Within):
+    """A range without one of its ends; without an upper end, the lower one is left out."""
+
+    left_out: float = 0.0
+
+    def holds(self, value: float) -> bool:
+        """Whether the number lies in the range and is not the one left out."""
+        return value != self.left_out and super().holds(value)
+
+    def __str__(self) -> str:
+        return f" above {self.left_out:g}" if self.high is None else f"{super().__str__()} except {self.left_out:g}"
+
+
+@dataclass(frozen=True)
+class Odd(Within):
+    """Odd numbers of a range: widths that have a middle."""
+
+    def holds(self, value: float) -> bool:
+        """Whether the number lies in the range and is odd."""
+        return value % 2 == 1 and super().holds(value)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, odd so that it has a middle"
+
+
+Fraction = Annotated[float, Within(0, 1)]
+AboveZero = Annotated[float, WithinExcept(0)]
+Count = Annotated[int, Within(0)]
+Positive = Annotated[int, Within(1)]
+Width = Annotated[int, Odd(1)]
+GroupReduction = Literal["mean", "max", "first"]
 
 
 def require_choice(option: str, value: object, choices: Sequence[str]) -> None:
@@ -29,21 +63,10 @@ def require_count(option: str, value: object, minimum: int) -> None:
 
 
 def require_number(
-    option: str,
-    value: object,
-    low: float,
-    high: float,
-    *,
-    include_low: bool = True,
-    include_high: bool = True,
+    option: str, value: object, low: float, high: float, *, include_low: bool = True, include_high: bool = True
 ) -> None:
     """Raise `ConfigError` unless `value` is a number between `low` and `high`, ends included as asked."""
-    inside = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and (low < value or (include_low and value == low))
-        and (value < high or (include_high and value == high))
-    )
-    if not inside:
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+    if not (low < number < high or (include_low and number == low) or (include_high and number == high)):
         left, right = "[" if include_low else "(", "]" if include_high else ")"
         raise ConfigError(f"{option}={value!r} is not in {left}{low:g}, {high:g}{right}")

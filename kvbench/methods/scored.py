@@ -1,7 +1,7 @@
-"""What methods share that keep the best-scored tokens of every head: one score per key decides, nothing merges.
+"""What methods share that keep the best-scored tokens of every head, and, of these, methods that merge the others.
 
-A subclass says how keys are scored and how many first and last tokens are always kept. Whoever allocates slots
-differently (`kvbench.methods.adakv`) takes the scores from here and leaves `compress` aside.
+A subclass of `ScoredPolicy` says how keys are scored and how many first and last tokens are always kept. Whoever
+allocates slots differently (`kvbench.methods.adakv`) takes the scores from here and leaves `compress` aside.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy
-from kvbench.ops.selection import heavy_and_recent
+from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share
+from kvbench.methods.options import Count, Fraction, GroupReduction
+from kvbench.ops.selection import heavy_and_recent, other_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +38,71 @@ class ScoredPolicy(Policy):
 
     @abstractmethod
     def scores(self, layer: LayerStates) -> Tensor:
-        """Score every key.
-
-        Args:
-            layer: the layer's states; not to be modified.
-
-        Returns:
-            `(H_k, T)` fp32, higher is better; entries of protected tokens are not read.
-        """
+        """Scores of all keys, `(H_k, T)` fp32, higher is better; entries of protected tokens are not read."""
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Keep the best-scored tokens of each KV head (ties: the more recent token); see `Policy.compress`."""
+        """Keep the best-scored tokens of each KV head (ties: the more recent token)."""
         ranks = protect_first(self.scores(layer), self.first_tokens)
-        positions = heavy_and_recent(ranks, budget_tokens - self.last_tokens, self.last_tokens)
-        return take_slots(layer, positions)
+        return take_slots(layer, heavy_and_recent(ranks, budget_tokens - self.last_tokens, self.last_tokens))
 
     def __str__(self) -> str:
         """The method's name and the options that differ from their defaults: how another method's arm names it."""
         options = ",".join(f"{name}={value}" for name, value in sorted(self.options().items()))
         return f"{self.name}({options})" if options else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictAndMerge(Policy):
+    """Evict once at the end of the prompt and merge what was evicted; while decoding the cache grows.
+
+    Kept are the first tokens (sinks), the most recent ones, and the best-scored between. Every evicted token has at
+    most one kept token to join; what a joined slot becomes is the method's own.
+
+    Attributes:
+        start_tokens: first tokens always kept.
+        recent_share: share of the kept slots that holds the most recent tokens.
+        merge: false drops the evicted tokens: the eviction base to compare with.
+        group_reduce: how the query heads of a KV head share one score: "mean", "max" or "first".
+    """
+
+    start_tokens: Count = 4
+    recent_share: Fraction = 0.5
+    merge: bool = True
+    group_reduce: GroupReduction = "mean"
+
+    @property
+    def minimum_tokens(self) -> int:
+        """The start tokens, a recent one, and one that its score has chosen."""
+        return self.start_tokens + 2
+
+    def recent_tokens(self, n_slots: int) -> int:
+        """Recent tokens among a layer's slots: the floor of their share, at least 1, leaving one to the scores."""
+        return max(1, min(floor_share(self.recent_share, n_slots), n_slots - self.start_tokens - 1))
+
+    @abstractmethod
+    def scores(self, layer: LayerStates) -> Tensor:
+        """Scores `(H_k, T)` fp32 by which the tokens between start and recent window are kept; higher is better."""
+
+    @abstractmethod
+    def merged(self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor) -> CompressedLayer:
+        """Merge the evicted tokens into the kept slots.
+
+        Args:
+            layer: the layer's states; not to be modified.
+            kept: the kept slots, copies.
+            positions: `(H_k, m)` int64, where they were in the prompt.
+            evicted: `(H_k, T - m)` int64, ascending positions of the evicted tokens.
+        """
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        """Keep, then merge. A budget of T leaves the layer whole."""
+        if budget_tokens >= layer.n_tokens:
+            return layer.whole()
+        recent = self.recent_tokens(budget_tokens)
+        ranks = protect_first(self.scores(layer), self.start_tokens)
+        positions = heavy_and_recent(ranks, budget_tokens - recent, recent)
+        kept = take_slots(layer, positions)
+        return self.merged(layer, kept, positions, other_positions(positions, layer.n_tokens)) if self.merge else kept
 
 
 def protect_first(scores: Tensor, n_first: int) -> Tensor:
@@ -65,15 +113,14 @@ def protect_first(scores: Tensor, n_first: int) -> Tensor:
 
 
 def take_slots(layer: LayerStates, positions: Tensor, lengths: Tensor | None = None) -> CompressedLayer:
-    """Copy the keys and values at some positions.
-
-    Args:
-        layer: the layer's states.
-        positions: `(H_k, m)` int64.
-        lengths: `(H_k,)` int64 if heads keep different numbers of slots, else None.
-
-    Returns:
-        The kept slots, without bias and state.
-    """
+    """Copy the keys and values at `(H_k, m)` int64 positions; `lengths` `(H_k,)` if heads keep different numbers."""
     rows = positions.unsqueeze(-1).expand(-1, -1, layer.keys.shape[-1])
     return CompressedLayer(layer.keys.gather(1, rows), layer.values.gather(1, rows), positions, lengths=lengths)
+
+
+def window_votes(layer: LayerStates, window_tokens: int) -> Tensor:
+    """Attention each key receives from the last `window_tokens` queries, `(H, T)` fp32 sums.
+
+    The prefill may have observed more rows than this method asked for; only its own count.
+    """
+    return layer.observed("window_attention")[:, -window_tokens:].sum(1, dtype=torch.float32)

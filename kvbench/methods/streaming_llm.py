@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
-from kvbench.methods.options import require_count
+from kvbench.methods.options import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +29,13 @@ class StreamingLLM(Policy):
     token that leaves before new token `step_index` is in ring slot `step_index mod recent`.
 
     Attributes:
-        start_tokens: first tokens always kept; all other slots are the recent window.
+        start_tokens: first tokens always kept (4 in paper and official code); all other slots are the recent window.
     """
 
-    start_tokens: int = 4
+    start_tokens: Count = 4
 
     name: ClassVar[str] = "streaming_llm"
     steps: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_count("start_tokens", self.start_tokens, minimum=0)
 
     @property
     def minimum_tokens(self) -> int:
@@ -48,18 +43,13 @@ class StreamingLLM(Policy):
         return self.start_tokens + 1
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Keep the first and the most recent tokens; see `Policy.compress`. No attention is needed."""
-        n_tokens, device = layer.n_tokens, layer.keys.device
-        recent = budget_tokens - self.start_tokens
-        kept = torch.cat(
-            [torch.arange(self.start_tokens, device=device), torch.arange(n_tokens - recent, n_tokens, device=device)]
-        )
+        """Keep the first and the most recent tokens; no attention is needed."""
+        tokens = torch.arange(layer.n_tokens, device=layer.keys.device)
+        kept = torch.cat([tokens[: self.start_tokens], tokens[layer.n_tokens - budget_tokens + self.start_tokens :]])
         positions = kept.expand(layer.n_kv_heads, -1)
         return CompressedLayer(layer.keys.index_select(1, kept), layer.values.index_select(1, kept), positions)
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         """Put the new token in the place of the oldest recent one. Device operations only."""
-        n_slots = slots.keys.shape[1] - 1
-        recent = n_slots - self.start_tokens
-        leaving = (self.start_tokens + slots.step_index.remainder(recent)).reshape(1)
-        slots.move_new_token(leaving)
+        ring = slots.step_index.remainder(slots.n_slots - self.start_tokens)
+        slots.move_new_token((self.start_tokens + ring).reshape(1))

@@ -16,9 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy
-from kvbench.methods.options import require_bool
-from kvbench.methods.scored import take_slots
-from kvbench.methods.snapkv import window_votes
+from kvbench.methods.scored import take_slots, window_votes
 from kvbench.ops.selection import heavy_and_recent
 
 
@@ -38,24 +36,14 @@ class TOVA(Policy):
     needs: ClassVar[frozenset[str]] = frozenset({"window_attention"})
     steps: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        super().__post_init__()
-        require_bool("keep_newest", self.keep_newest)
-
     @property
     def window_tokens(self) -> int:
         """One: the last query."""
         return 1
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
-        """Keep what the last prompt query attends to most (ties: the more recent token); see `Policy.compress`.
-
-        Args:
-            layer: needs `window_attention`.
-            budget_tokens: slots, the same in every head.
-        """
-        scores = window_votes(layer, self.name, 1).mean(0, keepdim=True)
+        """Keep what the last prompt query attends to most (ties: the more recent token), the same in every head."""
+        scores = window_votes(layer, 1).mean(0, keepdim=True)
         newest = int(self.keep_newest)
         positions = heavy_and_recent(scores, budget_tokens - newest, newest)
         return take_slots(layer, positions.expand(layer.n_kv_heads, -1))
@@ -65,7 +53,5 @@ class TOVA(Policy):
 
         Of equals the first slot goes. Device operations only: nothing is read back to the host.
         """
-        n_slots = slots.keys.shape[1] - 1
         scores = attention.mean(0)
-        target = scores[: n_slots + (not self.keep_newest)].argmin().reshape(1)
-        slots.move_new_token(target)
+        slots.move_new_token(scores[: slots.n_slots + (not self.keep_newest)].argmin().reshape(1))

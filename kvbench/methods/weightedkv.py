@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, LayerStates
-from kvbench.methods.evict_and_merge import EvictAndMerge, sum_by_slot, tokens_at
-from kvbench.methods.options import reduce_groups
+from kvbench.methods.scored import EvictAndMerge
+from kvbench.ops.merging import sum_by_slot, tokens_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +31,12 @@ class WeightedKV(EvictAndMerge):
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
 
     def scores(self, layer: LayerStates) -> Tensor:
-        """Average attention of each token, above 0; see `EvictAndMerge.scores`. Needs `column_sums`."""
-        if layer.column_sums is None:
-            raise ValueError(f"{self.name} needs column_sums, which the prefill did not provide")
-        sums = reduce_groups(layer.column_sums, layer.n_kv_heads, self.group_reduce)
+        """Average attention of each token, above 0."""
+        sums = layer.group_scores(layer.observed("column_sums"), self.group_reduce)
         return sums / layer.query_counts + torch.finfo(torch.float32).tiny
 
-    def merge_evicted(
-        self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor
-    ) -> CompressedLayer:
-        """Mix the values of evicted tokens into the next kept one; see `EvictAndMerge.merge_evicted`."""
+    def merged(self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor) -> CompressedLayer:
+        """Mix the values of evicted tokens into the next kept one."""
         attention = self.scores(layer)
         weights = attention.gather(1, evicted).unsqueeze(-1)
         staying = attention.gather(1, positions).unsqueeze(-1)

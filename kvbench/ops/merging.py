@@ -1,6 +1,6 @@
-"""Merge each set of adjacent tokens into one slot, in torch: the twin of `kvbench.ops.merging_triton`.
+"""Merge tokens into slots: sets of adjacent tokens around a pivot, or evicted tokens into the kept ones they resemble.
 
-Sets are contiguous, so every sum is a segment reduction in token order: no atomics, the same bits on every run.
+Every sum is a segment reduction in token order: no atomics, the same bits on every run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kvbench.ops.segments import unit_keys
+
+BLOCK_TOKENS = 1024  # evicted tokens compared with all kept ones at a time: bounds the table of cosines
 
 
 @dataclass
@@ -30,16 +34,9 @@ class MergedSegments:
 
 
 def merge_segments(
-    keys: Tensor,
-    values: Tensor,
-    pivot_scores: Tensor,
-    starts: Tensor,
-    *,
-    sigma: float,
-    mean_distance: bool,
-    scale_values: bool,
-    merge: bool,
-) -> MergedSegments:
+    keys: Tensor, values: Tensor, pivot_scores: Tensor, starts: Tensor, *,
+    sigma: float, mean_distance: bool, scale_values: bool, merge: bool, kernels: str = "torch",
+) -> MergedSegments:  # fmt: skip
     """Average the keys and values of each set with Gaussian weights around its pivot.
 
     KVMerger (arXiv 2407.08454), algorithm 2: pivot p = argmax of the scores in the set (ties: the latest token),
@@ -55,7 +52,16 @@ def merge_segments(
         mean_distance: use `sum ||k_p - k_i|| / (sqrt(2) |S|)` of each set in place of `sigma`.
         scale_values: multiply the merged value by the size of the set.
         merge: false keeps the pivot's own key and value and drops the other tokens of the set.
+        kernels: "torch" or "triton".
     """
+    if kernels == "triton":
+        from kvbench.ops import compress_triton  # imports triton, which a CPU may lack
+
+        return MergedSegments(
+            *compress_triton.merge_segments(
+                keys, values, pivot_scores, starts, sigma, mean_distance, scale_values, merge
+            )
+        )
     n_heads, n_tokens, head_dim = keys.shape
     counts = starts.diff(dim=1)
     marks = torch.zeros(n_heads, n_tokens + 1, dtype=torch.int64, device=keys.device).scatter_(1, starts, 1)
@@ -88,3 +94,34 @@ def merge_segments(
     if scale_values:
         merged_values *= counts.unsqueeze(-1)
     return MergedSegments(merged_keys.to(keys.dtype), merged_values.to(values.dtype), counts, pivots)
+
+
+def tokens_at(states: Tensor, positions: Tensor) -> Tensor:
+    """Rows of `(H, T, D)` states at `(H, n)` positions, in fp32."""
+    return states.gather(1, positions.unsqueeze(-1).expand(-1, -1, states.shape[-1])).float()
+
+
+def nearest_kept(keys: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:
+    """For every evicted token, the kept token whose key has the highest cosine.
+
+    Args:
+        keys: `(H, T, D)`.
+        kept: `(H, m)` int64 positions.
+        evicted: `(H, n)` int64 positions.
+
+    Returns:
+        The cosines `(H, n)` fp32, and the slots `(H, n)` int64, in 0 .. m - 1.
+    """
+    units = unit_keys(keys)
+    kept_units = tokens_at(units, kept).transpose(1, 2)
+    blocks = [(tokens_at(units, block) @ kept_units).max(-1) for block in evicted.split(BLOCK_TOKENS, dim=1)]
+    return torch.cat([block.values for block in blocks], 1), torch.cat([block.indices for block in blocks], 1)
+
+
+def sum_by_slot(rows: Tensor, slots: Tensor, n_slots: int) -> Tensor:
+    """Add up the rows `(H, n, C)` fp32 that go to the same of m slots `(H, n)`: `(H, m, C)`, 0 where none goes."""
+    by_slot = slots.sort(dim=1, stable=True)
+    ordered = rows.gather(1, by_slot.indices.unsqueeze(-1).expand_as(rows))
+    bounds = torch.arange(n_slots + 1, device=slots.device).expand(slots.shape[0], -1).contiguous()
+    offsets = torch.searchsorted(by_slot.values, bounds)
+    return torch.segment_reduce(ordered, "sum", offsets=offsets, axis=1, unsafe=True)

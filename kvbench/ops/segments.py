@@ -1,7 +1,8 @@
 """Merging sets as runs of adjacent tokens: which neighbours are linked, and where the runs begin.
 
 A run is written as links: `links[h, t]` says that token t is in the same set as token t - 1. Everything is vectorised
-over heads and tokens; with sizes known beforehand nothing is read back to the host.
+over heads and tokens; with sizes known beforehand nothing is read back to the host. Where heads share their sets,
+scores, protection and links have one row for all of them.
 """
 
 from __future__ import annotations
@@ -11,37 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvbench.ops.selection import largest_by_recency
+
 BISECTIONS = 12
 CACHED_OFFSETS = 256  # bounds the memory of repeated scans; sets rarely reach that far
 
 
-def largest_by_recency(scores: Tensor, n_largest: int | Tensor) -> Tensor:
-    """Mark the largest entries of each row; among equals the later ones win.
-
-    Args:
-        scores: `(H, T)` fp32.
-        n_largest: how many per row, an integer or `(H, 1)`.
-
-    Returns:
-        `(H, T)` bool.
-    """
-    n_tokens = scores.shape[1]
-    order = n_tokens - 1 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices
-    chosen = torch.arange(n_tokens, device=scores.device) < n_largest
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen.expand_as(order))
-
-
 def protected_tokens(scores: Tensor, n_recent: int, n_top: int) -> Tensor:
-    """Mark the last `n_recent` tokens and, among the older ones, the `n_top` with the highest scores.
-
-    Args:
-        scores: `(H, T)` fp32, aggregated attention.
-        n_recent: tokens.
-        n_top: tokens; ties go to the more recent token.
-
-    Returns:
-        `(H, T)` bool.
-    """
+    """Mark the last `n_recent` tokens and the `n_top` older ones of highest score (ties: the more recent); `(H, T)`."""
     older = scores.shape[1] - n_recent
     protected = torch.ones_like(scores, dtype=torch.bool)
     protected[:, :older] = largest_by_recency(scores[:, :older], n_top)
@@ -54,31 +32,13 @@ def unit_keys(keys: Tensor) -> Tensor:
 
 
 def cosines_at(units: Tensor, offset: int, share_heads: bool) -> Tensor:
-    """Cosine of every token with the token `offset` before it.
-
-    Args:
-        units: `(H, T, D)` fp32, from `unit_keys`.
-        offset: tokens, at least 1.
-        share_heads: average the cosines over the heads.
-
-    Returns:
-        `(H, T - offset)`, or `(1, T - offset)` if heads share; entry t belongs to tokens t + offset and t.
-    """
+    """Cosine of every token with the one `offset` before it: `(H, T - offset)`, heads averaged to one row if shared."""
     cosines = (units[:, offset:] * units[:, :-offset]).sum(-1)
     return cosines.mean(0, keepdim=True) if share_heads else cosines
 
 
 def mergeable_cosines(units: Tensor, protected: Tensor, share_heads: bool) -> Tensor:
-    """Cosine of every token with its predecessor, -inf where either is protected or there is none.
-
-    Args:
-        units: `(H, T, D)` fp32, from `unit_keys`.
-        protected: `(H, T)` bool, or `(1, T)` if heads share.
-        share_heads: average the cosines over the heads.
-
-    Returns:
-        fp32 of `protected`'s shape.
-    """
+    """Cosine of every token with its predecessor, -inf where either is protected or there is none; as `protected`."""
     cosines = torch.full(protected.shape, float("-inf"), device=units.device)
     cosines[:, 1:] = cosines_at(units, 1, share_heads)
     cosines[:, 1:].masked_fill_(protected[:, 1:] | protected[:, :-1], float("-inf"))
@@ -101,7 +61,7 @@ def cosine_table(units: Tensor, share_heads: bool) -> Callable[[int], Tensor]:
 
 
 def anchored_links(cosines: Callable[[int], Tensor], protected: Tensor, threshold: float | Tensor) -> Tensor:
-    """Link each token to its set's anchor while it is similar to it.
+    """Link each token to its set's anchor while it is similar to it; links of `protected`'s shape.
 
     The scan runs from the last token to the first: a token joins the current set if its cosine with the token the set
     started from exceeds the threshold, otherwise it starts the next set; a protected token is a set of its own.
@@ -109,14 +69,6 @@ def anchored_links(cosines: Callable[[int], Tensor], protected: Tensor, threshol
     For every token it is first found how far a set would reach that started there (offset by offset, until no set
     grows, which takes a host synchronisation each); the sets that do occur are those on the path from the last token,
     which pointer doubling marks in log2(T) rounds.
-
-    Args:
-        cosines: for an offset, the cosines as from `cosines_at`.
-        protected: `(H, T)` bool, or `(1, T)` if heads share.
-        threshold: cosine, one number or `(H, 1)` (`(1, 1)` if heads share).
-
-    Returns:
-        links, bool of `protected`'s shape.
     """
     n_tokens = protected.shape[1]
     growing = ~protected
@@ -144,15 +96,6 @@ def exact_anchored_links(units: Tensor, protected: Tensor, n_slots: int, share_h
 
     Twelve bisections of [-1, 1] find, per head, the lowest threshold that still gives at least `n_slots` sets; of those
     too many, neighbours are joined where the adjacent cosine is highest (ties: the later).
-
-    Args:
-        units: `(H, T, D)` fp32, from `unit_keys`.
-        protected: `(H, T)` bool, or `(1, T)` if heads share.
-        n_slots: sets per head.
-        share_heads: average the cosines over the heads.
-
-    Returns:
-        links, bool of `protected`'s shape.
     """
     cosines = cosine_table(units, share_heads)
     low = torch.full((protected.shape[0], 1), -1.0, device=protected.device)
@@ -187,11 +130,9 @@ def segment_starts(links: Tensor, n_slots: int) -> Tensor:
 
 
 def exact_chain_starts(
-    keys: Tensor, scores: Tensor, n_recent: int, n_top: int, n_slots: int, share_heads: bool
+    keys: Tensor, scores: Tensor, n_recent: int, n_top: int, n_slots: int, share_heads: bool, kernels: str = "torch"
 ) -> Tensor:
     """Chained sets that are exactly `n_slots` per head: the closest adjacent pairs are linked (ties: the later pair).
-
-    The twin of `kvbench.ops.segments_triton.exact_chain_starts`.
 
     Args:
         keys: `(H, T, D)`.
@@ -200,10 +141,15 @@ def exact_chain_starts(
         n_top: protected tokens of highest score among the older ones.
         n_slots: sets per head; at least `n_recent + 2 n_top + 1`, or T, so that enough pairs may be linked.
         share_heads: one division for all heads, from cosines averaged over them.
+        kernels: "torch" or "triton".
 
     Returns:
         `(H, n_slots + 1)` int64, as from `segment_starts`.
     """
+    if kernels == "triton":
+        from kvbench.ops import compress_triton  # imports triton, which a CPU may lack
+
+        return compress_triton.exact_chain_starts(keys, scores, n_recent, n_top, n_slots, share_heads)
     protected = protected_tokens(scores, n_recent, n_top)
     cosines = mergeable_cosines(unit_keys(keys), protected, share_heads)
     links = largest_by_recency(cosines, keys.shape[1] - n_slots)

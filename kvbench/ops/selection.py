@@ -1,6 +1,6 @@
-"""Which prompt tokens an evicting method keeps, and their keys and values, in torch.
+"""Which prompt tokens a method keeps, and their keys and values; ties always go to the more recent token.
 
-The twin of `kvbench.ops.selection_triton`.
+With `kernels="triton"` (see `LayerStates.kernels`) the same is done by `kvbench.ops.compress_triton`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,30 @@ import torch
 from torch import Tensor
 
 
-def heavy_and_recent(ranks: Tensor, heavy: int, recent: int) -> Tensor:
+def largest_by_recency(scores: Tensor, n_largest: int | Tensor) -> Tensor:
+    """Mark the largest of each row of `(H, T)` scores, `n_largest` (a number or `(H, 1)`) of them; `(H, T)` bool."""
+    n_tokens = scores.shape[1]
+    order = n_tokens - 1 - scores.flip(1).sort(dim=1, descending=True, stable=True).indices
+    chosen = torch.arange(n_tokens, device=scores.device) < n_largest
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen.expand_as(order))
+
+
+def heavy_and_recent(ranks: Tensor, heavy: int, recent: int, kernels: str = "torch") -> Tensor:
     """Positions of the best older tokens and of the last tokens.
 
     Args:
-        ranks: `(H, T)` fp32; higher is better, ties go to the more recent token.
+        ranks: `(H, T)` fp32; higher is better.
         heavy: tokens kept for their rank, among all but the last `recent`.
         recent: last tokens kept.
+        kernels: "torch" or "triton".
 
     Returns:
         `(H, heavy + recent)` int64, ascending.
     """
+    if kernels == "triton":
+        from kvbench.ops import compress_triton  # imports triton, which a CPU may lack
+
+        return compress_triton.heavy_and_recent(ranks, heavy, recent)
     n_heads, n_tokens = ranks.shape
     older = n_tokens - recent
     order = older - 1 - ranks[:, :older].flip(1).sort(dim=1, descending=True, stable=True).indices
@@ -27,17 +40,27 @@ def heavy_and_recent(ranks: Tensor, heavy: int, recent: int) -> Tensor:
     return torch.cat([order[:, :heavy].sort(dim=1).values, last], dim=1)
 
 
-def keep_slots(keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy the kept slots.
+def keep_slots(
+    keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, kernels: str = "torch"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy keys `(H, T, D)`, values `(H, T, D)` and scores `(H, T)` at `(H, m)` int64 positions."""
+    if kernels == "triton":
+        from kvbench.ops import compress_triton
 
-    Args:
-        keys: `(H, T, D)`.
-        values: `(H, T, D)`.
-        scores: `(H, T)`.
-        positions: `(H, m)` int64.
-
-    Returns:
-        Keys `(H, m, D)`, values `(H, m, D)` and scores `(H, m)` at those positions.
-    """
+        return compress_triton.keep_slots(keys, values, scores, positions)
     rows = positions.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
     return keys.gather(1, rows), values.gather(1, rows), scores.gather(1, positions)
+
+
+def marked_positions(marks: Tensor, n_marked: int) -> Tensor:
+    """Ascending positions of what is marked in `(H, T)` bool, `(H, n_marked)` int64; T where a head has fewer."""
+    n_tokens = marks.shape[1]
+    tokens = torch.arange(n_tokens, device=marks.device)
+    return torch.where(marks, tokens, n_tokens).sort(dim=1).values[:, :n_marked]
+
+
+def other_positions(positions: Tensor, n_tokens: int) -> Tensor:
+    """Ascending positions `(H, T - m)` of the tokens that are not at `(H, m)` positions, distinct in each row."""
+    tokens = torch.arange(n_tokens, device=positions.device).expand(positions.shape[0], -1)
+    marked = tokens.scatter(1, positions, n_tokens)
+    return marked.sort(dim=1).values[:, : n_tokens - positions.shape[1]].contiguous()

@@ -6,9 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer
 
-from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.adakv import AdaKV
-from kvbench.methods.h2o import H2O
 from kvbench.methods.knorm import Knorm
 from kvbench.methods.pyramidkv import PyramidKV
 from kvbench.methods.snapkv import SnapKV
@@ -79,12 +77,3 @@ def test_needs_window_and_layer_budgets_are_the_base_method_s():
     assert AdaKV(base=Knorm()).needs == frozenset()
     assert Arm.of(AdaKV(budget=0.4, base=Knorm(recent_tokens=3))).key == "adakv@0.4,base=knorm(recent_tokens=3)"
     assert Arm.of(AdaKV(budget=0.4)).key == "adakv@0.4"
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match=r"base=H2O\(.*\) scores no keys: give a method of"):
-        AdaKV(base=H2O())
-    with pytest.raises(ConfigError, match=r"floor_share=1\.1 is not in \[0, 1\]"):
-        AdaKV(floor_share=1.1)
-    with pytest.raises(BudgetError, match="20 slots; snapkv needs at least 33"):
-        AdaKV(budget=0.2).layer_budgets(100, 2)

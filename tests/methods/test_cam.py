@@ -4,7 +4,6 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens, relative_rms
 
-from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.cam import CaM
 from kvbench.ops.counter_rng import counter_hash, counter_uniform
 from kvbench.reference.cam import ReferenceCaM
@@ -96,12 +95,3 @@ def test_inputs_are_not_modified():
     policy.step(decode_slots(policy.compress(layer, 25)), torch.rand(6, 26))
     for tensor, copy in zip([layer.keys, layer.values, layer.column_sums], before, strict=True):
         assert torch.equal(tensor, copy)
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match=r"start_share=1.0 is not in \[0, 1\)"):
-        CaM(start_share=1.0)
-    with pytest.raises(ConfigError, match="merge_tokens=0 is not an integer >= 1"):
-        CaM(merge_tokens=0)
-    with pytest.raises(BudgetError, match="3 slots; cam needs at least 4"):
-        CaM(budget=0.02).layer_budgets(180, 2)

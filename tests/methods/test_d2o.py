@@ -5,8 +5,8 @@ import torch
 from policy_inputs import make_layer, relative_rms
 
 from kvbench.errors import BudgetError
+from kvbench.methods.base import reduce_groups
 from kvbench.methods.d2o import D2O
-from kvbench.methods.options import reduce_groups
 from kvbench.reference.d2o import reference_d2o
 
 OPTIONS = [{}, {"start_tokens": 0}, {"recent_share": 0.1}, {"group_reduce": "max"}]
@@ -47,10 +47,3 @@ def test_whole_layers_are_paid_for_by_the_others():
     assert budgets == [100, 100, 20, 20, 20, 20, 20, 100]
     with pytest.raises(BudgetError, match=r"140 slots per KV head; d2o needs 300 for 3 whole layers"):
         D2O(budget=0.35).layer_budgets(100, 4)
-
-
-def test_a_prefill_without_sums_is_named():
-    layer = make_layer(2, 2, 40)
-    layer.column_sums = None
-    with pytest.raises(ValueError, match="d2o needs column_sums"):
-        D2O().compress(layer, 20)

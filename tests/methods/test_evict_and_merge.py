@@ -4,19 +4,19 @@ import pytest
 import torch
 from policy_inputs import make_layer, relative_rms
 
-from kvbench.errors import ConfigError
-from kvbench.methods import evict_and_merge
-from kvbench.methods.evict_and_merge import nearest_kept, others, sum_by_slot
 from kvbench.methods.keepkv import KeepKV
+from kvbench.ops import merging
+from kvbench.ops.merging import nearest_kept, sum_by_slot
+from kvbench.ops.selection import other_positions
 from kvbench.reference.evict_and_merge import keep_and_evict, most_similar
 
 
 @pytest.mark.parametrize("block", [1024, 7, 1])
 def test_nearest_kept_key_as_in_the_loop_whatever_the_block(monkeypatch, block):
-    monkeypatch.setattr(evict_and_merge, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(merging, "BLOCK_TOKENS", block)
     layer = make_layer(2, 2, 50, seed=5, correlated=True)
     kept = torch.stack([torch.arange(0, 50, 3), torch.arange(33, 50)])
-    evicted = others(kept, 50)
+    evicted = other_positions(kept, 50)
     cosines, slots = nearest_kept(layer.keys, kept, evicted)
     for head in range(2):
         assert sorted(kept[head].tolist() + evicted[head].tolist()) == list(range(50))
@@ -48,12 +48,3 @@ def test_sinks_recent_and_best_tokens_stay(n_slots, recent_share):
         assert compressed.positions[head].tolist() == keep_and_evict(scores, n_slots, 4, recent_share)[0]
         assert torch.equal(compressed.keys[head], layer.keys[head, compressed.positions[head]])
     assert compressed.bias is None
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match=r"recent_share=-0\.1 is not in \[0, 1\]"):
-        KeepKV(recent_share=-0.1)
-    with pytest.raises(ConfigError, match="start_tokens=-1 is not an integer >= 0"):
-        KeepKV(start_tokens=-1)
-    with pytest.raises(ConfigError, match="merge=1 is not true or false"):
-        KeepKV(merge=1)

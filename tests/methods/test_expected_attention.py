@@ -4,7 +4,6 @@ import pytest
 import torch
 from policy_inputs import make_layer, relative_rms
 
-from kvbench.errors import ConfigError
 from kvbench.methods.adakv import AdaKV
 from kvbench.methods.expected_attention import ExpectedAttention, turn
 from kvbench.reference.adakv import reference_adakv
@@ -77,14 +76,3 @@ def test_turning_back_and_forth_changes_nothing():
     back = turn(turn(layer.keys, angles.cos(), angles.sin()), angles.cos(), -angles.sin())
     assert relative_rms(back, layer.keys) < 1e-6
     assert torch.equal(back[..., 12:], layer.keys[..., 12:])
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match="future_tokens=0 is not an integer >= 1"):
-        ExpectedAttention(future_tokens=0)
-    with pytest.raises(ConfigError, match=r"epsilon=-1 is not in \[0, inf\)"):
-        ExpectedAttention(epsilon=-1)
-    layer = make_layer(2, 2, 40)
-    del layer.extras["rotary_frequencies"]
-    with pytest.raises(ValueError, match="expected_attention needs rotary_frequencies, which the prefill did not"):
-        ExpectedAttention().compress(layer, 20)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens, relative_rms
 
-from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.base import slot_state
 from kvbench.methods.h2o import H2O, H2OState
 from kvbench.reference.h2o import ReferenceH2O
@@ -123,14 +122,3 @@ def test_step_keeps_half_precision_storage():
     H2O(budget=0.5).step(slots, torch.rand(4, 21))
     assert slots.keys.dtype == torch.bfloat16
     assert slots.state.scores.dtype == torch.float32
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match=r"group_reduce='median' is not one of mean, max, first"):
-        H2O(group_reduce="median")
-    with pytest.raises(ConfigError, match=r"recent_share=0.* not in \(0, 1\]"):
-        H2O(recent_share=0.0)
-    with pytest.raises(ConfigError, match="normalise_by_count"):
-        H2O(normalise_by_count="yes")
-    with pytest.raises(BudgetError, match=r"budget 0\.02 of 180 tokens = 3 slots; h2o needs at least 4"):
-        H2O(budget=0.02).layer_budgets(180, 2)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from policy_inputs import causal_attention, make_layer, relative_rms
 
-from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.keepkv import KeepKV
 from kvbench.reference.keepkv import reference_keepkv, stacked
 
@@ -77,14 +76,3 @@ def test_merging_equal_keys_loses_nothing():
     full = torch.softmax(probe @ layer.keys.transpose(1, 2), -1) @ layer.values
     small = torch.softmax(probe @ compressed.keys.transpose(1, 2) + compressed.bias.unsqueeze(1), -1)
     assert relative_rms(small @ compressed.values, full) < 1e-5
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match=r"threshold=1\.5 is not in \[-1, 1\]"):
-        KeepKV(threshold=1.5)
-    with pytest.raises(BudgetError, match="5 slots; keepkv needs at least 6"):
-        KeepKV(budget=0.125).layer_budgets(40, 2)
-    layer = make_layer(2, 2, 40)
-    layer.window_attention = None
-    with pytest.raises(ValueError, match="keepkv needs window_attention"):
-        KeepKV().compress(layer, 20)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer, relative_rms
 
-from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.kvmerger_plus import KVMergerPlus
 from kvbench.reference.kvmerger_plus import reference_positions, reference_refit
 
@@ -106,24 +105,3 @@ def test_half_of_the_slots_follow_the_question_and_half_the_text():
     options = {**EVEN, "recent_share": 0.23, "kernel_tokens": 7}
     compressed = KVMergerPlus(budget=0.3, **options, refit="none").compress(layer, 18)
     assert compressed.positions[0].tolist() == [22, 23, 24, 25, 26, 27, 28, *range(40, 45), *range(54, 60)]
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match="kernel_tokens=4 is even"):
-        KVMergerPlus(kernel_tokens=4)
-    with pytest.raises(ConfigError, match="question_queries=0 is not an integer >= 1"):
-        KVMergerPlus(question_queries=0)
-    with pytest.raises(ConfigError, match=r"question_share=1\.5 is not in \[0, 1\]"):
-        KVMergerPlus(question_share=1.5)
-    with pytest.raises(ConfigError, match=r"recent_share=-1 is not in \[0, 1\]"):
-        KVMergerPlus(recent_share=-1)
-    with pytest.raises(ConfigError, match="refit='keys' is not one of values, both, none"):
-        KVMergerPlus(refit="keys")
-    with pytest.raises(ConfigError, match=r"ridge=0\.0 is not in \(0, inf\)"):
-        KVMergerPlus(ridge=0.0)
-    with pytest.raises(BudgetError, match=r"budget 0\.2 of 15 tokens = 3 slots; kvmerger_plus needs at least 4"):
-        KVMergerPlus(budget=0.2).layer_budgets(15, 2)
-    layer = make_layer(2, 2, 60)
-    layer.window_attention = None
-    with pytest.raises(ValueError, match="kvmerger_plus needs column_sums and window_attention"):
-        KVMergerPlus().compress(layer, 40)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer
 
-from kvbench.errors import BudgetError, ConfigError
+from kvbench.errors import BudgetError
 from kvbench.methods.pyramidkv import PyramidKV
 from kvbench.reference.pyramidkv import budget_line
 from kvbench.reference.snapkv import reference_snapkv
@@ -61,10 +61,3 @@ def test_each_layer_keeps_what_snapkv_would(n_query_heads, n_kv_heads, n_tokens)
         layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=index, layer_index=index, n_layers=6)
         expected = reference_snapkv(layer.window_attention, n_kv_heads, slots, 8)
         assert policy.compress(layer, slots).positions.tolist() == expected
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match="beta=0 is not an integer >= 1"):
-        PyramidKV(beta=0)
-    with pytest.raises(BudgetError, match="8 slots; pyramidkv needs at least 9"):
-        PyramidKV(budget=0.2).layer_budgets(40, 4)

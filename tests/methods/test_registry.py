@@ -67,7 +67,7 @@ def test_kernels_are_no_option_of_a_method_any_more(caplog):
     [
         ("kvbench.policies.nowhere:Gone", "mine = kvbench.policies.nowhere:Gone cannot be loaded"),
         ("kvbench.methods.h2o:Gone", "mine = kvbench.methods.h2o:Gone cannot be loaded"),
-        ("kvbench.methods.h2o:math", "mine = kvbench.methods.h2o:math is not a subclass"),
+        ("kvbench.methods.h2o:torch", "mine = kvbench.methods.h2o:torch is not a subclass"),
         ("kvbench.methods.full:Full", "claims a name that another package has"),
     ],
 )

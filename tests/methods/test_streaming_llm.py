@@ -4,7 +4,6 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens
 
-from kvbench.errors import BudgetError, ConfigError
 from kvbench.methods.streaming_llm import StreamingLLM
 from kvbench.reference.streaming_llm import ReferenceStreamingLLM
 from kvbench.testing import decode_slots
@@ -33,10 +32,3 @@ def test_fifty_steps_match_reference(n_query_heads, n_kv_heads, n_tokens, budget
         order = torch.tensor(slot_positions).argsort()
         assert torch.equal(slots.keys[:, order], keys)
         assert torch.equal(slots.values[:, order], values)
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match="start_tokens=-1 is not an integer >= 0"):
-        StreamingLLM(start_tokens=-1)
-    with pytest.raises(BudgetError, match="4 slots; streaming_llm needs at least 5"):
-        StreamingLLM(budget=0.1).layer_budgets(40, 2)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from policy_inputs import make_layer, new_tokens
 
-from kvbench.errors import ConfigError
 from kvbench.methods.tova import TOVA
 from kvbench.reference.tova import ReferenceTOVA
 from kvbench.testing import decode_slots
@@ -62,8 +61,3 @@ def test_all_query_heads_vote_for_one_set():
     positions = TOVA(budget=0.5).compress(layer, 15).positions
     mean = layer.window_attention[:, -1].mean(0)
     assert positions[0].tolist() == positions[1].tolist() == sorted(mean.topk(15).indices.tolist())
-
-
-def test_errors_name_value_and_limit():
-    with pytest.raises(ConfigError, match="keep_newest='no' is not true or false"):
-        TOVA(keep_newest="no")

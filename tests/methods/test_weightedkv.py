@@ -4,7 +4,7 @@ import pytest
 import torch
 from policy_inputs import make_layer, relative_rms
 
-from kvbench.methods.options import reduce_groups
+from kvbench.methods.base import reduce_groups
 from kvbench.methods.weightedkv import WeightedKV
 from kvbench.reference.weightedkv import reference_weightedkv
 
@@ -38,10 +38,3 @@ def test_values_go_forwards_by_their_weight():
     assert compressed.positions.tolist() == [[0, 5, 6, 9]]
     expected = [0.0, (1 + 2 + 3 + 4 + 3 * 5) / 7, 6.0, (7 + 2 * 8 + 9) / 4]
     torch.testing.assert_close(compressed.values[0, :, 0], torch.tensor(expected))
-
-
-def test_a_prefill_without_sums_is_named():
-    layer = make_layer(2, 2, 40)
-    layer.column_sums = None
-    with pytest.raises(ValueError, match="weightedkv needs column_sums"):
-        WeightedKV().compress(layer, 20)

@@ -13,11 +13,10 @@ from kvbench.ops import merging, segments
 
 @pytest.fixture(scope="module")
 def kernels(triton_device):
-    """The two kernel modules (imported late: without triton the tests skip)."""
-    from kvbench.ops import merging_triton as kvmerger_triton
-    from kvbench.ops import segments_triton
+    """The kernel module (imported late: without triton the tests skip)."""
+    from kvbench.ops import compress_triton
 
-    return kvmerger_triton, segments_triton
+    return compress_triton
 
 
 def on(layer: LayerStates, device: torch.device) -> LayerStates:
@@ -38,7 +37,7 @@ def on(layer: LayerStates, device: torch.device) -> LayerStates:
 def test_exact_chain_starts(
     kernels, triton_device, monkeypatch, n_tokens, n_recent, n_top, n_slots, share_heads, dtype
 ):
-    _, segments_triton = kernels
+    segments_triton = kernels
     monkeypatch.setattr(segments_triton, "MAX_ROW_BLOCK", 32)  # several blocks a row
     layer = on(make_layer(2, 2, n_tokens, head_dim=12, seed=2, correlated=True, dtype=dtype), triton_device)
     scores = layer.column_sums.mean(0, keepdim=True) if share_heads else layer.column_sums
@@ -49,7 +48,7 @@ def test_exact_chain_starts(
 
 
 def test_ties_in_scores_and_cosines_go_to_the_later(kernels, triton_device):
-    _, segments_triton = kernels
+    segments_triton = kernels
     keys = torch.eye(4, device=triton_device)[torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 0, 0])].unsqueeze(0)
     scores = torch.zeros(1, 11, device=triton_device)
     scores[0, [1, 4, 6]] = 1.0
@@ -70,7 +69,6 @@ def test_ties_in_scores_and_cosines_go_to_the_later(kernels, triton_device):
     ids=str,
 )
 def test_merge_segments(kernels, triton_device, options, half):
-    kvmerger_triton, _ = kernels
     # On the CPU float16: Triton's interpreter (3.7.1) truncates to bfloat16 where the GPU rounds.
     half_dtype = torch.bfloat16 if triton_device.type == "cuda" else torch.float16
     dtype = half_dtype if half else torch.float32
@@ -82,7 +80,7 @@ def test_merge_segments(kernels, triton_device, options, half):
     scores[0, [10, 40]] = 9.0  # the same in different blocks of scores
     settings = {"sigma": 5.0, "mean_distance": False, "scale_values": True, "merge": True, **options}
     expected = merging.merge_segments(layer.keys, layer.values, scores, starts, **settings)
-    merged = kvmerger_triton.merge_segments(layer.keys, layer.values, scores, starts, **settings)
+    merged = merging.merge_segments(layer.keys, layer.values, scores, starts, **settings, kernels="triton")
     assert torch.equal(merged.counts, expected.counts)
     assert torch.equal(merged.pivots, expected.pivots)
     assert merged.pivots[0, 3:5].tolist() == [40, 69]
@@ -94,13 +92,13 @@ def test_merge_segments(kernels, triton_device, options, half):
 
 
 def test_strided_inputs(kernels, triton_device):
-    kvmerger_triton, segments_triton = kernels
+    segments_triton = kernels
     layer = on(make_layer(2, 2, 50, seed=9, correlated=True), triton_device)
     strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (layer.keys, layer.values)]
     settings = {"sigma": 5.0, "mean_distance": False, "scale_values": True, "merge": True}
     starts = segments_triton.exact_chain_starts(strided[0], layer.column_sums, 5, 3, 20, False)
     assert torch.equal(starts, segments.exact_chain_starts(layer.keys, layer.column_sums, 5, 3, 20, False))
-    merged = kvmerger_triton.merge_segments(*strided, layer.column_sums, starts, **settings)
+    merged = merging.merge_segments(*strided, layer.column_sums, starts, **settings, kernels="triton")
     expected = merging.merge_segments(layer.keys, layer.values, layer.column_sums, starts, **settings)
     assert relative_rms(merged.keys, expected.keys) < 1e-6
     assert relative_rms(merged.values, expected.values) < 1e-6

@@ -29,7 +29,7 @@ def test_kept_slots_are_copies_at_the_positions():
 
 @pytest.mark.parametrize(("n_tokens", "heavy", "recent"), [(45, 9, 8), (33, 0, 5), (33, 25, 8)])
 def test_kernels_equal_torch(triton_device, monkeypatch, n_tokens, heavy, recent):
-    from kvbench.ops import selection_triton
+    from kvbench.ops import compress_triton as selection_triton
 
     monkeypatch.setattr(selection_triton, "MAX_ROW_BLOCK", 32)  # several blocks a row
     layer = make_layer(2, 2, n_tokens, head_dim=12)

@@ -26,13 +26,13 @@ def no_launch(right):
 
 MERGER = KVMerger(budget=0.5, whole_first_layers=1, whole_last_layers=0)
 WRONG_KERNELS = [  # an arm, a kernel that it runs on a GPU, and a wrong version made of the right one
-    (H2O(budget=0.5), "ops.selection_triton", "heavy_and_recent", lambda right: lambda s, *n: right(-s, *n)),
-    (H2O(budget=0.5), "ops.selection_triton", "keep_slots", lambda right: lambda k, v, *s: right(k, -v, *s)),
-    (H2O(budget=0.5), "ops.h2o_step_triton", "_h2o_kernel", no_launch),
+    (H2O(budget=0.5), "ops.compress_triton", "heavy_and_recent", lambda right: lambda s, *n: right(-s, *n)),
+    (H2O(budget=0.5), "ops.compress_triton", "keep_slots", lambda right: lambda k, v, *s: right(k, -v, *s)),
+    (H2O(budget=0.5), "ops.steps_triton", "_h2o_kernel", no_launch),
     (H2O(budget=0.5), "ops.column_sums_triton", "column_sums_triton", lambda right: lambda *x: -right(*x)),
-    (CaM(budget=0.5), "ops.cam_step_triton", "_cam_kernel", no_launch),
-    (MERGER, "ops.segments_triton", "exact_chain_starts", lambda right: lambda k, *n: right(k.flip(1), *n)),
-    (MERGER, "ops.merging_triton", "merge_segments", lambda right: lambda k, v, *s, **o: right(k, -v, *s, **o)),
+    (CaM(budget=0.5), "ops.steps_triton", "_cam_kernel", no_launch),
+    (MERGER, "ops.compress_triton", "exact_chain_starts", lambda right: lambda k, *n: right(k.flip(1), *n)),
+    (MERGER, "ops.compress_triton", "merge_segments", lambda right: lambda k, v, *s, **o: right(k, -v, *s, **o)),
     (MERGER, "ops.ragged_decode_triton", "ragged_decode", lambda right: lambda q, *args: right(-q, *args)),
 ]
 

@@ -1,4 +1,4 @@
-"""CaM's decoding step for all rows of a layer in one launch; the same operation as `CaM.step`, row by row."""
+"""Decoding steps of all rows of a layer in one launch: the same as `H2O.step` and `CaM.step`, row by row."""
 
 from __future__ import annotations
 
@@ -8,12 +8,129 @@ import torch
 import triton
 import triton.language as tl
 
-from kvbench.methods.base import RowsStepper, StepLayer, StepRow
+from kvbench.methods.base import GROUP_REDUCTIONS, RowsStepper, StepLayer, StepRow
 from kvbench.ops.counter_rng import INCREMENT, MASK, MULTIPLIERS
-from kvbench.ops.h2o_step_triton import group_attention
 
 BLOCK_SLOTS = 1024
 BLOCK_TARGETS = 32
+
+
+@triton.jit
+def group_attention(attention, stride, slots, mask, GROUP: tl.constexpr):
+    """Sum, maximum and first of the group's attention at some slots (0 where masked)."""
+    first = tl.load(attention + slots, mask=mask, other=0.0)
+    total = first
+    maximum = first
+    for member in tl.static_range(1, GROUP):
+        weights = tl.load(attention + member * stride + slots, mask=mask, other=0.0)
+        total += weights
+        maximum = tl.maximum(maximum, weights)
+    return total, maximum, first
+
+
+@triton.jit
+def _h2o_kernel(
+    table, keys, values, scores, counts, offsets, lengths, attention, attention_offsets, step_index,
+    N_COLUMNS: tl.constexpr, N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_COUNTS: tl.constexpr,
+):  # fmt: skip
+    """One row and KV head: count the attention, find the weakest heavy slot, move leaving and new token."""
+    entry = table + (tl.program_id(0) // N_KV_HEADS) * N_COLUMNS
+    head = tl.program_id(0) % N_KV_HEADS
+    row = tl.load(entry)
+    heavy = tl.load(entry + 1)
+    recent = tl.load(entry + 2)
+    reduction = tl.load(entry + 3)
+    n_slots = tl.load(lengths + row * N_KV_HEADS + head)
+    scores += tl.load(entry + 4) + head * (n_slots + 1)
+    counted = False
+    if HAS_COUNTS:
+        counts_offset = tl.load(entry + 5)
+        counted = counts_offset >= 0
+        counts += counts_offset + head * (n_slots + 1)
+    attention += tl.load(attention_offsets + row) + head * GROUP * (n_slots + 1)
+    leaving = heavy + tl.load(step_index + row) % recent
+
+    weakest_rank = float("inf")
+    weakest = 0
+    leaving_score = 0.0
+    leaving_count = 0.0
+    leaving_rank = 0.0
+    for start in range(0, n_slots, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        valid = slots < n_slots
+        total, maximum, first = group_attention(attention, n_slots + 1, slots, valid, GROUP)
+        fresh = tl.where(reduction == 0, total / GROUP, tl.where(reduction == 1, maximum, first))
+        updated = tl.load(scores + slots, mask=valid, other=0.0) + fresh
+        tl.store(scores + slots, updated, mask=valid)
+        ranks = updated
+        is_leaving = slots == leaving
+        if HAS_COUNTS:
+            seen = tl.load(counts + slots, mask=valid & counted, other=0.0) + 1.0
+            tl.store(counts + slots, seen, mask=valid & counted)
+            ranks = tl.where(counted, updated / seen, updated)
+            leaving_count += tl.sum(tl.where(is_leaving, seen, 0.0), axis=0)
+        leaving_score += tl.sum(tl.where(is_leaving, updated, 0.0), axis=0)
+        leaving_rank += tl.sum(tl.where(is_leaving, ranks, 0.0), axis=0)
+        candidates = tl.where(slots < heavy, ranks, float("inf"))
+        lowest = tl.min(candidates, axis=0)
+        position = start + tl.argmin(candidates, axis=0)
+        weakest = tl.where(lowest < weakest_rank, position, weakest)
+        weakest_rank = tl.minimum(weakest_rank, lowest)
+    total, maximum, first = group_attention(attention, n_slots + 1, n_slots, True, GROUP)
+    new_score = tl.where(reduction == 0, total / GROUP, tl.where(reduction == 1, maximum, first))
+
+    dims = tl.arange(0, BLOCK_DIM)
+    mask = dims < HEAD_DIM
+    block = tl.load(offsets + row * N_KV_HEADS + head)
+    from_leaving = (block + leaving) * HEAD_DIM + dims
+    from_new = (block + n_slots) * HEAD_DIM + dims
+    leaving_key = tl.load(keys + from_leaving, mask=mask)
+    leaving_value = tl.load(values + from_leaving, mask=mask)
+    new_key = tl.load(keys + from_new, mask=mask)
+    new_value = tl.load(values + from_new, mask=mask)
+    tl.debug_barrier()  # the loop's stores and these loads come before the moves, whichever thread did them
+    if (heavy > 0) & (leaving_rank >= weakest_rank):
+        to_weakest = (block + weakest) * HEAD_DIM + dims
+        tl.store(keys + to_weakest, leaving_key, mask=mask)
+        tl.store(values + to_weakest, leaving_value, mask=mask)
+        tl.store(scores + weakest, leaving_score)
+        if HAS_COUNTS:
+            tl.store(counts + weakest, leaving_count, mask=counted)
+    tl.store(keys + from_leaving, new_key, mask=mask)
+    tl.store(values + from_leaving, new_value, mask=mask)
+    tl.store(scores + leaving, new_score)
+    if HAS_COUNTS:
+        tl.store(counts + leaving, 1.0, mask=counted)
+
+
+class H2ORowsStepper(RowsStepper):
+    """Steps all H2O rows of a layer, options differing from row to row included."""
+
+    n_columns: ClassVar[int] = 5
+
+    def columns(self, row: StepRow) -> list[int]:
+        """Heavy and recent slots, code of the reduction, offsets of scores and counts (-1 without counts)."""
+        heavy, recent = row.policy.split(row.n_slots)
+        return [
+            heavy,
+            recent,
+            GROUP_REDUCTIONS.index(row.policy.group_reduce),
+            row.state_offsets["scores"],
+            row.state_offsets.get("counts", -1),
+        ]
+
+    def step(self, layer: StepLayer) -> None:
+        """One launch: a program per row and KV head."""
+        scores = layer.states["scores"]
+        head_dim = layer.keys.shape[1]
+        _h2o_kernel[(len(layer.rows) * self.n_kv_heads,)](
+            self.table[layer.index], layer.keys, layer.values, scores, layer.states.get("counts", scores),
+            layer.offsets, layer.lengths, layer.attention, layer.attention_offsets, layer.step_index,
+            N_COLUMNS=self.table.shape[2], N_KV_HEADS=self.n_kv_heads, GROUP=self.group_size, HEAD_DIM=head_dim,
+            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK=BLOCK_SLOTS, HAS_COUNTS="counts" in layer.states,
+            num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
