@@ -89,10 +89,10 @@ class Sequence:
     @property
     def ending(self) -> tuple[list[int], str] | None:
         """The answer, its stop token left out, and "stop" or "length"; None as long as the sequence has to go on."""
-        tokens = self.first_tokens + self.chosen[self.answer_step :]
+        tokens, stops = self.first_tokens + self.chosen[self.answer_step :], set(self.request.stop_ids)
         limit = self.request.max_new_tokens
         for position, token in enumerate(tokens[:limit]):
-            if token in self.request.stop_ids and position >= self.request.min_new_tokens:
+            if token in stops and position >= self.request.min_new_tokens:
                 return tokens[:position], "stop"
         return (tokens[:limit], "length") if len(tokens) >= limit else None
 
