@@ -3,6 +3,7 @@
 import fault_policies
 import pytest
 import torch
+from engine_cases import request
 
 from kvbench.errors import BudgetError, failure_reason
 from kvbench.methods.full import Full
@@ -11,38 +12,24 @@ from kvbench.models.config import named_config
 from kvbench.models.load import load_model
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
-from kvbench.runtime.requests import Answer, Arm, Request, SampleFailure, ends_the_run, is_out_of_memory
+from kvbench.runtime.requests import Answer, Arm, SampleFailure, ends_the_run, is_out_of_memory
 
 GOOD = (Arm.of(Full()), Arm.of(H2O(budget=0.5)), Arm.of(fault_policies.Newest(budget=0.5)))
 ENGINES = [FusedEngine(), PlainEngine()]
 both_engines = pytest.mark.parametrize("engine", ENGINES, ids=["fused", "plain"])
 
 
-def jobs(*arms: Arm, count: int = 2) -> list[Request]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = [40 + 20 * index for index in range(count)]
-    prompts = [tuple(torch.randint(3, 250, (n_tokens,), generator=generator).tolist()) for n_tokens in lengths]
-    return [
-        Request(
-            index=index, input_ids=ids, compress_at=len(ids), gold_ids=(5, 6, 7), arms=arms, reference=GOOD[0],
-            stop_ids=(2,), max_new_tokens=4,
-        )
-        for index, ids in enumerate(prompts)
-    ]  # fmt: skip
+def requests(*arms: Arm, count: int = 2):
+    return [request(arms, i, 40 + 20 * i, gold=3, new_tokens=4) for i in range(count)]
 
 
 def outcome(results) -> tuple[dict[tuple[int, str], list[int]], dict[tuple[int, str], str]]:
-    """Answers and reasons by (job, arm)."""
-    good: dict[tuple[int, str], list[int]] = {}
-    failed: dict[tuple[int, str], str] = {}
-    for result in results:
-        if isinstance(result, Answer):
-            assert (result.index, result.arm.key) not in good
-            good[result.index, result.arm.key] = result.token_ids
-        else:
-            failed.update({(result.index, arm.key): result.reason for arm in result.arms})
-    assert not good.keys() & failed.keys()
-    return good, failed
+    """Answers and reasons by (request, arm)."""
+    results = list(results)
+    good = [((r.index, r.arm.key), r.token_ids) for r in results if isinstance(r, Answer)]
+    failed = [((r.index, arm.key), r.reason) for r in results if isinstance(r, SampleFailure) for arm in r.arms]
+    assert len(dict(good + failed)) == len(good + failed)
+    return dict(good), dict(failed)
 
 
 @both_engines
@@ -60,9 +47,9 @@ def outcome(results) -> tuple[dict[tuple[int, str], list[int]], dict[tuple[int, 
 )
 def test_the_guilty_arm_fails_and_the_others_answer_as_without_it(tiny_gqa, engine, policy, words):
     bad = Arm.of(policy(budget=0.5))
-    expected, none = outcome(engine.run(tiny_gqa, jobs(*GOOD)))
+    expected, none = outcome(engine.run(tiny_gqa, requests(*GOOD)))
     assert (len(expected), none) == (6, {})
-    good, failed = outcome(engine.run(tiny_gqa, jobs(GOOD[0], bad, *GOOD[1:])))
+    good, failed = outcome(engine.run(tiny_gqa, requests(GOOD[0], bad, *GOOD[1:])))
     assert good == expected
     assert failed.keys() == {(0, bad.key), (1, bad.key)}
     assert all(words in reason and "\n" not in reason for reason in failed.values()), failed
@@ -71,7 +58,7 @@ def test_the_guilty_arm_fails_and_the_others_answer_as_without_it(tiny_gqa, engi
 @both_engines
 def test_the_other_samples_of_a_guilty_arm_are_measured(tiny_gqa, engine):
     bad = Arm.of(fault_policies.RaisesInCompress(budget=0.5, longer_than=50))
-    good, failed = outcome(engine.run(tiny_gqa, jobs(bad, GOOD[0])))
+    good, failed = outcome(engine.run(tiny_gqa, requests(bad, GOOD[0])))
     assert good.keys() == {(0, bad.key), (0, "full"), (1, "full")}
     assert failed.keys() == {(1, bad.key)}
 
@@ -79,14 +66,14 @@ def test_the_other_samples_of_a_guilty_arm_are_measured(tiny_gqa, engine):
 @both_engines
 def test_a_setting_that_no_sample_can_use_ends_the_run(tiny_gqa, engine):
     with pytest.raises(BudgetError, match="slots"):
-        list(engine.run(tiny_gqa, jobs(GOOD[0], Arm.of(H2O(budget=0.01)))))
+        list(engine.run(tiny_gqa, requests(GOOD[0], Arm.of(H2O(budget=0.01)))))
 
 
 @both_engines
 def test_logits_that_are_not_finite_fail_the_sample_loudly(engine):
     broken = load_model(named_config("tiny-random", device="cpu"))
     broken.model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    good, failed = outcome(engine.run(broken, jobs(*GOOD, count=1)))
+    good, failed = outcome(engine.run(broken, requests(*GOOD, count=1)))
     assert good == {}
     assert len(failed) == 3
     assert all("not finite" in reason for reason in failed.values())
@@ -94,7 +81,7 @@ def test_logits_that_are_not_finite_fail_the_sample_loudly(engine):
 
 @both_engines
 def test_an_engine_that_is_asked_to_stop_ends_after_the_batch_in_flight(tiny_gqa, engine):
-    todo = jobs(GOOD[0], count=3)
+    todo = requests(GOOD[0], count=3)
     assert list(engine.run(tiny_gqa, todo, lambda: True)) == []
     answers = iter([False, True])
     results = list(engine.run(tiny_gqa, todo, lambda: next(answers)))

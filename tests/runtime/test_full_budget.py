@@ -1,17 +1,18 @@
 """A budget of 1 keeps everything, whatever the method: in both engines and in `compress()`, while decoding, too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
+from engine_cases import answers, arm, request
 
 import kvbench
 from kvbench.methods.base import CompressedLayer, Policy
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
-from kvbench.runtime.requests import Arm, Request
+from kvbench.runtime.requests import Arm
 
 N_TOKENS, NEW_TOKENS = 32, 16  # a prompt as long as the window of SnapKV, which leaves it nothing to choose
 
@@ -47,11 +48,10 @@ def whole(tiny_gqa):
 def test_every_method_answers_as_the_model_itself(tiny_gqa, whole, policy):
     ids, options, expected = whole
     prompt = tuple(ids[0].tolist())
-    arms = (Arm.of(policy), Arm.of(build_policy("h2o", {"budget": 0.5})))
-    reference = Arm.of(build_policy("full"))
-    job = Request(0, prompt, N_TOKENS, prompt[:3], arms, reference, (), max_new_tokens=NEW_TOKENS)
+    arms, changes = (Arm.of(policy), arm("h2o")), {"stop_ids": (), "gold_ids": prompt[:3]}
+    asked = replace(request(arms, new_tokens=NEW_TOKENS), input_ids=prompt, compress_at=N_TOKENS, **changes)
     for engine in (PlainEngine(), FusedEngine()):
-        first, second = engine.run(tiny_gqa, [job])
+        first, second = answers(engine, tiny_gqa, [asked])
         assert first.token_ids == expected
         assert first.kl == pytest.approx([0.0] * 3, abs=1e-6)
         assert (sum(first.slots_per_layer), first.cache_bytes) == (first.full_slots, first.full_bytes)
