@@ -70,7 +70,9 @@ class Blocks:
         """`(heads, n_slots, ...)` view of a pool from slot `first` on."""
         width = pool.stride(0)  # numbers in a slot
         strides = (width * (rectangle.length + self.room), *pool.stride())
-        return pool.as_strided((rectangle.n_heads, n_slots, *pool.shape[1:]), strides, first * width)
+        return pool.as_strided(
+            (rectangle.n_heads, n_slots, *pool.shape[1:]), strides, pool.storage_offset() + first * width
+        )
 
 
 @dataclass

@@ -185,14 +185,7 @@ def _write_kernel(
 
 
 class Launch(NamedTuple):
-    """How the first kernel is cut.
-
-    Attributes:
-        split_slots: slots per split.
-        tile_slots: slots per iteration within a split.
-        warps: per program.
-        stages: of software pipelining.
-    """
+    """How the first kernel is cut: slots per split, slots per iteration within it, warps, stages of pipelining."""
 
     split_slots: int
     tile_slots: int
@@ -201,16 +194,9 @@ class Launch(NamedTuple):
 
 
 def default_launch(n_blocks: int, max_slots: int, group_size: int, dtype: torch.dtype) -> Launch:
-    """How to cut the work; alternatives are timed by `scripts/bench_kernels.py --sweep ragged_decode`.
+    """How to cut the work of rows times KV heads; `scripts/bench_kernels.py --sweep ragged_decode` times alternatives.
 
-    Args:
-        n_blocks: rows times KV heads.
-        max_slots: slots of the longest block.
-        group_size: query heads per KV head.
-        dtype: of keys and values; matrix products in fp32 need small tiles, or registers spill.
-
-    Returns:
-        The launch.
+    Matrix products in fp32 need small tiles, or registers spill.
     """
     slots = split_slots(n_blocks, max_slots)
     if dtype == torch.float32:
@@ -222,15 +208,7 @@ def default_launch(n_blocks: int, max_slots: int, group_size: int, dtype: torch.
 
 
 def split_slots(n_blocks: int, max_slots: int) -> int:
-    """Slots per split: a power of two from 64 up, so that there are enough programs but at most `MAX_SPLITS` a block.
-
-    Args:
-        n_blocks: rows times KV heads.
-        max_slots: slots of the longest block.
-
-    Returns:
-        The number of slots.
-    """
+    """Slots per split: a power of two from 64 up, so that there are enough programs but at most `MAX_SPLITS` a block."""
     by_programs = n_blocks * max_slots // TARGET_PROGRAMS
     by_limit = -(-max_slots // MAX_SPLITS)
     wanted = max(64, min(512, by_programs), by_limit)
@@ -244,19 +222,11 @@ def ragged_decode(
     attention_rows: Sequence[int] = (),
     launch: Launch | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Attention of one new token per row, as `kvbench.ops.ragged_decode.ragged_decode`; in two launches.
+    """Attention of one new token per row, as the torch version; in two launches, cut by `default_launch` unless told.
 
-    Args:
-        query: `(B, H, D)`, fp32, fp16 or bf16; the last dimension contiguous.
-        plan: the rows' caches with the new token written. Attention rows are formed in `plan.attention` for the rows
-            whose `attention_offsets` are not negative.
-        scaling: factor on the logits.
-        attention_rows: rows of which views of `plan.attention` are returned.
-        launch: how the work is cut; by default `default_launch`.
-
-    Returns:
-        The output `(B, H, D)` in the query's dtype, contiguous, and the attention `(H, length + 1)` fp32 of each row of
-        `attention_rows`, valid until the next call that uses the same buffer.
+    Attention rows are formed in `plan.attention` for the rows whose `attention_offsets` are not negative, and returned
+    as views of it for `attention_rows`: valid until the next call that uses the same buffer. The last dimension of
+    `query` is contiguous, and so is the output.
     """
     n_rows, n_heads, head_dim = query.shape
     n_kv_heads = plan.offsets.shape[1]
@@ -294,13 +264,7 @@ def ragged_decode(
 
 
 def write_token(new_keys: Tensor, new_values: Tensor, plan: DecodePlan) -> None:
-    """Write the new token's key and value of every row and head to slot `length` of its block; one launch.
-
-    Args:
-        new_keys: `(B, H_k, 1, D)`; any strides, the last dimension contiguous.
-        new_values: likewise.
-        plan: where to write.
-    """
+    """As the torch version, in one launch; any strides, but the last dimension is contiguous."""
     n_rows, n_kv_heads, _, head_dim = new_keys.shape
     _write_kernel[(n_rows * n_kv_heads,)](
         new_keys, new_values, plan.keys, plan.values, plan.offsets, plan.lengths,

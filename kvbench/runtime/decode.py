@@ -14,7 +14,7 @@ when that makes the batch much smaller, and stops when no row is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,12 +166,7 @@ class DecodeLoop:
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        cache: RaggedCache,
-        check_every: int,
-        cuda_graphs: bool,
-        compile_layers: bool = False,
+        self, loaded: LoadedModel, cache: RaggedCache, check_every: int, cuda_graphs: bool, compile_layers: bool = False
     ):
         self.loaded, self.cache = loaded, cache
         devices = {parameter.device for parameter in loaded.model.parameters()}
@@ -190,7 +185,11 @@ class DecodeLoop:
         n_steps = max((sequence.n_steps for sequence in sequences), default=0)
         if n_steps == 0:
             return
-        tables = self._prepare(sequences, n_steps)
+        tables, max_stops = self._tables, max(len(sequence.request.stop_ids) for sequence in sequences)
+        if tables is None or tables.n_steps < n_steps or tables.max_stops < max_stops:
+            capacity = 1 << (n_steps - 1).bit_length()
+            tables = self._tables = _Tables(self.cache.max_rows, capacity, max(max_stops, 4), self.loaded.device)
+            self._captured.clear()
         step, refill, model = 0, True, self.loaded.model
         layers = self._layers.active() if self._layers is not None else nullcontext()
         head = padded_head(model) if self.loaded.device.type == "cpu" else nullcontext()
@@ -217,15 +216,6 @@ class DecodeLoop:
         forced_done = any(s.forced for s in active) and not any(s.forced for s in going)
         return forced_done or len(going) <= len(active) // 2
 
-    def _prepare(self, sequences: list[Sequence], n_steps: int) -> _Tables:
-        max_stops = max(1, *(len(sequence.request.stop_ids) for sequence in sequences))
-        tables = self._tables
-        if tables is None or tables.n_steps < n_steps or tables.max_stops < max_stops:
-            capacity = 1 << (n_steps - 1).bit_length()
-            tables = self._tables = _Tables(self.cache.max_rows, capacity, max(max_stops, 4), self.loaded.device)
-            self._captured.clear()
-        return tables
-
     def _step(self, tables: _Tables, n_rows: int, n_forced: int) -> None:
         captured = _Captured()
         if self.cuda_graphs and self.cache.capturable:
@@ -235,21 +225,16 @@ class DecodeLoop:
             self._forward(tables, n_rows, n_forced)
         else:
             if captured.graph is None:
-                captured.graph = self._capture(lambda: self._forward(tables, n_rows, n_forced))
+                captured.graph = torch.cuda.CUDAGraph()
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                torch.cuda.synchronize()
+                with torch.cuda.graph(captured.graph, pool=self._pool):
+                    self._forward(tables, n_rows, n_forced)
                 while len(self._captured) > MAX_CAPTURES:  # the most recent only: each holds memory
                     del self._captured[next(iter(self._captured))]
             captured.graph.replay()
             self.replayed_steps += 1
         self.cache.count_step()
-
-    def _capture(self, forward: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
-            forward()
-        return graph
 
     def _forward(self, tables: _Tables, n_rows: int, n_forced: int) -> None:
         """One step for all rows; everything on the device."""
@@ -268,7 +253,9 @@ class DecodeLoop:
         tables.finite[:n_rows] &= torch.isfinite(logits).all(-1)
         if n_forced:
             self._judge(tables, logits[:n_forced], n_forced)
-        choice = _suppress_early_stops(logits, tables, n_rows).argmax(-1)
+        early, stops = (step < tables.stop_allowed_from[:n_rows])[:, None], tables.stops[:n_rows]
+        penalty = torch.where(early & (stops >= 0), -torch.inf, 0.0)  # stop tokens of rows that may not stop yet
+        choice = logits.scatter_add(1, stops.clamp(min=0), penalty).argmax(-1)
         tables.last[:n_rows] = choice
         tables.chosen[:n_rows].index_copy_(1, step, choice[:, None])
         step += 1
@@ -292,12 +279,3 @@ class DecodeLoop:
             sequence.nll += nll
             sequence.kl += kl
             sequence.finite &= finite
-
-
-def _suppress_early_stops(logits: Tensor, tables: _Tables, n_rows: int) -> Tensor:
-    """Logits with stop tokens at minus infinity in rows that may not stop yet."""
-    early = (tables.step < tables.stop_allowed_from[:n_rows])[:, None]
-    stops = tables.stops[:n_rows]
-    safe = stops.clamp(min=0)
-    penalty = torch.where(early & (stops >= 0), -torch.inf, 0.0)
-    return logits.scatter_add(1, safe, penalty.to(logits.dtype))

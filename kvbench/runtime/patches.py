@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from kvbench.errors import ModelError
 from kvbench.models.load import LoadedModel
 
-GROUPS = (("q_proj", "k_proj", "v_proj"),)
+GROUP = ("q_proj", "k_proj", "v_proj")
 """Names under which transformers keeps linear layers of one input."""
 HEAD_ROWS = 4
 MAX_CODES = 64  # versions of one function's compiled code: dtypes, one row or several, models of one process
@@ -81,7 +81,7 @@ class PackedProjections:
 
     def __init__(self, model: nn.Module):
         with torch.inference_mode(False), torch.no_grad():
-            self.packs = [_Pack(members) for parent in model.modules() for members in _groups(parent)]
+            self.packs = [_Pack(members) for parent in model.modules() if (members := _group(parent))]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -103,16 +103,13 @@ class PackedProjections:
                         vars(member).pop(name, None)
 
 
-def _groups(parent: nn.Module) -> Iterator[list[nn.Linear]]:
-    """The groups among a module's children that one product can serve."""
-    for names in GROUPS:
-        members = [getattr(parent, name, None) for name in names]
-        plain = [m for m in members if isinstance(m, nn.Linear) and type(m) is nn.Linear and "forward" not in vars(m)]
-        if len(plain) < len(names):
-            continue
-        kinds = {(m.in_features, m.weight.dtype, m.weight.device, m.bias is None) for m in plain}
-        if len(kinds) == 1 and not plain[0].weight.is_meta and len(set(plain)) == len(plain):
-            yield plain
+def _group(parent: nn.Module) -> list[nn.Linear]:
+    """A module's children that one product can serve; none if it cannot."""
+    members = [getattr(parent, name, None) for name in GROUP]
+    plain = [m for m in members if isinstance(m, nn.Linear) and type(m) is nn.Linear and "forward" not in vars(m)]
+    kinds = {(m.in_features, m.weight.dtype, m.weight.device, m.bias is None) for m in plain}
+    fits = len(set(plain)) == len(GROUP) and len(kinds) == 1 and not plain[0].weight.is_meta
+    return plain if fits else []
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Parameter:

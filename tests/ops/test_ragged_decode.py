@@ -8,25 +8,22 @@ from kvbench.ops.ragged_decode import Blocks, DecodePlan, ragged_decode
 NAN = float("nan")
 
 
-def make_layer(lengths, n_heads, n_kv_heads, head_dim, dtype=torch.float32, device="cpu", biased=(), wanted=(), room=3):
-    """A layer with rows of `lengths` (a number, or one per head); whatever must not be read is NaN."""
+def make_plan(lengths, n_heads, n_kv_heads, head_dim, dtype=torch.float32, device="cpu", biased=(), wanted=(), room=3):
+    """Rows of `lengths` (a number, or one per head); whatever must not be read is NaN."""
     per_head = [[n] * n_kv_heads if isinstance(n, int) else list(n) for n in lengths]
     total = sum(n + room for row in per_head for n in row)
-    keys = torch.full((total, head_dim), NAN)
-    values, bias = keys.clone(), torch.full((total,), NAN)
-    offsets, bias_offsets, blocks, start = [], [], [], 0
-    attention_offsets, n_attention = [], 0
+    (keys, values), bias = torch.full((2, total, head_dim), NAN), torch.full((total,), NAN)
+    offsets, blocks, attention_offsets, n_attention, start = [], [], [], 0, 0
     for row, row_lengths in enumerate(per_head):
         first_bias = start if row in biased else -1
         blocks.append(Blocks(start, row_lengths, room, not isinstance(lengths[row], int), first_bias))
         offsets.append([])
         for n in row_lengths:
             offsets[-1].append(start)
-            keys[start : start + n + 1] = torch.randn(n + 1, head_dim)
-            values[start : start + n + 1] = torch.randn(n + 1, head_dim)
-            bias[start : start + n + 1] = torch.randn(n + 1) if row in biased else NAN
+            filled = slice(start, start + n + 1)
+            keys[filled], values[filled] = torch.randn(2, n + 1, head_dim)
+            bias[filled] = torch.randn(n + 1) if row in biased else NAN
             start += n + room
-        bias_offsets.append(offsets[-1] if row in biased else [-1] * n_kv_heads)
         attention_offsets.append(n_attention if row in wanted else -1)
         n_attention += n_heads * (row_lengths[0] + 1) if row in wanted else 0
     attention = torch.full((n_attention,), NAN, device=device) if wanted else None
@@ -34,35 +31,33 @@ def make_layer(lengths, n_heads, n_kv_heads, head_dim, dtype=torch.float32, devi
     for row in wanted:
         span = n_heads * (per_head[row][0] + 1)
         views[row] = attention[attention_offsets[row] :][:span].view(n_heads, -1)
+    bias_offsets = [firsts if row in biased else [-1] * n_kv_heads for row, firsts in enumerate(offsets)]
     return DecodePlan(
-        keys=keys.to(device, dtype), values=values.to(device, dtype),
-        offsets=torch.tensor(offsets, device=device),
-        lengths=torch.tensor(per_head, dtype=torch.int32, device=device),
-        bias=bias.to(device) if biased else None,
-        bias_offsets=torch.tensor(bias_offsets, device=device),
-        attention=attention, attention_offsets=torch.tensor(attention_offsets, device=device),
-        max_slots=max(n for row in per_head for n in row) + room,
-        blocks=blocks, grown=[0] * len(blocks), attention_views=views,
+        keys=keys.to(device, dtype), values=values.to(device, dtype), offsets=torch.tensor(offsets, device=device),
+        lengths=torch.tensor(per_head, dtype=torch.int32, device=device), bias=bias.to(device) if biased else None,
+        bias_offsets=torch.tensor(bias_offsets, device=device), attention=attention,
+        attention_offsets=torch.tensor(attention_offsets, device=device), attention_views=views,
+        max_slots=max(n for row in per_head for n in row) + room, blocks=blocks, grown=[0] * len(blocks),
     )  # fmt: skip
 
 
-def textbook(query, layer, scaling, softcap=None):
+def textbook(query, plan, scaling, softcap=None):
     """Output `(B, H, D)` fp64 and one `(H_k, G, n)` attention list per row, head by head from the device tables."""
     n_rows, n_heads, head_dim = query.shape
-    n_kv_heads = layer.offsets.shape[1]
+    n_kv_heads = plan.offsets.shape[1]
     grouped = query.double().view(n_rows, n_kv_heads, -1, head_dim)
     output, attention = torch.zeros_like(grouped), []
     for row in range(n_rows):
         attention.append([])
         for head in range(n_kv_heads):
-            first, n = int(layer.offsets[row, head]), int(layer.lengths[row, head]) + 1
-            logits = grouped[row, head] @ layer.keys[first : first + n].double().T * scaling
+            first, n = int(plan.offsets[row, head]), int(plan.lengths[row, head]) + 1
+            logits = grouped[row, head] @ plan.keys[first : first + n].double().T * scaling
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            if layer.bias_offsets[row, head] >= 0:
-                logits += layer.bias[int(layer.bias_offsets[row, head]) :][:n].double()
+            if plan.bias_offsets[row, head] >= 0:
+                logits += plan.bias[int(plan.bias_offsets[row, head]) :][:n].double()
             attention[row].append(logits.softmax(-1))
-            output[row, head] = attention[row][head] @ layer.values[first : first + n].double()
+            output[row, head] = attention[row][head] @ plan.values[first : first + n].double()
     return output.view(n_rows, n_heads, head_dim), attention
 
 
@@ -83,34 +78,36 @@ CASES = [
 ]
 
 
-def check(decode, case, dtype, device="cpu", tolerance=None):
+def every_case(test):
+    by_case = pytest.mark.parametrize("case", [p.values for p in CASES], ids=[p.id for p in CASES])
+    return pytest.mark.parametrize("dtype", TOLERANCES)(by_case(test))
+
+
+def check(decode, case, dtype, device="cpu"):
     lengths, n_heads, n_kv_heads, head_dim, biased, wanted = case
     torch.manual_seed(0)
-    layer = make_layer(lengths, n_heads, n_kv_heads, head_dim, dtype, device, biased, wanted)
+    plan = make_plan(lengths, n_heads, n_kv_heads, head_dim, dtype, device, biased, wanted)
     query = torch.randn(len(lengths), n_heads, head_dim).to(device, dtype)
     scaling = head_dim**-0.5
-    expected, expected_attention = textbook(query, layer, scaling)
-    output, attention = decode(query, layer, scaling, wanted)
-    tolerance = tolerance or TOLERANCES[dtype]
+    expected, expected_attention = textbook(query, plan, scaling)
+    output, attention = decode(query, plan, scaling, wanted)
     assert output.dtype == dtype
     assert output.shape == query.shape
     for row in range(len(lengths)):
-        assert relative_rms(output[row], expected[row]) < tolerance
+        assert relative_rms(output[row], expected[row]) < TOLERANCES[dtype]
     assert sorted(attention) == sorted(wanted)
     for row, weights in attention.items():
         assert weights.dtype == torch.float32
         assert weights.shape == (n_heads, lengths[row] + 1)
-        assert relative_rms(weights, torch.cat(expected_attention[row])) < tolerance
+        assert relative_rms(weights, torch.cat(expected_attention[row])) < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("case", [p.values for p in CASES], ids=[p.id for p in CASES])
+@every_case
 def test_torch_version(case, dtype):
     check(ragged_decode, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("case", [p.values for p in CASES], ids=[p.id for p in CASES])
+@every_case
 def test_triton_version(case, dtype, triton_device):
     from kvbench.ops import ragged_decode_triton as decode_triton
 
@@ -121,46 +118,46 @@ def test_triton_version(case, dtype, triton_device):
 
 def test_soft_capped_logits():
     torch.manual_seed(0)
-    layer = make_layer([30, [3, 9]], 4, 2, 16, biased=(0,), wanted=(0,))
+    plan = make_plan([30, [3, 9]], 4, 2, 16, biased=(0,), wanted=(0,))
     query = torch.randn(2, 4, 16) * 4
-    expected, expected_attention = textbook(query, layer, 0.5, softcap=2.0)
-    output, attention = ragged_decode(query, layer, 0.5, (0,), softcap=2.0)
+    expected, expected_attention = textbook(query, plan, 0.5, softcap=2.0)
+    output, attention = ragged_decode(query, plan, 0.5, (0,), softcap=2.0)
     assert relative_rms(output, expected) < 2e-6
     assert relative_rms(attention[0], torch.cat(expected_attention[0])) < 2e-6
-    assert relative_rms(ragged_decode(query, layer, 0.5)[0], expected) > 0.1
+    assert relative_rms(ragged_decode(query, plan, 0.5)[0], expected) > 0.1
 
 
 def test_attention_of_ragged_heads_is_refused():
-    layer = make_layer([[3, 9]], 2, 2, 16)
+    plan = make_plan([[3, 9]], 2, 2, 16)
     with pytest.raises(ValueError, match="ragged"):
-        ragged_decode(torch.randn(1, 2, 16), layer, 0.25, (0,))
+        ragged_decode(torch.randn(1, 2, 16), plan, 0.25, (0,))
 
 
 def test_query_of_any_layout(triton_device):
     """Models hand over transposed views: `(B, 1, H, D)` memory seen as `(B, H, D)`."""
     from kvbench.ops import ragged_decode_triton as decode_triton
 
-    layer = make_layer([20, 4], 4, 2, 16, device=triton_device)
+    plan = make_plan([20, 4], 4, 2, 16, device=triton_device)
     query = torch.randn(4, 2, 16).to(triton_device).transpose(0, 1)
-    expected, _ = textbook(query.contiguous(), layer, 0.25)
+    expected, _ = textbook(query.contiguous(), plan, 0.25)
     for decode in (ragged_decode, decode_triton.ragged_decode):
-        assert relative_rms(decode(query, layer, 0.25)[0], expected) < 2e-6
+        assert relative_rms(decode(query, plan, 0.25)[0], expected) < 2e-6
 
 
 def test_write_token(triton_device):
     from kvbench.ops.ragged_decode_triton import write_token
 
-    layer = make_layer([[3, 7], 5], 2, 2, 80, device=triton_device)
-    before = layer.keys.clone()
+    plan = make_plan([[3, 7], 5], 2, 2, 80, device=triton_device)
+    before = plan.keys.clone()
     new_keys = torch.randn(2, 1, 2, 80).to(triton_device).transpose(1, 2)
     new_values = torch.randn(2, 2, 1, 80).to(triton_device)
-    write_token(new_keys, new_values, layer)
-    slots = (layer.offsets + layer.lengths).view(-1)
-    assert torch.equal(layer.keys[slots], new_keys.reshape(4, 80))
-    assert torch.equal(layer.values[slots], new_values.reshape(4, 80))
+    write_token(new_keys, new_values, plan)
+    slots = (plan.offsets + plan.lengths).view(-1)
+    assert torch.equal(plan.keys[slots], new_keys.reshape(4, 80))
+    assert torch.equal(plan.values[slots], new_values.reshape(4, 80))
     others = torch.ones(len(before), dtype=torch.bool)
     others[slots.cpu()] = False
-    assert torch.equal(layer.keys[others.to(triton_device)].nan_to_num(), before[others.to(triton_device)].nan_to_num())
+    assert torch.equal(plan.keys[others.to(triton_device)].nan_to_num(), before[others.to(triton_device)].nan_to_num())
 
 
 @pytest.mark.parametrize("n_slots", [1, 64, 3628, 131072])
