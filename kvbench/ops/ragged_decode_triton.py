@@ -208,7 +208,7 @@ def default_launch(n_blocks: int, max_slots: int, group_size: int, dtype: torch.
 
 
 def split_slots(n_blocks: int, max_slots: int) -> int:
-    """Slots per split: a power of two from 64 up, so that there are enough programs but at most `MAX_SPLITS` a block."""
+    """Slots per split: a power of two from 64 up, enough for many programs, but at most `MAX_SPLITS` a block."""
     by_programs = n_blocks * max_slots // TARGET_PROGRAMS
     by_limit = -(-max_slots // MAX_SPLITS)
     wanted = max(64, min(512, by_programs), by_limit)
