@@ -151,9 +151,8 @@ class _Session:
             half, note = len(first.arms) // 2, f"{cause} with {len(first.arms)} arms of one sample in a batch: halved"
             parts = [[replace(first, arms=first.arms[:half])], [replace(first, arms=first.arms[half:])]]
         else:
-            yield SampleFailure(
-                first.index, ("out of memory with a single arm: " if memory else "") + reason, first.arms
-            )
+            alone = "out of memory with a single arm: " if memory else ""
+            yield SampleFailure(first.index, alone + reason, first.arms)
             return
         for part in parts:
             yield from self.run_batch(part, (*notes, note))
@@ -269,25 +268,16 @@ def _outcomes(
 
 
 class LayerFork:
-    """Compresses one layer after the other for all arms; give it to `prefill` as `on_layer`.
+    """Compresses one layer after the other for all policies; give it to `prefill` as `on_layer`.
 
-    Args:
-        policies: one per arm.
-        n_tokens: prompt tokens that are compressed.
-        n_layers: layers of the model.
-        write: called with (arm, layer, compressed layer) for every arm in order; copies what it keeps.
-
-    Raises:
-        BudgetError: if an arm's budget is impossible for the prompt.
+    `write` is called with (index of the policy, layer, compressed layer), in order, and copies what it keeps. A budget
+    that is impossible for a prompt of `n_tokens` is refused at once.
     """
 
     def __init__(
-        self,
-        policies: abc.Sequence[Policy],
-        n_tokens: int,
-        n_layers: int,
+        self, policies: abc.Sequence[Policy], n_tokens: int, n_layers: int,
         write: Callable[[int, int, CompressedLayer], None],
-    ):
+    ):  # fmt: skip
         self.policies, self.write = policies, write
         self.budgets = [policy.layer_budgets(n_tokens, n_layers) for policy in policies]
 
