@@ -1,4 +1,4 @@
-"""`kvbench.compress` with greedy decoding: our engine's tokens on every family of decoders."""
+"""`kvbench.compress` with greedy decoding: our engine's tokens on every family of decoders; a block leaves no trace."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from small_decoders import FAMILIES, VOCABULARY, build, loaded, padded, prompt
+from small_decoders import FAMILIES, SIZES, ask, build, padded, prompt
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AttentionInterface,
@@ -16,10 +16,6 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GenerationConfig,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -32,96 +28,47 @@ from kvbench.methods.kvmerger import KVMerger, KVMergerBias
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.plain import PlainEngine
-from kvbench.runtime.requests import Arm, Request
 
 WHOLE = {"whole_first_layers": 1, "whole_last_layers": 0}
 POLICIES = [H2O(budget=0.35), CaM(budget=0.35), KVMerger(budget=0.5, **WHOLE), KVMergerBias(budget=0.5, **WHOLE)]
-SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-OTHERS = {
-    "gemma3-multimodal": lambda: Gemma3ForConditionalGeneration(
-        Gemma3Config(
-            text_config={**SIZES, "layer_types": ["full_attention"] * 2},
-            vision_config={
-                "hidden_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 16,
-                "image_size": 28,
-                "patch_size": 14,
-            },
-            mm_tokens_per_image=4,
-        )
-    ),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    ),
-    "mamba": lambda: MambaForCausalLM(
-        MambaConfig(vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=1)
-    ),
-    "gpt_oss": lambda: GptOssForCausalLM(
-        GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2)
-    ).eval(),
-}
-GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+POLICY = POLICIES[0]
+NEW_TOKENS = 12
+GREEDY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
 
 
-def engine_result(engine, model, ids, policy):
-    arm = Arm.of(policy)
-    job = Request(0, tuple(ids[0].tolist()), ids.shape[1], (), (arm,), arm, (2,), max_new_tokens=12, min_new_tokens=12)
-    (result,) = engine.run(loaded(model), [job])
-    return result
-
-
-def compressed(model, policy, inputs, **options):
+def compressed(model, policy, ids):
     with kvbench.compress(model, policy) as cache:
-        output = model.generate(**inputs, **{**GREEDY, **options})
+        output = model.generate(ids, **GREEDY)
     return output, cache
 
 
-FEW = [POLICIES[0], POLICIES[3]]  # a step while decoding; a bias
-
-
-@pytest.mark.parametrize(
-    ("family", "policy"),
-    [(family, policy) for family in FAMILIES for policy in (POLICIES if family == "llama" else FEW)],
-    ids=lambda value: value if isinstance(value, str) else value.name,
-)
-def test_greedy_answers_are_the_engine_s(family, policy):
-    model = build(family)
-    ids = prompt(60, seed=3)
-    output, cache = compressed(model, policy, {"input_ids": ids})
-    expected = engine_result(PlainEngine(), model, ids, policy)  # which shares no decoding code with the library
-    assert output[0, 60:].tolist() == expected.token_ids
+def assert_as_in_the_engine(model, policy, ids):
+    output, cache = compressed(model, policy, ids)
+    expected = ask(PlainEngine(), model, ids, policy, NEW_TOKENS)  # which shares no decoding code with compress()
+    assert output[0, ids.shape[1] :].tolist() == expected.token_ids
     assert [layer.slots for layer in cache.report().layers] == expected.slots_per_layer
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[3]], ids=["a step", "a bias"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_the_engine_s(family, policy):
+    assert_as_in_the_engine(build(family), policy, prompt(60, seed=3))
 
 
 @pytest.mark.parametrize("name", sorted(set(load_policies()) - {"full"}))
 def test_every_method_answers_as_in_the_engine(name):
     """At its defaults, on a prompt and a model that leave it something to choose."""
     model, ids = build("llama", num_hidden_layers=8), prompt(150, seed=3)
-    policy = build_policy(name, {"budget": 0.5})
-    output, cache = compressed(model, policy, {"input_ids": ids})
-    expected = engine_result(PlainEngine(), model, ids, policy)
-    assert output[0, 150:].tolist() == expected.token_ids
-    assert [layer.slots for layer in cache.report().layers] == expected.slots_per_layer
+    assert_as_in_the_engine(model, build_policy(name, {"budget": 0.5}), ids)
 
 
-def test_compression_changes_answers():  # otherwise the tests above would prove little
+def test_compression_changes_answers_and_bytes_are_the_fused_engine_s():  # else the tests above would prove little
     model, ids = build("llama"), prompt(60, seed=3)
     plain = model.generate(ids, **GREEDY)
     for policy in POLICIES:
-        assert compressed(model, policy, {"input_ids": ids})[0].tolist() != plain.tolist()
-
-
-def test_bytes_are_the_fused_engine_s():
-    model, ids = build("llama"), prompt(60, seed=3)
-    for policy in POLICIES:
-        _, cache = compressed(model, policy, {"input_ids": ids})
-        assert cache.report().n_bytes == engine_result(FusedEngine(), model, ids, policy).cache_bytes
+        output, cache = compressed(model, policy, ids)
+        assert output.tolist() != plain.tolist()
+        assert cache.report().n_bytes == ask(FusedEngine(), model, ids, policy, NEW_TOKENS).cache_bytes
 
 
 def live_bytes():
@@ -153,14 +100,13 @@ class Stop(Exception):
 
 
 class RaisingStreamer:
-    """Raises when the fifth token comes."""
+    """Raises when the fifth token comes; the prompt is the first call."""
 
-    def __init__(self):
-        self.calls = 0
+    calls = 0
 
     def put(self, value):
         self.calls += 1
-        if self.calls == 6:  # the prompt is the first call
+        if self.calls == 6:
             raise Stop
 
     def end(self):
@@ -172,10 +118,8 @@ def test_a_block_leaves_no_trace(fails):
     model, ids = build("qwen3"), prompt(60)
     plain = model.generate(ids, **GREEDY)
     before, bytes_before = traces(model), live_bytes()
-    ended = contextlib.nullcontext()
-    if fails:
-        ended = pytest.raises(Stop)
-    with ended, kvbench.compress(model, H2O(budget=0.35)) as cache:
+    ended = pytest.raises(Stop) if fails else contextlib.nullcontext()
+    with ended, kvbench.compress(model, POLICY) as cache:
         assert traces(model)["attention"] != before["attention"]
         model.generate(ids, **GREEDY)
         assert cache.allocated_bytes >= cache.report().n_bytes
@@ -184,27 +128,24 @@ def test_a_block_leaves_no_trace(fails):
             model.generate(ids, streamer=RaisingStreamer(), **GREEDY)
     assert traces(model) == before
     assert cache.allocated_bytes == 0
-    observers = weakref.ref(cache)
+    reference = weakref.ref(cache)
     del cache, ended
     assert live_bytes() == bytes_before
-    assert observers() is None  # the registered functions hold nothing
+    assert reference() is None  # the registered functions hold nothing
     assert torch.equal(model.generate(ids, **GREEDY), plain)
 
 
 def test_a_model_that_brings_its_own_generate_gets_it_back():
-    model, ids = build("llama"), prompt(60)
-    own = functools.partial(type(model).generate, model)
-    model.generate = own
-    with kvbench.compress(model, H2O(budget=0.35)) as cache:
-        model.generate(ids, **GREEDY)
-        assert cache.report().new_tokens == 11
+    model = build("llama")
+    model.generate = own = functools.partial(type(model).generate, model)
+    assert compressed(model, POLICY, prompt(60))[1].report().new_tokens == NEW_TOKENS - 1
     assert model.generate is own
 
 
 def test_an_exception_frees_the_cache_and_the_next_prompt_starts_anew():
     model, ids = build("llama"), prompt(60)
-    expected, _ = compressed(model, H2O(budget=0.35), {"input_ids": ids})
-    with kvbench.compress(model, H2O(budget=0.35)) as cache:
+    expected, _ = compressed(model, POLICY, ids)
+    with kvbench.compress(model, POLICY) as cache:
         with pytest.raises(Stop):
             model.generate(ids, streamer=RaisingStreamer(), **GREEDY)
         assert cache.allocated_bytes == 0
@@ -214,22 +155,16 @@ def test_an_exception_frees_the_cache_and_the_next_prompt_starts_anew():
 
 
 def test_the_report_outlives_the_block():
-    _, cache = compressed(build("llama"), H2O(budget=0.35), {"input_ids": prompt(60)})
-    report = cache.report()
+    report = compressed(build("llama"), POLICY, prompt(60))[1].report()
     assert (report.method, report.requested_budget, report.prompt_tokens) == ("h2o", 0.35, (60,))
-    assert report.measured_budget == 21 / 60
-    assert report.allocated_bytes == 0
-    assert report.layers_left_alone == ()
+    assert (report.measured_budget, report.allocated_bytes, report.layers_left_alone) == (21 / 60, 0, ())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"assistant_model": "itself"}, r"generate\(assistant_model=LlamaForCausalLM\) .* use assistant_model=None"),
-        (
-            {"prompt_lookup_num_tokens": 3},
-            r"generate\(prompt_lookup_num_tokens=3\) .* use prompt_lookup_num_tokens=None",
-        ),
+        ({"assistant_model": build("llama")}, r"\(assistant_model=LlamaForCausalLM\) .* use assistant_model=None"),
+        ({"prompt_lookup_num_tokens": 3}, r"\(prompt_lookup_num_tokens=3\) .* use prompt_lookup_num_tokens=None"),
         ({"prefill_chunk_size": 16}, r"generate\(prefill_chunk_size=16\) .* use prefill_chunk_size=None"),
         ({"cache_implementation": "static"}, r"generate\(cache_implementation=static\)"),
         ({"output_attentions": True}, r"generate\(output_attentions=True\) .* use output_attentions=False"),
@@ -240,19 +175,17 @@ def test_the_report_outlives_the_block():
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     model = build("llama")
-    if "assistant_model" in options:
-        options = {"assistant_model": build("llama")}
-    with kvbench.compress(model, H2O(budget=0.35)), pytest.raises(KvbenchError, match=message):
+    with kvbench.compress(model, POLICY), pytest.raises(KvbenchError, match=message):
         model.generate(prompt(60), max_new_tokens=4, **options)
 
 
 def test_options_of_the_model_itself_are_refused_too():
     model = build("llama")
     model.generation_config.prefill_chunk_size = 16
-    with kvbench.compress(model, H2O(budget=0.35)), pytest.raises(ConfigError, match="prefill_chunk_size=16"):
+    with kvbench.compress(model, POLICY), pytest.raises(ConfigError, match="prefill_chunk_size=16"):
         model.generate(prompt(60), max_new_tokens=4)
     model.generation_config = GenerationConfig(cache_implementation="hybrid", pad_token_id=0)  # older Gemma checkpoints
-    with kvbench.compress(model, H2O(budget=0.35)):
+    with kvbench.compress(model, POLICY):
         model.generate(prompt(60), max_new_tokens=4)
 
 
@@ -260,7 +193,7 @@ def test_nested_blocks_are_refused():
     model = build("llama")
     before = traces(model)
     message = r"LlamaForCausalLM is inside a compress\(\) block already, at most 1"
-    with kvbench.compress(model, H2O(budget=0.35)) as cache:
+    with kvbench.compress(model, POLICY) as cache:
         with pytest.raises(ModelError, match=message), kvbench.compress(model, H2O(budget=0.5)):
             pass
         model.generate(prompt(60), **GREEDY)  # the outer block goes on
@@ -268,36 +201,36 @@ def test_nested_blocks_are_refused():
     assert traces(model) == before
 
 
+def image_model():
+    vision = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    text = {**SIZES, "layer_types": ["full_attention"] * 3}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+
+
 @pytest.mark.parametrize(
-    ("model", "policy", "message"),
+    ("make", "policy", "message"),
     [
-        (torch.nn.Linear(2, 2), H2O(budget=0.5), "Linear is no PreTrainedModel"),
-        ("llama", 0.35, r"policy=0.35 is no Policy: .* KVMerger\(budget=0.35\)"),
-        ("llama", H2O, "is no Policy"),
-        ("gemma3-multimodal", H2O(budget=0.5), "not a decoder of text alone: .* Gemma3ForCausalLM"),
-        ("t5", H2O(budget=0.5), "not a decoder of text alone"),
-        ("mamba", H2O(budget=0.5), "MambaForCausalLM|layer 0 of model type 'mamba'"),
+        (lambda: torch.nn.Linear(2, 2), POLICY, "Linear is no PreTrainedModel"),
+        (lambda: build("llama"), 0.35, r"policy=0.35 is no Policy: .* KVMerger\(budget=0.35\)"),
+        (lambda: build("llama"), H2O, "is no Policy"),
+        (image_model, POLICY, "not a decoder of text alone: .* Gemma3ForCausalLM"),
+        (t5, POLICY, "not a decoder of text alone"),
     ],
+    ids=["no model", "a number", "a class", "images", "an encoder"],
 )
-def test_models_and_policies_that_cannot_be_used_are_refused(model, policy, message):
-    if isinstance(model, str):
-        model = OTHERS[model]() if model in OTHERS else build(model)
-    with pytest.raises(KvbenchError, match=message), kvbench.compress(model, policy):
-        pass
-
-
-def test_attention_sinks_are_refused():
-    model = OTHERS["gpt_oss"]()
-    message = "needs the attention argument 's_aux'"
-    with pytest.raises(ModelError, match=message), kvbench.compress(model.eval(), H2O(budget=0.5)):
+def test_models_and_policies_that_cannot_be_used_are_refused(make, policy, message):
+    with pytest.raises(KvbenchError, match=message), kvbench.compress(make(), policy):
         pass
 
 
 def test_a_budget_too_small_for_a_row_is_refused_in_one_line():
-    model = build("llama")
-    inputs = padded([prompt(60), prompt(9)])
-    with (
-        kvbench.compress(model, H2O(budget=0.35)),
-        pytest.raises(BudgetError, match=r"budget 0\.35 of 9 tokens = 3 slots"),
-    ):
-        model.generate(**inputs, max_new_tokens=4)
+    model, message = build("llama"), r"budget 0\.35 of 9 tokens = 3 slots"
+    with kvbench.compress(model, POLICY), pytest.raises(BudgetError, match=message):
+        model.generate(**padded([prompt(60), prompt(9)]), max_new_tokens=4)

@@ -32,6 +32,7 @@ TWO_FREQUENCIES = {
     "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
     "original_max_position_embeddings": 32,
 }
+PROMPTS = [prompt(31, seed=1), prompt(50, seed=2), prompt(44, seed=3)]
 WHOLE = {"whole_first_layers": 1, "whole_last_layers": 0}
 POLICIES = [H2O(budget=0.4), CaM(budget=0.4), KVMerger(budget=0.5, **WHOLE), KVMergerBias(budget=0.5, **WHOLE)]
 
@@ -47,7 +48,7 @@ def compressed(model, policy, inputs, **options):
 
 
 def batch():
-    return padded([prompt(31, seed=1), prompt(50, seed=2), prompt(44, seed=3)])
+    return padded(PROMPTS)
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -58,7 +59,7 @@ def test_a_whole_cache_changes_no_token(mode):
         assert torch.equal(compressed(model, Full(), inputs, **MODES[mode]), expected)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_cache_changes_no_token_of_any_family(family):
     model, inputs = build(family), batch()
     options = {**LONG, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -70,9 +71,8 @@ def test_a_whole_cache_changes_no_token_of_any_family(family):
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_a_row_of_a_batch_answers_as_alone(policy):
     model = build("qwen3")
-    prompts = [prompt(31, seed=1), prompt(50, seed=2), prompt(44, seed=3)]
-    together = compressed(model, policy, padded(prompts), do_sample=False)[:, 50:]
-    alone = [compressed(model, policy, {"input_ids": ids}, do_sample=False)[0, ids.shape[1] :] for ids in prompts]
+    together = compressed(model, policy, batch(), do_sample=False)[:, 50:]
+    alone = [compressed(model, policy, {"input_ids": ids}, do_sample=False)[0, ids.shape[1] :] for ids in PROMPTS]
     assert together.tolist() == [answer.tolist() for answer in alone]
 
 
@@ -106,15 +106,12 @@ def test_an_answer_longer_than_the_room_that_rows_begin_with(monkeypatch):
 
 
 def test_streaming_from_a_thread_of_its_own():
-    model, ids = build("llama"), prompt(40)
-    tokenizer = byte_tokenizer(512)
-    policy = H2O(budget=0.4)
+    model, ids, tokenizer, policy = build("llama"), prompt(40), byte_tokenizer(512), H2O(budget=0.4)
     expected = compressed(model, policy, {"input_ids": ids}, do_sample=False)
     with kvbench.compress(model, policy) as cache:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600)
-        thread = threading.Thread(
-            target=model.generate, kwargs={"input_ids": ids, "streamer": streamer, "do_sample": False, **LONG}
-        )
+        options = {"input_ids": ids, "streamer": streamer, "do_sample": False, **LONG}
+        thread = threading.Thread(target=model.generate, kwargs=options)
         thread.start()
         text = "".join(streamer)
         thread.join()
@@ -123,14 +120,11 @@ def test_streaming_from_a_thread_of_its_own():
 
 
 def test_two_models_at_a_time_and_several_prompts_a_block():
-    first, second = build("llama"), build("qwen3")
-    ids, other = prompt(40), prompt(33, seed=5)
-    policy = H2O(budget=0.4)
-    alone = [
-        compressed(model, policy, {"input_ids": p}, do_sample=False) for model in (first, second) for p in (ids, other)
-    ]
+    first, second, policy = build("llama"), build("qwen3"), H2O(budget=0.4)
+    asked = [(model, {"input_ids": ids}) for model in (first, second) for ids in PROMPTS[:2]]
+    alone = [compressed(model, policy, inputs, do_sample=False) for model, inputs in asked]
     with kvbench.compress(first, policy), kvbench.compress(second, policy):
-        mixed = [generate(model, {"input_ids": p}, do_sample=False) for model in (first, second) for p in (ids, other)]
+        mixed = [generate(model, inputs, do_sample=False) for model, inputs in asked]
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 

@@ -17,7 +17,7 @@ WINDOW = 16
 HYBRIDS = {
     "qwen2": {"layer_types": [FULL, SLIDING, FULL], "use_sliding_window": True, "sliding_window": WINDOW},
     "gemma2": {"layer_types": [SLIDING, FULL, FULL], "attn_logit_softcapping": 2.0, "sliding_window": WINDOW},
-    "gemma3": {"layer_types": [SLIDING, FULL, SLIDING], "sliding_window": WINDOW},
+    "gemma3_text": {"layer_types": [SLIDING, FULL, SLIDING], "sliding_window": WINDOW},
 }
 GREEDY = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
 
@@ -52,7 +52,7 @@ def masked_greedy(model, ids, kept, new_tokens):
     return ids
 
 
-@pytest.mark.parametrize("family", list(HYBRIDS))
+@pytest.mark.parametrize("family", HYBRIDS)
 def test_evicted_tokens_are_hidden_from_full_layers_only(family):
     model, ids = build(family, **HYBRIDS[family]), prompt(40)
     model.set_attn_implementation("eager")
@@ -65,7 +65,7 @@ def test_evicted_tokens_are_hidden_from_full_layers_only(family):
 @pytest.mark.parametrize(
     "options", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}], ids=["greedy", "beams"]
 )
-@pytest.mark.parametrize("family", list(HYBRIDS))
+@pytest.mark.parametrize("family", HYBRIDS)
 def test_a_whole_cache_changes_no_token(family, options):
     model = build(family, **HYBRIDS[family])
     model.set_attn_implementation("eager")  # older transformers pass over soft caps in their SDPA
@@ -78,10 +78,9 @@ def test_a_whole_cache_changes_no_token(family, options):
         assert_same_answers(model, expected, inputs, **options)
 
 
-@pytest.mark.parametrize("family", list(HYBRIDS))
+@pytest.mark.parametrize("family", HYBRIDS)
 def test_a_row_of_a_batch_answers_as_alone(family):
-    model = build(family, **HYBRIDS[family])
-    prompts = [prompt(31, seed=1), prompt(40, seed=2)]
+    model, prompts = build(family, **HYBRIDS[family]), [prompt(31, seed=1), prompt(40, seed=2)]
     with kvbench.compress(model, H2O(budget=0.4)):
         together = model.generate(**padded(prompts), **GREEDY)[:, 40:]
         alone = [model.generate(ids, **GREEDY)[0, ids.shape[1] :] for ids in prompts]
@@ -89,7 +88,7 @@ def test_a_row_of_a_batch_answers_as_alone(family):
 
 
 def test_the_report_tells_layers_left_alone():
-    model, ids = build("gemma3", **HYBRIDS["gemma3"]), prompt(40)
+    model, ids = build("gemma3_text", **HYBRIDS["gemma3_text"]), prompt(40)
     with kvbench.compress(model, Newest(budget=0.3)) as cache:
         model.generate(ids, **GREEDY)
         report = cache.report()
