@@ -5,21 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_decoders import ask, prompt
 from transformers.utils import logging
 
 import kvbench
 from kvbench.errors import ModelError
 from kvbench.methods.full import Full
-from kvbench.models.load import LoadedModel
-from kvbench.models.random_llama import byte_tokenizer
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.model_check import layer_windows
 from kvbench.runtime.plain import PlainEngine
-from kvbench.runtime.requests import Arm, Request, SampleFailure
 
-SPEC = importlib.util.spec_from_file_location(
-    "model_table", Path(__file__).resolve().parents[2] / "scripts" / "model_table.py"
-)
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "model_table.py"
+SPEC = importlib.util.spec_from_file_location("model_table", SCRIPT)
 table = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(table)
 
@@ -36,10 +33,6 @@ def _quiet():
     logging.set_verbosity(before)
 
 
-def prompt(n_tokens):
-    return torch.randint(3, 61, (1, n_tokens), generator=torch.Generator().manual_seed(1))
-
-
 def generate(model, ids):
     """Greedy tokens of transformers' own cache, and the negative log-likelihood of each."""
     output = model.generate(
@@ -51,17 +44,10 @@ def generate(model, ids):
     return tokens.tolist(), -log_probs.gather(1, tokens[:, None])[:, 0]
 
 
-def ask(engine, model, ids, gold):
+def answer(engine, model, ids, gold=()):
     """What an engine answers with the full cache; likewise."""
-    loaded = LoadedModel(
-        name="small", model=model, tokenizer=byte_tokenizer(512), device=model.device, dtype=model.dtype,
-        max_context_tokens=512, max_prompt_tokens=None, chat_format="none", source="random weights",
-    )  # fmt: skip
-    arm = Arm("full", Full())
-    job = Request(0, tuple(ids[0].tolist()), ids.shape[1], tuple(gold), (arm,), arm, (2,), NEW_TOKENS, NEW_TOKENS)
-    [result] = engine.run(loaded, [job])
-    assert not isinstance(result, SampleFailure), result
-    return result.token_ids, torch.tensor(result.gold_nll)
+    found = ask(engine, model, ids, Full(), NEW_TOKENS, gold)
+    return found.token_ids, torch.tensor(found.gold_nll)
 
 
 def compressed(model, ids):
@@ -69,9 +55,9 @@ def compressed(model, ids):
         return generate(model, ids)
 
 
-def assert_same(answer, expected):
-    assert answer[0] == expected[0]
-    torch.testing.assert_close(answer[1], expected[1], atol=1e-4, rtol=1e-4)
+def assert_same(got, expected):
+    assert got[0] == expected[0]
+    torch.testing.assert_close(got[1], expected[1], atol=1e-4, rtol=1e-4)
 
 
 def test_every_architecture_is_listed():
@@ -86,7 +72,7 @@ def test_supported_means_generate_s_tokens_and_refused_means_one_line(name):
     assert table.row(name, model) == LISTED[name]
     ids = prompt(9)
     if "| refused |" in LISTED[name]:
-        for use in (*(lambda engine=engine: ask(engine, model, ids, []) for engine in ENGINES.values()),
+        for use in (*(lambda engine=engine: answer(engine, model, ids) for engine in ENGINES.values()),
                     lambda: compressed(model, ids)):  # fmt: skip
             with pytest.raises(ModelError) as caught:
                 use()
@@ -98,11 +84,11 @@ def test_supported_means_generate_s_tokens_and_refused_means_one_line(name):
     expected = generate(model, ids)
     assert_same(compressed(model, ids), expected)
     for engine in ENGINES.values():
-        assert_same(ask(engine, model, ids, expected[0]), expected)
+        assert_same(answer(engine, model, ids, expected[0]), expected)
     if any(windows):  # 24 tokens are more than the window of 16
         for engine in ENGINES.values():
             with pytest.raises(ModelError, match=r"28 tokens of prompt and answer exceed \w+'s sliding window of 16"):
-                ask(engine, model, prompt(24), [])
+                answer(engine, model, prompt(24))
         if all(windows):
             with pytest.raises(ModelError, match="24 tokens exceed the sliding window of 16"):
                 compressed(model, prompt(24))

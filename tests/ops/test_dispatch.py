@@ -1,28 +1,30 @@
+"""Which version of an operation runs where, and what is said if it is not the one hoped for."""
+
 import pytest
 import torch
 
 from kvbench.errors import ConfigError
-from kvbench.ops import dispatch as backend
+from kvbench.ops import dispatch
 from kvbench.ops.dispatch import choose_backend
 
 
-def test_auto_is_torch_on_the_cpu() -> None:
-    assert choose_backend("auto", "cpu") == "torch"
-    assert choose_backend("torch", torch.device("cuda")) == "torch"
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: True)
 
 
-def test_auto_is_triton_on_cuda_where_it_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_triton_installed", lambda: True)
+@pytest.mark.usefixtures("installed")
+def test_auto_is_triton_on_cuda_and_torch_elsewhere_even_under_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_backend("auto", "cuda:1") == "triton"
+    assert choose_backend("auto", "cpu") == choose_backend("torch", torch.device("cuda")) == "torch"
+    assert choose_backend("triton", "cpu") == "triton"
 
 
-def test_auto_without_triton_on_cuda_says_why_it_is_slow(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(backend, "_triton_installed", lambda: False)
-    backend._warn_once.cache_clear()
-    assert choose_backend("auto", "cuda") == "torch"
-    assert choose_backend("auto", "cuda") == "torch"
+def test_auto_without_triton_on_cuda_says_why_it_is_slow(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
+    dispatch._warn_once.cache_clear()
+    assert [choose_backend("auto", "cuda") for _ in range(2)] == ["torch", "torch"]
     assert [record.getMessage() for record in caplog.records] == [
         "kernels=auto takes the slower torch version on cuda: the package triton is not installed"
     ]
@@ -31,22 +33,13 @@ def test_auto_without_triton_on_cuda_says_why_it_is_slow(
 @pytest.mark.parametrize(
     ("device", "installed", "reason"), [("cpu", True, "need a CUDA device"), ("cuda", False, "not installed")]
 )
-def test_triton_where_it_cannot_run_is_refused(
-    monkeypatch: pytest.MonkeyPatch, device: str, installed: bool, reason: str
-) -> None:
+def test_triton_where_it_cannot_run_is_refused(monkeypatch, device, installed, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend, "_triton_installed", lambda: installed)
+    monkeypatch.setattr(dispatch, "_triton_installed", lambda: installed)
     with pytest.raises(ConfigError, match=rf"kernels='triton' on device '{device}': .*{reason}; use kernels=torch"):
         choose_backend("triton", device)
 
 
-def test_the_interpreter_serves_any_device_but_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(backend, "_triton_installed", lambda: True)
-    assert choose_backend("triton", "cpu") == "triton"
-    assert choose_backend("auto", "cpu") == "torch"
-
-
-def test_an_unknown_backend_names_the_choices() -> None:
+def test_an_unknown_backend_names_the_choices():
     with pytest.raises(ConfigError, match="kernels='cuda' is not one of auto, torch, triton"):
         choose_backend("cuda", "cpu")

@@ -5,25 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    AttentionInterface,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    RobertaConfig,
-    RobertaForCausalLM,
-)
+from small_decoders import build, loaded
+from transformers import AttentionInterface
 
 from kvbench.cli import main
 from kvbench.errors import ModelError
 from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O
-from kvbench.models.load import LoadedModel
 from kvbench.models.random_llama import MIN_VOCAB_SIZE, byte_tokenizer
 from kvbench.runtime import model_check
 from kvbench.runtime.fused import FusedEngine
@@ -31,44 +19,23 @@ from kvbench.runtime.model_check import check_model
 from kvbench.runtime.plain import PlainEngine
 from kvbench.runtime.requests import Arm, Request
 
-SIZES = {
-    "vocab_size": MIN_VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,
-    "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+BOTH_ENGINES = pytest.mark.parametrize("engine", [FusedEngine(), PlainEngine()], ids=["fused", "plain"])
+SIZES = {"vocab_size": MIN_VOCAB_SIZE, "max_position_embeddings": 4096}
+llama, mistral = partial(build, "llama"), partial(build, "mistral")
 
 
-def build(config_class, model_class, **options):
-    torch.manual_seed(0)
-    return model_class(config_class(**{**SIZES, **options})).eval()
-
-
-llama = partial(build, LlamaConfig, LlamaForCausalLM)
-mistral = partial(build, MistralConfig, MistralForCausalLM)
-roberta = partial(build, RobertaConfig, RobertaForCausalLM, is_decoder=True)
-
-
-def loaded(model):
-    return LoadedModel(
-        name="small", model=model, tokenizer=byte_tokenizer(512), device=model.device, dtype=model.dtype,
-        max_context_tokens=512, max_prompt_tokens=None, chat_format="none", source="random weights",
-    )  # fmt: skip
-
-
-def job(index, n_tokens, new_tokens=5, gold=0, compress_at=None):
-    full = Arm("full", Full())
-    arms = (full, Arm("h2o@0.5", H2O(budget=0.5)))
-    ids = tuple(range(3, 3 + n_tokens))
+def request_of(index, n_tokens, new_tokens=5, gold=0, compress_at=None):
+    full = Arm.of(Full())
+    ids, arms = tuple(range(3, 3 + n_tokens)), (full, Arm.of(H2O(budget=0.5)))
     return Request(index, ids, compress_at or n_tokens, (5,) * gold, arms, full, (2,), new_tokens, new_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_position_ids_that_are_not_heeded_are_found_in_every_precision(dtype):
-    assert check_model(llama().to(dtype)).shape == {
-        "n_layers": 2, "n_query_heads": 4, "n_kv_heads": 2, "head_dim": 8,
-    }  # fmt: skip
+    shape = {"n_layers": 3, "n_query_heads": 4, "n_kv_heads": 2, "head_dim": 8}
+    assert check_model(llama().to(dtype)).shape == shape
     with pytest.raises(ModelError, match=r"RobertaForCausalLM .*its logits differ from those of plain softmax atten"):
-        check_model(roberta().to(dtype))
+        check_model(build("roberta", is_decoder=True, num_hidden_layers=2, **SIZES).to(dtype))
 
 
 def test_attention_of_the_model_s_own_is_found():
@@ -91,7 +58,7 @@ def test_whatever_our_attention_gets_wrong_is_found(monkeypatch, factor):
         check_model(llama())
 
 
-def test_a_model_is_probed_once_and_again_when_its_configuration_changes(monkeypatch):
+def test_a_model_is_probed_once_and_again_when_its_configuration_changes():
     model, calls = mistral(sliding_window=32), []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert check_model(model).window_tokens == 32
@@ -111,44 +78,44 @@ def test_training_mode_and_infinite_weights():
     check_model(broken)  # the engines fail such samples one by one
 
 
-@pytest.mark.parametrize("engine", [FusedEngine(), PlainEngine()], ids=["fused", "plain"])
+@BOTH_ENGINES
 @pytest.mark.parametrize(
     ("too_long", "n_tokens"),
-    [(job(1, 30), 34), (job(1, 28, gold=6), 33), (job(1, 30, compress_at=10), 34)],
+    [(request_of(1, 30), 34), (request_of(1, 28, gold=6), 33), (request_of(1, 30, compress_at=10), 34)],
     ids=["answer", "gold", "question"],
 )
 def test_a_window_too_short_ends_a_run_before_its_first_sample(engine, too_long, n_tokens):
-    model = mistral(sliding_window=32)
-    fits = [job(0, 28, gold=5), job(2, 27, gold=6)]
-    assert {result.index for result in engine.run(loaded(model), fits)} == {0, 2}
+    model = loaded(mistral(sliding_window=32))
+    fits = [request_of(0, 28, gold=5), request_of(2, 27, gold=6)]
+    assert {answer.index for answer in engine.run(model, fits)} == {0, 2}
     message = f"{n_tokens} tokens of prompt and answer exceed MistralForCausalLM's sliding window of 32: lower model"
     with pytest.raises(ModelError, match=message):
-        next(engine.run(loaded(model), [*fits, too_long]))
+        next(engine.run(model, [*fits, too_long]))
 
 
-@pytest.mark.parametrize("engine", [FusedEngine(), PlainEngine()], ids=["fused", "plain"])
+@BOTH_ENGINES
 def test_two_sets_of_rotary_frequencies_are_never_mixed(engine):
     """As with Phi-3 of 128k tokens: the longest row of a batch decides for all of it."""
-    rotary = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    model = build(
-        Phi3Config, Phi3ForCausalLM, sliding_window=None, original_max_position_embeddings=32,
-        rope_parameters={**rotary, "rope_theta": 1e4},
-    )  # fmt: skip
-    for jobs in ([job(0, 28), job(1, 10)], [job(0, 33), job(1, 40, gold=9)]):
-        for result in engine.run(loaded(model), jobs):
-            if result.arm.key != "full":
+    rotary = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    model = build("phi3", original_max_position_embeddings=32, rope_parameters=rotary)
+    for requests in ([request_of(0, 28), request_of(1, 10)], [request_of(0, 33), request_of(1, 40, gold=9)]):
+        for answer in engine.run(loaded(model), requests):
+            if answer.arm.key != "full":
                 continue
-            ids = torch.tensor([jobs[result.index].input_ids])
+            ids = torch.tensor([requests[answer.index].input_ids])
             expected = model.generate(ids, do_sample=False, max_new_tokens=5, min_new_tokens=5, eos_token_id=2)
-            assert result.token_ids == expected[0, ids.shape[1] :].tolist()
-    for jobs in ([job(0, 20), job(1, 40)], [job(0, 29)], [job(0, 40, compress_at=20)], [job(0, 28), job(1, 9, 24)]):
+            assert answer.token_ids == expected[0, ids.shape[1] :].tolist()
+    for requests in (
+        [request_of(0, 20), request_of(1, 40)], [request_of(0, 29)], [request_of(0, 40, compress_at=20)],
+        [request_of(0, 28), request_of(1, 9, 24)],
+    ):  # fmt: skip
         with pytest.raises(ModelError, match=r"both sets of Phi3ForCausalLM's rotary frequencies.* change at 32"):
-            next(engine.run(loaded(model), jobs))
+            next(engine.run(loaded(model), requests))
 
 
 @pytest.mark.parametrize("engine", ["fused", "plain"])
 def test_a_run_is_refused_in_one_line_with_exit_code_2(engine, tmp_path, monkeypatch, capfd):
-    build(DiffLlamaConfig, DiffLlamaForCausalLM).save_pretrained(tmp_path / "model")
+    build("diffllama", **SIZES).save_pretrained(tmp_path / "model")
     byte_tokenizer(4096).save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     arguments = [
