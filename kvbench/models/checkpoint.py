@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,37 +58,25 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device, devi
     Raises:
         ModelError: if weights are missing, are none of the model's, are integers, or cannot be loaded.
     """
-    placement: dict[str, Any] = {}
-    if device_map is not None:
-        placement["device_map"] = device_map
-    elif device.type != "cpu":
-        placement["device_map"] = {"": device}  # weights go straight to the device, not through CPU memory
+    # Weights go straight to a GPU, not through CPU memory.
+    places: Any = device_map or (None if device.type == "cpu" else {"": device})
     with _loading(folder), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE, **placement
+            folder, dtype=dtype, device_map=places, use_safetensors=True, output_loading_info=True, **SAFE
         )
     model, loading = loaded
-    problem = ""
-    if keys := loading["missing_keys"]:  # transformers would go on with random values
-        problem = f"lacks {len(keys)} weights ({_some(keys)}): download all its *.safetensors files"
-    elif keys := loading["unexpected_keys"]:  # and here without them
-        problem = (
-            f"holds {len(keys)} weights that {type(model).__name__} with this config.json has not ({_some(keys)}): "
-            "download config.json and *.safetensors of one model"
-        )
-    elif keys := _integer_weights(folder, model):
-        problem = (
-            f"holds {len(keys)} weights in integers or float8 ({_some(keys)}), without the quantization_config that "
-            "would tell their scale: use weights in float32, bfloat16 or float16"
-        )
-    if problem:
-        raise ModelError(f"model folder {folder} {problem}")
+    problems = {  # with which transformers would go on: with random values, without them, with bare integers
+        "lacks {} weights ({}): download all its *.safetensors files": loading["missing_keys"],
+        f"holds {{}} weights that {type(model).__name__} with this config.json has not ({{}}): download config.json "
+        "and *.safetensors of one model": loading["unexpected_keys"],
+        "holds {} weights in integers or float8 ({}), without the quantization_config that would tell their scale: use "
+        "weights in float32, bfloat16 or float16": _integer_weights(folder, model),
+    }
+    for problem, keys in problems.items():
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise ModelError(f"model folder {folder} {problem.format(len(keys), some)}")
     return model
-
-
-def _some(keys: Iterable[str]) -> str:
-    first = sorted(keys)
-    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
 def _integer_weights(folder: Path, model: PreTrainedModel) -> list[str]:
@@ -99,11 +87,8 @@ def _integer_weights(folder: Path, model: PreTrainedModel) -> list[str]:
     found = []
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            found += [
-                key
-                for key in tensors.keys()  # noqa: SIM118 (no mapping)
-                if (key in floating or key.endswith(".weight")) and tensors.get_slice(key).get_dtype() not in FLOATS
-            ]
+            keys = [key for key in tensors.keys() if key in floating or key.endswith(".weight")]  # noqa: SIM118
+            found += [key for key in keys if tensors.get_slice(key).get_dtype() not in FLOATS]
     return found
 
 
@@ -134,11 +119,7 @@ def quiet() -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse folders that are incomplete, hold only pickled weights, or need their own code.
-
-    Raises:
-        ModelError: with the reason and the remedy.
-    """
+    """Refuse folders that are incomplete, hold only pickled weights, or need their own code, by a ModelError."""
     if problem := _problem(folder):
         raise ModelError(f"model folder {folder} {problem}")
 

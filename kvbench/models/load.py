@@ -34,31 +34,19 @@ OFFLOADED = ("cpu", "disk", "meta")
 class PreparedModel:
     """A model without its weights: enough to tokenize prompts, and to tell which weights would answer them.
 
-    Attributes:
-        name: the configuration's name.
-        tokenizer: the model's tokenizer.
-        device: device of the embedding: where input ids go.
-        dtype: dtype of the weights.
-        max_context_tokens: positions the model has, prompt and new tokens together.
-        max_prompt_tokens: as in `ModelConfig`, like `chat_format` and the two about special tokens.
-        chat_format: "template", "llama2" or "none".
-        source: where the weights come from: a path, "hub id@commit", a package with its checksum, or a seed.
-        stop_token_ids: ids that end an answer, as the model's configuration says.
-        folder: folder of the weights; None for weights that are drawn.
-        parse_special_tokens: whether data that spells a special token becomes that token.
-        protect_special_tokens: whether such data is rewritten before.
+    What has a name of `ModelConfig` means the same.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
-    device: torch.device
+    device: torch.device  # of the embedding: where input ids go
     dtype: torch.dtype
-    max_context_tokens: int
+    max_context_tokens: int  # positions the model has, prompt and new tokens together
     max_prompt_tokens: int | None
     chat_format: str
-    source: str
-    stop_token_ids: tuple[int, ...] = ()
-    folder: Path | None = None
+    source: str  # of the weights: a path, "hub id@commit", a package with its checksum, or a seed
+    stop_token_ids: tuple[int, ...] = ()  # ids that end an answer, as the model's configuration says
+    folder: Path | None = None  # of the weights; None for weights that are drawn
     parse_special_tokens: bool = False
     protect_special_tokens: bool = False
 

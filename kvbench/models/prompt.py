@@ -12,7 +12,6 @@ last. `model.parse_special_tokens=true` does as the official runners do.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from kvbench.errors import ModelError
 from kvbench.models.load import PreparedModel
@@ -35,45 +34,20 @@ _PLACEHOLDER = "\u27e6prompt\u27e7"
 class EncodedPrompt:
     """Model input for one sample.
 
-    Attributes:
-        input_ids: the prompt's token ids, wrapper and opening of the answer included.
-        question_start_token: how many leading tokens lie before the question, or None if the sample has no question
-            mark, the cut removed its beginning, or nothing would follow.
-        truncated_tokens: tokens of the prompt that were cut.
-        stop_token_ids: ids that end generation.
-        min_new_tokens: tokens before which no stop is allowed.
-        prompt_text: the text that `input_ids` encode.
+    `question_start_token` is None if the sample has no question mark, the cut removed its beginning, or nothing would
+    follow.
     """
 
-    input_ids: tuple[int, ...]
-    question_start_token: int | None
-    truncated_tokens: int
-    stop_token_ids: tuple[int, ...]
-    min_new_tokens: int
-    prompt_text: str
-
-
-class Wrapped(NamedTuple):
-    """A prompt inside its wrapper.
-
-    `prompt_start` is the character index in `text` at which the prompt begins, or None if the template changed the
-    prompt beyond trimming it; `add_special_tokens` says whether the tokenizer adds its own (a template writes them).
-    """
-
-    text: str
-    prompt_start: int | None
-    add_special_tokens: bool
+    input_ids: tuple[int, ...]  # of the prompt, wrapper and opening of the answer included
+    question_start_token: int | None  # how many leading tokens lie before the question
+    truncated_tokens: int  # tokens of the prompt that were cut
+    stop_token_ids: tuple[int, ...]  # they end generation
+    min_new_tokens: int  # tokens before which no stop is allowed
+    prompt_text: str  # what `input_ids` encode
 
 
 def encode_sample(sample: Sample, loaded: PreparedModel) -> EncodedPrompt:
-    """Truncate, wrap and tokenize one sample.
-
-    Args:
-        sample: the question; `truncation` names what is cut from a prompt that is too long.
-        loaded: the model, with its limits and its chat format.
-
-    Returns:
-        The encoded prompt; it fits the context together with `sample.max_new_tokens`.
+    """Truncate (as `sample.truncation` says), wrap and tokenize one sample: prompt and new tokens fit the context.
 
     Raises:
         ModelError: if the prompt is too long and must not (or cannot) be cut enough.
@@ -114,12 +88,7 @@ def encode_text(text: str, loaded: PreparedModel) -> list[int]:
 
 
 def stop_token_ids(loaded: PreparedModel, *, stop_newline: bool) -> tuple[int, ...]:
-    """The ids that end generation, in ascending order.
-
-    Args:
-        loaded: the model; its generation configuration, its tokenizer's EOS and its end-of-turn token count.
-        stop_newline: add the last id of an encoded newline (LongBench's samsum).
-    """
+    """The ids that end generation, ascending; with `stop_newline` the last of a newline, too (LongBench's samsum)."""
     tokenizer = loaded.tokenizer
     stops = {*loaded.stop_token_ids, tokenizer.eos_token_id}
     if loaded.chat_format == "template":
@@ -129,28 +98,29 @@ def stop_token_ids(loaded: PreparedModel, *, stop_newline: bool) -> tuple[int, .
     return tuple(sorted(int(stop) for stop in stops if stop is not None))
 
 
-def wrap(prompt: str, loaded: PreparedModel, *, chat: bool) -> Wrapped:
-    """Put the model's chat wrapper around a prompt, or nothing without `chat`; a ModelError if the template fails."""
+def wrap(prompt: str, loaded: PreparedModel, *, chat: bool) -> tuple[str, int | None, bool]:
+    """Put the model's chat wrapper around a prompt, or nothing without `chat`.
+
+    Returns:
+        The text, the character index at which the prompt begins in it (None if the template changed the prompt beyond
+        trimming it), and whether the tokenizer adds its special tokens (a template writes its own).
+    """
     head, tail = frame(loaded, chat=chat)
     text = head + prompt + tail
     if not chat or loaded.chat_format != "template":
-        return Wrapped(text, len(head), add_special_tokens=True)
+        return text, len(head), True
     rendered = _render(prompt, loaded)
     if rendered == text:
-        return Wrapped(text, len(head), add_special_tokens=False)
+        return text, len(head), False
     # Some templates trim the message: find what is left of it.
     core = prompt.strip()
     at = rendered.find(core, len(head)) if core else -1
     leading = len(prompt) - len(prompt.lstrip())
-    return Wrapped(rendered, at - leading if at >= 0 else None, add_special_tokens=False)
+    return rendered, at - leading if at >= 0 else None, False
 
 
 def frame(loaded: PreparedModel, *, chat: bool) -> tuple[str, str]:
-    """The texts before and after the prompt, two empty ones without `chat`.
-
-    Raises:
-        ModelError: if the chat template fails, or leaves the message out.
-    """
+    """The texts before and after the prompt, two empty ones without `chat`."""
     if not chat or loaded.chat_format == "none":
         return "", ""
     if loaded.chat_format == "llama2":

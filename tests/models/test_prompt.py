@@ -239,14 +239,14 @@ def test_what_stands_around_a_prompt(tiny_gqa, chat_format, chat, expected):
 
 def test_templates_may_trim_the_message(own):
     trimming = with_template(own, "A text. user: {{ messages[0]['content'] | trim }}\nbot: ")
-    wrapped = wrap("  text ", trimming, chat=True)
-    assert wrapped.text == "A text. user: text\nbot: "
-    assert wrapped.text[wrapped.prompt_start + 2 :].startswith("text\nbot")  # two trimmed characters come before
+    text, start, _ = wrap("  text ", trimming, chat=True)
+    assert text == "A text. user: text\nbot: "
+    assert text[start + 2 :].startswith("text\nbot")  # two trimmed characters come before
 
 
 def test_a_message_that_the_template_rewrites_has_no_position(own):
     rewriting = with_template(own, "{{ messages[0]['content'] | upper }}\u27e6prompt\u27e7")
-    assert wrap("text", rewriting, chat=True).prompt_start is None
+    assert wrap("text", rewriting, chat=True)[1] is None
 
 
 def test_templates_that_fail_or_forget_are_errors(own):
