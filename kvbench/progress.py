@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,61 +39,11 @@ QUIET_S = 300.0
 """A call whose last answer is older is shown in yellow: it may be gone."""
 KEPT = ("dataset", "sample", "arm", "status", "reason", "recorded_at", *HASHES)
 """Fields of a record that are remembered."""
-
-
-@dataclass(frozen=True)
-class ArmProgress:
-    """How far one arm is: samples recorded (failed ones included), and of the task, as far as any call has said."""
-
-    arm: str
-    n_done: int
-    n_failed: int
-    n_samples: int
-
-
-@dataclass(frozen=True)
-class CallProgress:
-    """How far the latest call of one shard is.
-
-    Attributes:
-        shard: "2/8", or "all" without shards.
-        host: the machine it runs on.
-        n_done: answers it has recorded.
-        n_answers: answers it set out to record.
-        last_s: seconds since its last answer, or since its start.
-    """
-
-    shard: str
-    host: str
-    n_done: int
-    n_answers: int
-    last_s: float
-
-
-@dataclass(frozen=True)
-class RunProgress:
-    """How far a run is.
-
-    Attributes:
-        name: name of the run folder.
-        arms: per arm, sorted by key.
-        calls: the latest call of each shard.
-        samples_per_minute: over the last `RATE_WINDOW_S`; 0 if nothing was recorded in it.
-        left_s: seconds until the last arm is complete at that rate; None if unknown, 0 if it is.
-        failures: the latest failures, as (sample, arm, reason).
-    """
-
-    name: str
-    arms: tuple[ArmProgress, ...]
-    calls: tuple[CallProgress, ...]
-    samples_per_minute: float
-    left_s: float | None
-    failures: tuple[tuple[str, str, str], ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every arm has all samples."""
-        return bool(self.arms) and all(arm.n_done >= arm.n_samples for arm in self.arms)
+Progress = dict[str, Any]
+"""How far a run is: per arm the samples recorded (failed ones included), failed, and of the task as far as any call has
+said; per shard its latest call's answers recorded, answers it set out to record, and seconds since its last answer or
+its start; samples a minute over the window; seconds until the last arm is complete at that rate, None if unknown; the
+latest failures as sample, arm, reason; whether every arm has all samples."""
 
 
 @dataclass
@@ -105,8 +55,8 @@ class RunWatch:
     _found: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     _times: dict[str, list[float]] = field(default_factory=dict)
 
-    def look(self, now: float) -> RunProgress:
-        """Read what is new; `now` in seconds since 1970."""
+    def look(self, now: float) -> Progress:
+        """Read what is new; how far the run is at `now`, seconds since 1970."""
         for part in parts(self.run):
             shard = "all" if part == self.run else part.name.replace("-of-", "/")
             for path in sorted((part / "records").glob("*.jsonl")):
@@ -117,16 +67,17 @@ class RunWatch:
         latest = {call.get("shard") or "all": call for call in calls}
         arms = _arms(calls, records)
         answers_per_s = self._rate(latest, now)
-        n_left = sum(max(0, arm.n_samples - arm.n_done) for arm in arms)
+        n_left = sum(max(0, arm["n_samples"] - arm["n_done"]) for arm in arms)
         n_arms = max((len(call["arms"]) for call in latest.values()), default=1)
-        return RunProgress(
-            name=self.run.name,
-            arms=arms,
-            calls=tuple(self._call(shard, call, now) for shard, call in sorted(latest.items(), key=_by_number)),
-            samples_per_minute=60 * answers_per_s / max(1, n_arms),
-            left_s=0.0 if n_left == 0 else n_left / answers_per_s if answers_per_s else None,
-            failures=tuple((r["sample"], r["arm"], r["reason"]) for r in records if r["status"] != "ok")[-3:],
-        )
+        return {
+            "name": self.run.name,
+            "arms": arms,
+            "calls": [self._call(shard, call, now) for shard, call in sorted(latest.items(), key=_by_number)],
+            "samples_per_minute": 60 * answers_per_s / max(1, n_arms),
+            "left_s": 0.0 if n_left == 0 else n_left / answers_per_s if answers_per_s else None,
+            "failures": [[r["sample"], r["arm"], r["reason"]] for r in records if r["status"] != "ok"][-3:],
+            "complete": bool(arms) and n_left == 0,
+        }
 
     def _new_records(self, path: Path) -> Iterator[dict[str, Any]]:
         """Records in the lines completed since the last look."""
@@ -146,13 +97,14 @@ class RunWatch:
         recent = sum(time > start for times in self._times.values() for time in times)
         return recent / (now - start) if now > start else 0.0
 
-    def _call(self, shard: str, call: dict[str, Any], now: float) -> CallProgress:
+    def _call(self, shard: str, call: dict[str, Any], now: float) -> dict[str, Any]:
         started, host, n_answers = float(call["started_at"]), str(call.get("host", "")), int(call["missing_answers"])
         times = [time for time in self._times.get(shard, []) if time >= started]
-        return CallProgress(shard, host, len(times), n_answers, now - max([started, *times]))
+        last_s = now - max([started, *times])
+        return {"shard": shard, "host": host, "n_done": len(times), "n_answers": n_answers, "last_s": last_s}
 
 
-def _arms(calls: list[dict[str, Any]], records: list[dict[str, Any]]) -> tuple[ArmProgress, ...]:
+def _arms(calls: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     n_samples: dict[str, int] = {}
     for call in calls:
         for arm in call["arms"]:
@@ -160,10 +112,11 @@ def _arms(calls: list[dict[str, Any]], records: list[dict[str, Any]]) -> tuple[A
     done: dict[str, list[str]] = {arm: [] for arm in n_samples}
     for record in records:
         done.setdefault(record["arm"], []).append(record["status"])
-    return tuple(
-        ArmProgress(arm, len(own), sum(status != "ok" for status in own), max(n_samples.get(arm, 0), len(own)))
+    return [
+        {"arm": arm, "n_done": len(own), "n_failed": sum(status != "ok" for status in own),
+         "n_samples": max(n_samples.get(arm, 0), len(own))}
         for arm, own in sorted(done.items())
-    )
+    ]  # fmt: skip
 
 
 def _by_number(item: tuple[str, dict[str, Any]]) -> tuple[int, int]:
@@ -177,30 +130,32 @@ def find_runs(folders: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def draw(runs: Sequence[RunProgress]) -> RenderableType:
+def draw(runs: Sequence[Progress]) -> RenderableType:
     """What all runs look like in a terminal, one below the other."""
     return Group(*(part for run in runs for part in _drawn(run)))
 
 
-def _drawn(run: RunProgress) -> list[RenderableType]:
-    arms = Table(title=run.name, title_justify="left", box=None, padding=(0, 1))
+def _drawn(run: Progress) -> list[RenderableType]:
+    arms = Table(title=run["name"], title_justify="left", box=None, padding=(0, 1))
     arms.add_column("arm", overflow="fold")
     for heading in ("samples", "failed", ""):
         arms.add_column(heading, justify="right", no_wrap=True)
-    for arm in run.arms:
-        failed = Text(str(arm.n_failed), style="red" if arm.n_failed else "")
-        bar = ProgressBar(total=max(1, arm.n_samples), completed=arm.n_done, width=24)
-        arms.add_row(arm.arm, f"{arm.n_done}/{arm.n_samples}", failed, bar)
+    for arm in run["arms"]:
+        failed = Text(str(arm["n_failed"]), style="red" if arm["n_failed"] else "")
+        bar = ProgressBar(total=max(1, arm["n_samples"]), completed=arm["n_done"], width=24)
+        arms.add_row(arm["arm"], f"{arm['n_done']}/{arm['n_samples']}", failed, bar)
     calls = Table(box=None, padding=(0, 1))
     for heading in ("shard", "host", "answers", "last one"):
         calls.add_column(heading, justify="left" if heading == "host" else "right")
-    for call in run.calls:
-        quiet = call.last_s > QUIET_S and call.n_done < call.n_answers
-        ago = Text(f"{_time(call.last_s)} ago", style="yellow" if quiet else "")
-        calls.add_row(call.shard, printable(call.host), f"{call.n_done}/{call.n_answers}", ago)
-    left = "complete" if run.complete else "time left " + ("unknown" if run.left_s is None else _time(run.left_s))
-    rate = Text(f" {run.samples_per_minute:.2f} samples a minute, {left}")
-    failures = (f" failed: {sample} for {key}: {reason}" for sample, key, reason in run.failures)
+    for call in run["calls"]:
+        quiet = call["last_s"] > QUIET_S and call["n_done"] < call["n_answers"]
+        ago = Text(f"{_time(call['last_s'])} ago", style="yellow" if quiet else "")
+        calls.add_row(call["shard"], printable(call["host"]), f"{call['n_done']}/{call['n_answers']}", ago)
+    left = (
+        "complete" if run["complete"] else f"time left {'unknown' if run['left_s'] is None else _time(run['left_s'])}"
+    )
+    rate = Text(f" {run['samples_per_minute']:.2f} samples a minute, {left}")
+    failures = (f" failed: {sample} for {key}: {reason}" for sample, key, reason in run["failures"])
     return [arms, calls, rate, *(Text(printable(line), style="red") for line in failures), Text("")]
 
 
@@ -221,21 +176,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = ", ".join(map(str, options.run))
         raise RecordError(f"no run folder at or below {named}: name a run folder, or output.root")
 
-    def look() -> list[RunProgress]:
+    def look() -> list[Progress]:
         now = time.time()
         return [watch.look(now) for watch in watches.values()]
 
     if options.once:
         found = look()
         Console(width=None if sys.stdout.isatty() else 120).print(draw(found))
-        print(strict_json.dumps([{**asdict(run), "complete": run.complete} for run in found], ensure_ascii=False))
-        return EXIT_FAILED_SAMPLES if any(arm.n_failed for run in found for arm in run.arms) else 0
+        print(strict_json.dumps(found, ensure_ascii=False))
+        return EXIT_FAILED_SAMPLES if any(arm["n_failed"] for run in found for arm in run["arms"]) else 0
     try:
         with Live(draw(look()), console=Console(), refresh_per_second=4) as live:
             while True:
                 found = look()
                 live.update(draw(found))
-                if all(run.complete for run in found):
+                if all(run["complete"] for run in found):
                     break
                 time.sleep(options.every)
                 watches.update({run: RunWatch(run) for run in find_runs(options.run) if run not in watches})

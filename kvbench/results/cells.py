@@ -19,15 +19,7 @@ from kvbench.metrics.longbench import KVMERGER_DATASETS
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls, read_config, read_environments
 from kvbench.results.statistics import Comparison, Interval, Scores, best_arm, compare_arms, score_interval
-from kvbench.results.summary import (
-    REFERENCE_METHOD,
-    Agreement,
-    ArmSummary,
-    RecordDict,
-    agreements,
-    grouped,
-    summarise,
-)
+from kvbench.results.summary import REFERENCE_METHOD, ArmSummary, RecordDict, agreements, grouped, summarise
 
 MIX_REMEDY = 'say that it may with --mix-environments (make paper-tables: SET="mix_environments=true")'
 AVERAGE = "average"
@@ -97,32 +89,18 @@ class Column:
 
 @dataclass
 class Table:
-    """Everything the writers need.
-
-    Attributes:
-        spec: what was expected.
-        columns: data sets, in the order expected.
-        average: mean over the data sets that every arm with records has; None below two of them.
-        averaged: their names.
-        summaries: per arm key: budgets, bytes, KL, NLL, seconds over all records.
-        agreements: per arm key: closeness to the full cache's answers.
-        published: per arm key: published numbers, "average of 9" included where the columns are those nine.
-        unplaced: published numbers on this experiment whose source does not state the model.
-        runs: run folder name -> (config, environments of its calls).
-        doubts: what has to be known of the records' making, a line each.
-        records: all records, for figures.
-    """
+    """Everything the writers need; what is said by arm has the arm's key."""
 
     spec: TableSpec
-    columns: list[Column] = field(default_factory=list)
-    average: Column | None = None
-    averaged: tuple[str, ...] = ()
+    columns: list[Column] = field(default_factory=list)  # data sets, in the order expected
+    average: Column | None = None  # over the data sets that every arm with records has; None below two of them
+    averaged: tuple[str, ...] = ()  # their names
     summaries: dict[str, ArmSummary] = field(default_factory=dict)
-    agreements: dict[str, Agreement] = field(default_factory=dict)
-    published: dict[str, list[Any]] = field(default_factory=dict)
-    unplaced: list[Any] = field(default_factory=list)
-    runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = field(default_factory=dict)
-    doubts: list[str] = field(default_factory=list)
+    agreements: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    published: dict[str, list[Any]] = field(default_factory=dict)  # "average of 9" too where the columns are those nine
+    unplaced: list[Any] = field(default_factory=list)  # published on this experiment, but the source states no model
+    runs: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = field(default_factory=dict)  # config, environments
+    doubts: list[str] = field(default_factory=list)  # what has to be known of the records' making, a line each
     records: list[RecordDict] = field(default_factory=list)
 
     @property

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from kvbench import strict_json
 from kvbench.metrics.text import first_divergence
 from kvbench.records.read import model_name, read_environments, read_prompts, read_records, record_files
-from kvbench.results.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
+from kvbench.results.cells import Cell, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.results.figures import FIGURES, drawn, save
 from kvbench.results.summary import REFERENCE_METHOD, RecordDict, grouped, summarise
 from kvbench.results.tables import (
@@ -67,7 +67,13 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
         lead=f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(samples)} samples, "
         f"{sum(len(table.records) for table in tables)} records.",
         reading=READING.replace("**", ""),
-        tables=[_table_view(table) for table in tables],
+        missing=MISSING,
+        detail_header=DETAIL_HEADER,
+        detail_rows=detail_rows,
+        heading=heading,
+        interval_text=interval_text,
+        no_cell=Cell(),
+        tables=tables,
         figures=[figure for table in tables for figure in _figures(table)],
         datasets=sorted({sample["dataset"] for sample in samples}),
         arms=list(dict.fromkeys(a.key for table in tables for a in table.spec.arms if a.method != REFERENCE_METHOD)),
@@ -85,30 +91,6 @@ def _table(model: str, runs: Sequence[Path], mix_environments: bool) -> Table:
     arms = tuple(ExpectedArm(s.arm, s.method, s.budget, "," not in s.arm) for s in summaries)
     columns = tuple(ExpectedColumn(run.name, run, f"the run that made {run.name}") for run in runs)
     return build_table(TableSpec("report", model, model, arms, columns, mix_environments))
-
-
-def _table_view(table: Table) -> dict[str, Any]:
-    columns = table.all_columns
-    return {
-        "model": table.spec.model,
-        "score_header": ["arm", *(f"{heading(table, c)}{' · ' + c.metric if c.metric else ''}" for c in columns)],
-        "score_rows": [
-            {"arm": arm.key, "cells": [_cell_view(column, arm.key) for column in columns]} for arm in table.spec.arms
-        ],
-        "detail_header": DETAIL_HEADER,
-        "detail_rows": detail_rows(table),
-        "doubts": table.doubts,
-    }
-
-
-def _cell_view(column: Column, arm: str) -> dict[str, Any]:
-    cell = column.cells.get(arm, Cell())
-    return {
-        "score": MISSING if cell.score is None else f"{cell.score:.2f}",
-        "interval": interval_text(cell),
-        "best": cell.best,
-        "note": f"{cell.n_failed} failed" if cell.n_failed else "",
-    }
 
 
 def _figures(table: Table) -> Iterable[dict[str, str]]:

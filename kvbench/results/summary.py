@@ -28,58 +28,23 @@ COLUMNS = ("arm", "budget", "measured", "cache MiB", "n", "score", "gold NLL", "
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """What the records of one arm say, over a set of samples.
-
-    Attributes:
-        arm: arm key.
-        method: policy name.
-        budget: requested fraction of the full cache.
-        n: samples that succeeded.
-        n_failed: samples that failed.
-        score: the metric's aggregate on the 0..100 scale; None if nothing succeeded. Over several data sets: the
-            unweighted mean of their scores.
-        gold_nll: mean over samples of the gold answer's mean NLL per token, nats.
-        kl: mean over samples of the mean KL to the full cache per gold token, nats.
-        budget_measured: kept slots over slots of the full cache, summed over the samples.
-        cache_bytes: mean bytes allocated for the kept slots.
-        seconds: total of the arm's share of wall time.
-    """
+    """What the records of one arm say, over a set of samples."""
 
     arm: str
     method: str
-    budget: float
-    n: int
+    budget: float  # requested, a fraction of the full cache
+    n: int  # samples that succeeded
     n_failed: int
-    score: float | None
-    gold_nll: float | None
-    kl: float | None
-    budget_measured: float | None
-    cache_bytes: float | None
-    seconds: float
+    score: float | None  # the metric's aggregate, 0..100; over several data sets the unweighted mean of their scores
+    gold_nll: float | None  # mean over samples of the gold answer's mean NLL per token, nats
+    kl: float | None  # mean over samples of the mean KL to the full cache per gold token, nats
+    budget_measured: float | None  # kept slots over slots of the full cache, summed over the samples
+    cache_bytes: float | None  # mean bytes allocated for the kept slots
+    seconds: float  # total of the arm's share of wall time
 
     def to_dict(self) -> dict[str, Any]:
         """The line as plain JSON types, as in the last line of standard output."""
         return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """One arm against the full cache on the samples both answered.
-
-    Attributes:
-        n: samples compared.
-        identical_share: share of samples whose answers are token for token the same.
-        first_divergence_tokens: median number of shared tokens before the first difference, over the samples that
-            differ; None if none does.
-        equal_share: mean share of equal tokens, position by position.
-        rouge_l: mean ROUGE-L to the full cache's text.
-    """
-
-    n: int
-    identical_share: float
-    first_divergence_tokens: float | None
-    equal_share: float
-    rouge_l: float
 
 
 def grouped(rows: Iterable[RecordDict], *fields: str) -> dict[Any, list[RecordDict]]:
@@ -125,26 +90,28 @@ def aggregate_score(rows: Iterable[RecordDict]) -> float | None:
     return _mean(get_metric(metric).aggregate([row["parts"] for row in own]) for (_, metric), own in scored.items())
 
 
-def agreements(records: Sequence[RecordDict]) -> dict[str, Agreement]:
-    """Each arm's agreement with the full cache's answers, for the arms that answered any sample the full cache did."""
+def agreements(records: Sequence[RecordDict]) -> dict[str, dict[str, float | None]]:
+    """How closely each arm follows the full cache's answers, for the arms that answered any sample the full cache did.
+
+    Returns:
+        By arm: `identical_share` of the samples whose answers are token for token the same; `first_divergence_tokens`,
+        the median number of shared tokens before the first difference over the samples that differ, None if none does;
+        `equal_share`, the mean share of equal tokens, position by position; `rouge_l`, the mean ROUGE-L of the texts.
+    """
     good = [row for row in records if row["status"] == "ok"]
     full = {(row["dataset"], row["sample"]): row for row in good if row["method"] == REFERENCE_METHOD}
-    return {
-        arm: _agreement([(row, full[row["dataset"], row["sample"]]) for row in rows])
-        for arm, rows in grouped((row for row in good if (row["dataset"], row["sample"]) in full), "arm").items()
-    }
-
-
-def _agreement(pairs: Sequence[tuple[RecordDict, RecordDict]]) -> Agreement:
-    first = [first_divergence(arm["token_ids"], full["token_ids"]) for arm, full in pairs]
-    differing = [position for position in first if position is not None]
-    return Agreement(
-        n=len(pairs),
-        identical_share=1 - len(differing) / len(pairs),
-        first_divergence_tokens=float(median(differing)) if differing else None,
-        equal_share=mean(equal_share(arm["token_ids"], full["token_ids"]) for arm, full in pairs),
-        rouge_l=mean(rouge_l_to_full(arm["prediction"], full["prediction"]) for arm, full in pairs),
-    )
+    found: dict[str, dict[str, float | None]] = {}
+    for arm, rows in grouped((row for row in good if (row["dataset"], row["sample"]) in full), "arm").items():
+        pairs = [(row, full[row["dataset"], row["sample"]]) for row in rows]
+        tokens = [(row["token_ids"], other["token_ids"]) for row, other in pairs]
+        differing = [place for place in (first_divergence(*pair) for pair in tokens) if place is not None]
+        found[arm] = {
+            "identical_share": 1 - len(differing) / len(pairs),
+            "equal_share": mean(equal_share(*pair) for pair in tokens),
+            "first_divergence_tokens": float(median(differing)) if differing else None,
+            "rouge_l": mean(rouge_l_to_full(row["prediction"], other["prediction"]) for row, other in pairs),
+        }
+    return found
 
 
 def print_tables(records: Iterable[RecordDict], title: str, console: Console) -> None:

@@ -27,6 +27,9 @@ DETAIL_HEADER = (
     "arm", "kept", "cache MiB", "KL to full", "gold NLL", "same answer", "equal tokens", "first difference",
     "ROUGE-L to full", "s a sample",
 )  # fmt: skip
+CLOSENESS = (
+    ("identical_share", ".0%"), ("equal_share", ".1%"), ("first_divergence_tokens", ".1f"), ("rouge_l", ".3f"),
+)  # fmt: skip
 DETAIL_NOTE = (
     "Means over all samples. Kept: slots over slots of the full cache. KL and NLL: nats a gold token. The last columns "
     "compare each arm's own answer with the full cache's; first difference: median over the answers that differ, in "
@@ -75,14 +78,12 @@ def detail_rows(table: Table) -> list[list[str]]:
     """Budgets, bytes, closeness to the full cache and time of every arm, as text, after `DETAIL_HEADER`."""
     rows = []
     for arm in table.spec.arms:
-        s, a = table.summaries.get(arm.key), table.agreements.get(arm.key)
+        s, closeness = table.summaries.get(arm.key), table.agreements.get(arm.key, {})
         if s is not None and s.n:
             mib = None if s.cache_bytes is None else s.cache_bytes / 2**20
-            fields = [("identical_share", ".0%"), ("equal_share", ".1%"), ("first_divergence_tokens", ".1f"),
-                      ("rouge_l", ".3f")]  # fmt: skip
             rows.append([
                 arm.key, number(s.budget_measured, ".2%"), number(mib, ".2f"), number(s.kl, ".4f"),
-                number(s.gold_nll, ".3f"), *(number(getattr(a, name, None), spec) for name, spec in fields),
+                number(s.gold_nll, ".3f"), *(number(closeness.get(name), spec) for name, spec in CLOSENESS),
                 number(s.seconds / s.n, ".2f"),
             ])  # fmt: skip
     return rows

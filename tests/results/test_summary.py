@@ -53,18 +53,17 @@ def answered(arm, answers):
 def test_agreement_by_hand():
     full = answered("full", [([1, 2, 3, 4], "a b c d"), ([5, 6], "e f"), ([7], "g")])
     arm = answered("h2o@0.5", [([1, 2, 9, 4], "a b x d"), ([5, 6], "e f"), ([8], "h")])
-    found = agreements(full + arm)["h2o@0.5"]
-    assert (found.n, found.identical_share, found.first_divergence_tokens) == (3, pytest.approx(1 / 3), 1.0)
-    assert found.equal_share == pytest.approx((3 / 4 + 1 + 0) / 3)
-    assert found.rouge_l == pytest.approx((0.75 + 1 + 0) / 3)
+    assert agreements(full + arm)["h2o@0.5"] == pytest.approx({
+        "identical_share": 1 / 3, "first_divergence_tokens": 1.0, "equal_share": (3 / 4 + 1 + 0) / 3,
+        "rouge_l": (0.75 + 1 + 0) / 3,
+    })  # fmt: skip
 
 
 def test_the_full_cache_agrees_with_itself_and_missing_samples_do_not_count():
     full, arm = answered("full", [([1], "a")]), answered("h2o@0.5", [([1], "a"), ([2], "b")])
     bad = make_record("full", "s1", 0.0, status="failed").to_dict()
-    found = agreements([*full, *arm, bad])
-    assert (found["full"].identical_share, found["full"].first_divergence_tokens, found["full"].rouge_l) == (1, None, 1)
-    assert found["h2o@0.5"].n == 1
+    same = {"identical_share": 1, "equal_share": 1, "first_divergence_tokens": None, "rouge_l": 1}
+    assert agreements([*full, *arm, bad]) == {"full": same, "h2o@0.5": same}
     assert agreements(arm) == {}
 
 
