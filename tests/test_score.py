@@ -25,26 +25,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def last_line(capsys):
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def test_last_line_is_the_official_result(folder, capsys):
+def test_the_table_the_averages_and_the_official_result(folder, capsys):
     assert main([str(folder)]) == 0
-    result = last_line(capsys)
+    output = capsys.readouterr().out
+    for part in (
+        "code_sim ",
+        "3 (official 200)",
+        "English single-document QA",
+        "INCOMPLETE, missing",
+        "KVMerger paper's",
+    ):
+        assert part in output
+    result = json.loads(output.splitlines()[-1])
     assert result == {"lcc": 25.0, "qasper": 66.67, "trec": 75.0}
     assert list(result) == sorted(result)
     assert not (folder / "result.json").exists()
-
-
-def test_table_says_metric_rows_and_averages(folder, capsys):
-    main([str(folder)])
-    table = capsys.readouterr().out
-    assert "code_sim " in table
-    assert "3 (official 200)" in table
-    assert "English single-document QA" in table
-    assert "INCOMPLETE, missing" in table
-    assert "KVMerger paper's nine" in table
+    assert main([str(folder), "--write"]) == 0
+    written = (folder / "result.json").read_text(encoding="utf-8")
+    assert json.loads(written) == result
+    assert written.startswith('{\n    "lcc": 25.0,\n')
 
 
 def test_code_metric_by_name(folder, capsys):
@@ -54,35 +53,20 @@ def test_code_metric_by_name(folder, capsys):
     assert "code_sim_levenshtein" in output
 
 
-def test_write_only_when_asked(folder, capsys):
-    assert main([str(folder), "--write"]) == 0
-    written = (folder / "result.json").read_text(encoding="utf-8")
-    assert json.loads(written) == last_line(capsys)
-    assert written.startswith('{\n    "lcc": 25.0,\n')
-
-
 def test_length_buckets(folder, capsys):
     assert main([str(folder), "--e"]) == 0
     output = capsys.readouterr().out
     result = json.loads(output.splitlines()[-1])
     assert result["qasper"] == {"0-4k": 100.0, "4-8k": 0.0, "8k+": 100.0}
-    assert result["trec"]["0-4k"] == 100.0
-    assert result["trec"]["4-8k"] == 50.0
-    assert result["trec"]["8k+"] is None
-    assert '"8k+": null' in output
+    assert result["trec"] == {"0-4k": 100.0, "4-8k": 50.0, "8k+": None}
     assert "1 / 1 / 1" in output
 
 
-def test_classes_come_from_the_last_row(tmp_path, capsys):
+def test_classes_come_from_the_last_row_and_the_suffix_of_longbench_e_is_known(tmp_path, capsys):
     write(tmp_path, "trec", [row("Boat Car", "Boat", 1, ["Boat", "Car"]), row("Boat", "Boat", 1, ["Boat"])])
-    main([str(tmp_path)])
-    assert last_line(capsys)["trec"] == 100.0
-
-
-def test_suffix_of_longbench_e_is_known(tmp_path, capsys):
     write(tmp_path, "triviaqa_e", [row("boat\nship", "boat")])
     assert main([str(tmp_path)]) == 0
-    assert last_line(capsys) == {"triviaqa_e": 100.0}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"trec": 100.0, "triviaqa_e": 100.0}
 
 
 GOOD = json.dumps(row("a", "b"))
@@ -92,9 +76,7 @@ GOOD = json.dumps(row("a", "b"))
     ("name", "text", "arguments", "message"),
     [
         ("qasper.jsonl", f"{GOOD}\nnot json\n", [], "qasper.jsonl:2: malformed JSON (Expecting value"),
-        ("qasper.jsonl", f"{GOOD}\n\n", [], "qasper.jsonl:2: the line is empty"),
-        ("qasper.jsonl", '{"pred": ' + "[" * 100_000 + "\n", [], "qasper.jsonl:1: JSON is nested too deeply"),
-        ("qasper.jsonl", "[1]\n", [], "qasper.jsonl:1: a row must be a JSON object"),
+        ("qasper.jsonl", GOOD + "\n\udcff\n", [], "qasper.jsonl:2: byte 1 is not UTF-8"),
         ("qasper.jsonl", '{"answers": ["a"], "all_classes": null}\n', [], "line 1 has no 'pred'"),
         ("qasper.jsonl", '{"pred": "a", "answers": ["a"]}\n', [], "line 1 has no 'all_classes'"),
         ("qasper.jsonl", '{"pred": null, "answers": ["a"], "all_classes": null}\n', [], "'pred' of type NoneType"),
@@ -115,19 +97,13 @@ GOOD = json.dumps(row("a", "b"))
     ],
 )
 def test_bad_data_is_one_line_and_exit_code_2(tmp_path, capsys, name, text, arguments, message):
-    (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     assert main([str(tmp_path), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("kvbench: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
-
-
-def test_not_utf8(tmp_path, capsys):
-    (tmp_path / "qasper.jsonl").write_bytes(GOOD.encode() + b"\n\xff\n")
-    assert main([str(tmp_path)]) == 2
-    assert "not UTF-8" in capsys.readouterr().err
 
 
 def test_missing_folder(tmp_path, capsys):

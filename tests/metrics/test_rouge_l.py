@@ -18,19 +18,9 @@ def package_rouge_l(prediction, reference):
         return 0.0
 
 
-REPORT = (
-    "The council met on Tuesday to discuss the harbour. Costs rose by 12.5 percent, it said. Nobody objected to the "
-    "harbour plan. The council will meet again in May to discuss the costs of the plan."
-)
-SUMMARY = (
-    "The council discussed the harbour plan. Costs rose by 12.5 percent. It will meet again in May to discuss costs."
-)
-
-
 @pytest.mark.parametrize(
     ("prediction", "reference", "expected"),
     [
-        (SUMMARY, REPORT, package_rouge_l(SUMMARY, REPORT)),
         ("one two", "one two", 0.999999995),  # 2 / (2 + 1e-8)
         ("One two", "one two", 0.4999999950000001),  # case counts: 1 of 2 words
         ("two two two", "two", 0.999999995),  # distinct words: repetition is free
@@ -47,19 +37,13 @@ def test_hand_computed(prediction, reference, expected):
     assert rouge_l(prediction, reference) == package_rouge_l(prediction, reference)
 
 
-@settings(max_examples=300, deadline=None)
-@given(*[st.text("ab.  c", max_size=40)] * 2)
-def test_bit_equal_to_the_package(prediction, reference):
-    assert rouge_l(prediction, reference) == package_rouge_l(prediction, reference)
-
-
 WORDS = ["to", "be", "or", "not", ".", "that", "is", "the", "question", "\u3000", "\t\n"]
+TEXTS = st.one_of(st.text("ab.  c", max_size=40), st.lists(st.sampled_from(WORDS), max_size=60).map(" ".join))
 
 
-@settings(max_examples=100, deadline=None)
-@given(*[st.lists(st.sampled_from(WORDS), max_size=60)] * 2)
-def test_bit_equal_on_sentences_of_words(prediction, reference):
-    prediction, reference = " ".join(prediction), " ".join(reference)
+@settings(max_examples=400, deadline=None)
+@given(TEXTS, TEXTS)
+def test_bit_equal_to_the_package(prediction, reference):
     assert rouge_l(prediction, reference) == package_rouge_l(prediction, reference)
 
 

@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from kvbench.metrics import get_metric
-from kvbench.metrics.zeroscrolls import _PERCENTAGE, TASKS, concordance, exp_similarity, geometric_mean
-
-DOC_PREDICTIONS = ["red boat in harbour", "the crew sleeps", "nothing"]
-DOC_ANSWERS = [["red boat in harbour"], ["the crew", "crew sleeps well tonight"], ["everything"]]
+from kvbench.metrics.zeroscrolls import _PERCENTAGE, concordance, exp_similarity
 
 
 @pytest.mark.parametrize(
@@ -61,6 +58,8 @@ def test_digits_without_a_sign_are_read_once():
 
 @given(st.permutations(list(range(12))), st.permutations(list(range(12))))
 def test_concordance_counts_pairs(predicted, gold):
+    # lifelines.utils.concordance_index gives 0.8 for this order: 8 of 10 pairs.
+    assert concordance("5, 3, 1, 2, 4", "5, 1, 3, 4, 2") == 0.8
     pairs = list(itertools.combinations([predicted.index(number) for number in gold], 2))
     expected = sum(first < second for first, second in pairs) / len(pairs)
     assert concordance(str(predicted), str(gold)) == expected
@@ -92,45 +91,27 @@ def test_rouge_takes_the_best_answer_for_each_type():
 
 
 def test_rouge_is_google_rouge_without_stemming():
-    metric = get_metric("zs_rouge")
     answer, prediction = "The crews discussed harbours.", "the crew discusses harbours, naïve 東京"
-    score = metric.score(prediction, [answer], (), "qmsum")
+    score = get_metric("zs_rouge").score(prediction, [answer], (), "qmsum")
     stemmed = RougeScorer(["rouge1"], use_stemmer=True).score(answer, prediction)["rouge1"].fmeasure
-    assert score["rouge1"] == RougeScorer(["rouge1"]).score(answer, prediction)["rouge1"].fmeasure
-    assert score["rouge1"] < stemmed
+    assert score["rouge1"] == RougeScorer(["rouge1"]).score(answer, prediction)["rouge1"].fmeasure < stemmed
 
 
 def test_rouge_averages_before_the_geometric_mean():
     metric = get_metric("zs_rouge")
-    scores = [
-        metric.score(prediction, answers, (), "qmsum")
-        for prediction, answers in zip(DOC_PREDICTIONS, DOC_ANSWERS, strict=True)
-    ]
+    pairs = {  # the documentation's example
+        "red boat in harbour": ["red boat in harbour"],
+        "the crew sleeps": ["the crew", "crew sleeps well tonight"],
+        "nothing": ["everything"],
+    }
+    scores = [metric.score(prediction, answers, (), "qmsum") for prediction, answers in pairs.items()]
     means = [sum(score[kind] for score in scores) / 3 for kind in ("rouge1", "rouge2", "rougeL")]
     assert metric.aggregate(scores) == round(100 * math.prod(means) ** (1 / 3), 4)
     assert metric.aggregate(scores) > 100 * sum(score["score"] for score in scores) / 3
-
-
-def test_rouge_of_a_pair_without_bigrams_is_zero():
-    metric = get_metric("zs_rouge")
-    assert metric.aggregate([metric.score("boat", ["boat"], (), "qmsum")]) == 0.0
+    assert metric.aggregate([metric.score("boat", ["boat"], (), "qmsum")]) == 0.0  # a pair without bigrams
 
 
 def test_huge_numbers_stay_finite():
     assert exp_similarity("9" * 400 + "%", "8" * 400 + "%") == 1.0  # both overflow to the same value
     assert exp_similarity("9" * 400 + "%", "50%") == 0.0
     assert concordance("1" * 5000, "1" * 5000) == 0.0
-
-
-def test_concordance_counts_pairs_like_lifelines():
-    # lifelines.utils.concordance_index gives 0.8 for this order: 8 of 10 pairs.
-    assert concordance("5, 3, 1, 2, 4", "5, 1, 3, 4, 2") == 0.8
-
-
-def test_geometric_mean():
-    assert geometric_mean([1.0, 8.0, 27.0]) == pytest.approx(6.0)
-
-
-def test_ten_tasks():
-    assert len(TASKS) == 10
-    assert all(get_metric(task.metric) for task in TASKS.values())

@@ -6,6 +6,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import datasets
 import pytest
 
 from kvbench.errors import DataError
@@ -190,8 +191,6 @@ def test_a_row_of_a_gigabyte_is_refused_by_reading_a_part_of_it(tmp_path: Path) 
 
 
 def test_parquet_rows_are_those_that_were_written(tmp_path: Path) -> None:
-    import datasets
-
     written = [{"a": "2020-01-01", "b": None, "c": 7}, {"a": "x\u2028y", "b": ["z", ""], "c": 2**40}]
     datasets.Dataset.from_list(written).to_parquet(tmp_path / "x.parquet")
     assert list(read_rows(tmp_path / "x.parquet")) == list(enumerate(written, start=1))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from longbench_rows import row, stand_in_official, write_rows
 
@@ -86,27 +87,17 @@ def test_a_row_becomes_a_sample(qasper: LongBench, tmp_path: Path) -> None:
         "Read this.\n\nClaim 1 is that braces {like} {0} are {input} safe."
         "\n\n Now answer. \n\nQuestion: What is claim 1?\n\nAnswer:"
     )
-    assert first.question_start is not None
     assert first.prompt[first.question_start :] == "\n\n Now answer. \n\nQuestion: What is claim 1?\n\nAnswer:"
-    assert second.question_start is None
-    assert third.answers == ("only",)
+    assert (second.question_start, third.answers) == (None, ("only",))
     assert (first.metric, first.max_new_tokens, first.chat, first.min_new_tokens) == ("qa_f1", 128, True, 0)
     assert first.meta["category"] == "single-document QA"
 
 
-def test_limit_takes_the_first_rows(qasper: LongBench, tmp_path: Path) -> None:
-    write_rows(tmp_path / "data" / "qasper.jsonl", *(row(number) for number in range(5)))
-    limited = task("qasper", root=qasper.root, official=qasper.official, limit=2)
-    assert [sample.id for sample in limited.samples()] == ["id-0", "id-1"]
-
-
 def test_rows_may_come_as_parquet(qasper: LongBench, tmp_path: Path) -> None:
-    import datasets
-
     rows = [row(1), row(2, input=""), row(3, answers=["only"])]
-    write_rows(tmp_path / "qasper.jsonl", *rows)
+    path = write_rows(tmp_path / "qasper.jsonl", *rows)
     expected = qasper.samples()
-    (tmp_path / "qasper.jsonl").unlink()
+    path.unlink()
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data" / "qasper.parquet")
     assert qasper.samples() == expected
 
@@ -114,23 +105,13 @@ def test_rows_may_come_as_parquet(qasper: LongBench, tmp_path: Path) -> None:
 def test_longbench_e_rows_use_the_prompts_of_the_plain_id(qasper: LongBench, tmp_path: Path) -> None:
     write_rows(tmp_path / "qasper_e.jsonl", row(1), row(2, dataset="qasper_e"))
     samples = task("qasper_e", root=qasper.root, official=qasper.official).samples()
-    assert [sample.dataset for sample in samples] == ["qasper_e", "qasper_e"]
-    assert samples[0].max_new_tokens == 128
-
-
-@pytest.mark.parametrize(
-    "field", ["input", "context", "answers", "length", "dataset", "language", "all_classes", "_id"]
-)
-def test_a_missing_field_is_named(qasper: LongBench, tmp_path: Path, field: str) -> None:
-    path = write_rows(tmp_path / "qasper.jsonl", row(1), row(2, **{field: ...}))
-    with pytest.raises(DataError, match=f"field '{field}' is missing") as error:
-        qasper.samples()
-    assert str(error.value).startswith(f"{path}:2: ")
+    assert [(sample.dataset, sample.max_new_tokens) for sample in samples] == [("qasper_e", 128)] * 2
 
 
 @pytest.mark.parametrize(
     ("bad", "problem"),
     [
+        *((row(2, **{field: ...}), f"field '{field}' is missing") for field in row()),
         (row(2, input=None), "'input' must be a string"),
         (row(2, context=["a"]), "'context' must be a string"),
         (row(2, answers="a"), "'answers' must be a list of strings"),
@@ -141,8 +122,6 @@ def test_a_missing_field_is_named(qasper: LongBench, tmp_path: Path, field: str)
         (row(1), "_id 'id-1' was seen in line 1"),
         (json.dumps(row(2)).replace("What", "\\ud800"), "lone surrogate"),
         ('{"input": "cut', "malformed JSON"),
-        ("", "the line is empty"),
-        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_bad_row_is_named(qasper: LongBench, tmp_path: Path, bad: Any, problem: str) -> None:
@@ -175,19 +154,15 @@ def test_no_data_says_where_it_looked(qasper: LongBench, tmp_path: Path) -> None
         elsewhere.samples()
 
 
-def test_the_environment_names_the_folder(qasper: LongBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(tmp_path / "data" / "qasper.jsonl", row(1))
-    (tmp_path / "official").rename(tmp_path / "config")  # found beside the rows
-    monkeypatch.setenv("KVBENCH_DATA", str(tmp_path))
-    assert [sample.id for sample in task("qasper").samples()] == ["id-1"]
-
-
-def test_without_any_folder_the_fetched_data_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KVBENCH_DATA", raising=False)
+def test_other_places_of_the_data(qasper: LongBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     with pytest.raises(DataError, match=r"longbench is not in the cache and cannot be fetched: .*HF_HUB_OFFLINE is"):
         task("qasper").samples()
+    write_rows(tmp_path / "data" / "qasper.jsonl", row(1))
+    (tmp_path / "official").rename(tmp_path / "config")  # found beside the rows
+    monkeypatch.setenv("KVBENCH_DATA", str(tmp_path))
+    assert [sample.id for sample in task("qasper").samples()] == ["id-1"]
 
 
 def test_rules_that_the_scorer_fixes_cannot_be_configured_away(qasper: LongBench) -> None:

