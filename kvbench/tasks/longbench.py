@@ -122,26 +122,15 @@ class LongBench(Task):
             raise DataError(f"{row.where}: this is a row of {row_dataset!r}, expected {self.dataset!r}")
         prompt, question_start = render(template, context, question)
         return Sample(
-            id=row.text("_id"),
-            dataset=self.dataset,
-            prompt=prompt,
-            answers=answers,
-            metric=self.metric,
-            max_new_tokens=max_new_tokens,
-            chat=self.chat,
-            question_start=question_start,
-            all_classes=classes,
-            stop_newline=self.stop_newline,
-            min_new_tokens=1 if self.stop_newline else 0,
-            truncation="middle",
+            id=row.text("_id"), dataset=self.dataset, prompt=prompt, answers=answers, metric=self.metric,
+            max_new_tokens=max_new_tokens, chat=self.chat, question_start=question_start, all_classes=classes,
+            stop_newline=self.stop_newline, min_new_tokens=1 if self.stop_newline else 0, truncation="middle",
             length=row.count("length"),
             meta={
-                "category": self.category,
-                "language": self.language,
-                "row_language": row.text("language"),
+                "category": self.category, "language": self.language, "row_language": row.text("language"),
                 "first_line_only": self.first_line_only,
             },
-        )
+        )  # fmt: skip
 
     def _named_folder(self) -> Path | None:
         named = self.root or os.environ.get("KVBENCH_DATA")

@@ -60,29 +60,15 @@ def _question(row: dict[str, Any], worked: list[dict[str, Any]]) -> Sample:
     examples = "".join(WORKED.format(question=other["input"], answer=other["answers"][0]) for other in worked)
     context = f"{row['context']}\n\n{examples}"
     return Sample(
-        id=row["_id"],
-        dataset=row["dataset"],
-        prompt=context + QUESTION.format(question=row["input"]),
-        answers=tuple(row["answers"]),
-        metric="qa_f1",
-        max_new_tokens=20,
-        chat=False,
-        answer_prefix=ANSWER_PREFIX,
-        question_start=len(context),
-        stop_newline=True,
-        length=row["length"],
-    )
+        id=row["_id"], dataset=row["dataset"], prompt=context + QUESTION.format(question=row["input"]),
+        answers=tuple(row["answers"]), metric="qa_f1", max_new_tokens=20, chat=False, answer_prefix=ANSWER_PREFIX,
+        question_start=len(context), stop_newline=True, length=row["length"],
+    )  # fmt: skip
 
 
 def _summary(row: dict[str, Any]) -> Sample:
     context = f"Read this text.\n\n{row['context']}\n\n"
     return Sample(
-        id=row["_id"],
-        dataset=row["dataset"],
-        prompt=context + SUMMARY_REQUEST,
-        answers=tuple(row["answers"]),
-        metric="rouge_l",
-        max_new_tokens=96,
-        question_start=len(context),
-        length=row["length"],
-    )
+        id=row["_id"], dataset=row["dataset"], prompt=context + SUMMARY_REQUEST, answers=tuple(row["answers"]),
+        metric="rouge_l", max_new_tokens=96, question_start=len(context), length=row["length"],
+    )  # fmt: skip

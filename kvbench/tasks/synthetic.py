@@ -191,16 +191,9 @@ class NeedleGrid(Task):
         self, sample_id: str, context: str, question: str, prefix: str, number: str, meta: dict[str, Any]
     ) -> Sample:
         return Sample(
-            id=sample_id,
-            dataset=self.name,
-            prompt=context + question,
-            answers=(number,),
-            metric="needle",
-            max_new_tokens=self.digits + 4,
-            answer_prefix=prefix,
-            question_start=len(context),
-            meta=meta,
-        )
+            id=sample_id, dataset=self.name, prompt=context + question, answers=(number,), metric="needle",
+            max_new_tokens=self.digits + 4, answer_prefix=prefix, question_start=len(context), meta=meta,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,18 +287,11 @@ class FewShot(Task):
         characters = target_characters - len(question_word + FEWSHOT_PREFIX)
         context = _repeat_shuffled(lines, characters, generator)
         return Sample(
-            id=sample_id,
-            dataset=self.name,
-            prompt=context + question_word,
-            answers=(label_of[question_category],),
-            metric="first_word",
-            max_new_tokens=8,
-            chat=False,
-            answer_prefix=FEWSHOT_PREFIX,
-            question_start=len(context),
-            stop_newline=True,
+            id=sample_id, dataset=self.name, prompt=context + question_word, answers=(label_of[question_category],),
+            metric="first_word", max_new_tokens=8, chat=False, answer_prefix=FEWSHOT_PREFIX,
+            question_start=len(context), stop_newline=True,
             meta={"length_tokens": length_tokens, "labels": list(label_of.values())},
-        )
+        )  # fmt: skip
 
     def _draw_labels(self, generator: Random) -> dict[str, str]:
         """Categories of one sample and their labels, in quotation marks."""

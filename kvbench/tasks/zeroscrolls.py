@@ -114,24 +114,13 @@ class ZeroScrolls(Task):
                 "of the input, the query after the document"
             )
         return Sample(
-            id=row.text("id"),
-            dataset=self.dataset,
-            prompt=prompt,
-            answers=answers,
-            metric=self.metric,
-            max_new_tokens=self.max_new_tokens,
-            chat=self.chat,
-            question_start=indices[2],
-            truncation="document_end",
+            id=row.text("id"), dataset=self.dataset, prompt=prompt, answers=answers, metric=self.metric,
+            max_new_tokens=self.max_new_tokens, chat=self.chat, question_start=indices[2], truncation="document_end",
             meta={
-                "task": self.task,
-                "split": self.split,
-                "query_start": indices[2],
-                "query_end": indices[3],
-                "document_end": indices[1],
-                "truncation_separator": row.text("truncation_seperator"),
+                "task": self.task, "split": self.split, "query_start": indices[2], "query_end": indices[3],
+                "document_end": indices[1], "truncation_separator": row.text("truncation_seperator"),
             },
-        )
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _open(self, split: str) -> Iterator[tuple[IO[bytes], str]]:
