@@ -29,32 +29,10 @@ def rotation_matrix(positions: range, frequencies: Tensor, d: int) -> Tensor:
 
 
 def reference_scores(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    frequencies: Tensor,
-    scaling: float,
-    *,
-    n_future: int = 512,
-    n_sink: int = 4,
-    use_covariance: bool = True,
-    use_vnorm: bool = True,
-    epsilon: float = 0.0,
-) -> Tensor:
-    """Scores `(H_k, T - n_sink)` of all tokens but the sinks, fp64.
-
-    Args:
-        queries: `(H, T, D)` after RoPE.
-        keys: `(H_k, T, D)` after RoPE.
-        values: `(H_k, T, D)`.
-        frequencies: `(R / 2,)`.
-        scaling: factor on the logits.
-        n_future: positions after the prompt.
-        n_sink: first tokens left out.
-        use_covariance: whether Sigma counts.
-        use_vnorm: whether the norms of the values count.
-        epsilon: added to the attention.
-    """
+    queries: Tensor, keys: Tensor, values: Tensor, frequencies: Tensor, scaling: float, *, n_future: int = 512,
+    n_sink: int = 4, use_covariance: bool = True, use_vnorm: bool = True, epsilon: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Scores `(H_k, T - n_sink)` of all tokens but the sinks, fp64; queries `(H, T, D)` and keys are after RoPE."""
     queries, keys, values, frequencies = (x.double() for x in (queries, keys, values, frequencies))
     n_query_heads, n_tokens, d = queries.shape
     group = n_query_heads // keys.shape[0]

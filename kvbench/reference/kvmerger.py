@@ -96,21 +96,10 @@ def merge_set(
 
 
 def reference_kvmerger(
-    keys: Tensor,
-    values: Tensor,
-    a: Tensor,
-    n_recent: int,
-    n_top: int,
-    *,
-    n_slots: int | None = None,
-    epsilon: float = 0.75,
-    linkage: str = "chain",
-    scope: str = "head",
-    pivot_scores: Tensor | None = None,
-    sigma: float | None = 5.0,
-    value_scale: str = "count",
-    merge: bool = True,
-) -> list[list[ReferenceSlot]]:
+    keys: Tensor, values: Tensor, a: Tensor, n_recent: int, n_top: int, *,
+    n_slots: int | None = None, epsilon: float = 0.75, linkage: str = "chain", scope: str = "head",
+    pivot_scores: Tensor | None = None, sigma: float | None = 5.0, value_scale: str = "count", merge: bool = True,
+) -> list[list[ReferenceSlot]]:  # fmt: skip
     """Merge one layer.
 
     Args:

@@ -9,34 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.reference.snapkv import keep_best, pooled_votes
+from kvbench.reference.scored import keep_best, pooled_votes
 
 
 def reference_positions(
-    column_sums: Tensor,
-    window_attention: Tensor,
-    n_kv_heads: int,
-    n_slots: int,
-    *,
-    recent: int,
-    question_share: float,
-    question_queries: int,
-    kernel: int,
-    text_queries: int,
-) -> list[list[int]]:
-    """Positions each KV head keeps, ascending.
-
-    Args:
-        column_sums: `(H, T)` fp32.
-        window_attention: `(H, L, T)`, softmax rows of the last queries.
-        n_kv_heads: H_k.
-        n_slots: slots per KV head.
-        recent: last tokens kept.
-        question_share: share of the other slots filled by the question's votes.
-        question_queries: last queries that vote for the question.
-        kernel: width of the votes' pooling.
-        text_queries: last queries in the text's score.
-    """
+    column_sums: Tensor, window_attention: Tensor, n_kv_heads: int, n_slots: int, *,
+    recent: int, question_share: float, question_queries: int, kernel: int, text_queries: int,
+) -> list[list[int]]:  # fmt: skip
+    """Positions each KV head keeps, ascending, from `(H, T)` sums and `(H, L, T)` softmax rows of the last queries."""
     n_query_heads, n_rows, n_tokens = window_attention.shape
     group, n_older = n_query_heads // n_kv_heads, n_tokens - recent
     question, text = min(question_queries, n_rows), min(text_queries, n_rows)
@@ -61,16 +41,7 @@ def reference_positions(
 def reference_refit(
     window_attention: Tensor, values: Tensor, positions: list[list[int]], queries: int, ridge: float, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Refitted values `(H_k, m, D)` and bias `(H_k, m)`, both fp64.
-
-    Args:
-        window_attention: `(H, L, T)`.
-        values: `(H_k, T, D)`.
-        positions: kept tokens of each KV head.
-        queries: last queries to fit.
-        ridge: lambda over the mean squared row of the design.
-        with_bias: fit a bias first; else it is zero.
-    """
+    """Refitted values `(H_k, m, D)` and bias `(H_k, m)` (zero without), fp64, fitted to the last `queries` rows."""
     n_kv_heads = values.shape[0]
     group = window_attention.shape[0] // n_kv_heads
     new_values, biases = [], []

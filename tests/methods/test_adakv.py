@@ -10,7 +10,7 @@ from kvbench.methods.adakv import AdaKV
 from kvbench.methods.knorm import Knorm
 from kvbench.methods.pyramidkv import PyramidKV
 from kvbench.methods.snapkv import SnapKV
-from kvbench.reference.adakv import head_budgets, reference_adakv
+from kvbench.reference.scored import head_budgets, reference_adakv
 from kvbench.runtime.requests import Arm
 
 BASES = [

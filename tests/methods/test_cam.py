@@ -6,7 +6,7 @@ from policy_inputs import make_layer, new_tokens, relative_rms
 
 from kvbench.methods.cam import CaM
 from kvbench.ops.counter_rng import counter_hash, counter_uniform
-from kvbench.reference.cam import ReferenceCaM
+from kvbench.reference.stepped import ReferenceCaM
 from kvbench.testing import decode_slots
 
 SHAPES = [(4, 4, 61), (6, 2, 97)]
@@ -48,7 +48,7 @@ def test_fifty_steps_match_reference(n_query_heads, n_kv_heads, n_tokens, option
         keys, values, _ = reference.stacked()
         assert relative_rms(slots.keys[:, order], keys) == 0.0
         assert relative_rms(slots.values[:, order], values) < 1e-6
-        scores = torch.tensor([[e.A for e in entries] for entries in reference.heads])
+        scores = reference.scores()
         assert relative_rms(slots.state.scores[:, order], scores) < 1e-5
     assert any(merges) == policy.merge
     assert not all(merges)  # the gate closed at least once

@@ -7,7 +7,7 @@ from policy_inputs import make_layer, relative_rms
 from kvbench.errors import BudgetError
 from kvbench.methods.base import reduce_groups
 from kvbench.methods.d2o import D2O
-from kvbench.reference.d2o import reference_d2o
+from kvbench.reference.merged import reference_d2o
 
 OPTIONS = [{}, {"start_tokens": 0}, {"recent_share": 0.1}, {"group_reduce": "max"}]
 

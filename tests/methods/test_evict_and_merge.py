@@ -8,7 +8,7 @@ from kvbench.methods.keepkv import KeepKV
 from kvbench.ops import merging
 from kvbench.ops.merging import nearest_kept, sum_by_slot
 from kvbench.ops.selection import other_positions
-from kvbench.reference.evict_and_merge import keep_and_evict, most_similar
+from kvbench.reference.merged import keep_and_evict, most_similar
 
 
 @pytest.mark.parametrize("block", [1024, 7, 1])

@@ -6,9 +6,8 @@ from policy_inputs import make_layer, relative_rms
 
 from kvbench.methods.adakv import AdaKV
 from kvbench.methods.expected_attention import ExpectedAttention, turn
-from kvbench.reference.adakv import reference_adakv
 from kvbench.reference.expected_attention import reference_scores, rope
-from kvbench.reference.snapkv import keep_best
+from kvbench.reference.scored import keep_best, reference_adakv
 
 OPTIONS = [
     {},

@@ -5,7 +5,7 @@ import torch
 from policy_inputs import causal_attention, make_layer, relative_rms
 
 from kvbench.methods.keepkv import KeepKV
-from kvbench.reference.keepkv import reference_keepkv, stacked
+from kvbench.reference.merged import reference_keepkv
 
 OPTIONS = [
     {},
@@ -37,7 +37,7 @@ def test_matches_reference(n_query_heads, n_kv_heads, n_tokens, options):
         distance_weight=policy.distance_weight,
         merge_keys=policy.merge_keys,
     )
-    keys, values, positions, bias = stacked(reference)
+    keys, values, positions, bias = reference
     assert torch.equal(compressed.positions, positions)
     assert relative_rms(compressed.keys, keys) < 1e-6
     assert relative_rms(compressed.values, values) < 1e-6

@@ -5,7 +5,7 @@ import torch
 from policy_inputs import make_layer
 
 from kvbench.methods.knorm import Knorm
-from kvbench.reference.knorm import reference_knorm
+from kvbench.reference.scored import reference_knorm
 
 
 @pytest.mark.parametrize("recent_tokens", [0, 7])

@@ -9,8 +9,7 @@ from policy_inputs import make_layer
 
 from kvbench.errors import BudgetError
 from kvbench.methods.pyramidkv import PyramidKV
-from kvbench.reference.pyramidkv import budget_line
-from kvbench.reference.snapkv import reference_snapkv
+from kvbench.reference.scored import budget_line, reference_snapkv
 
 
 @settings(max_examples=300, deadline=None)

@@ -18,16 +18,11 @@ from kvbench.methods.snapkv import SnapKV
 from kvbench.methods.tova import TOVA
 from kvbench.methods.weightedkv import WeightedKV
 from kvbench.ops.segments import cosines_at, unit_keys
-from kvbench.reference.cam import ReferenceCaM
-from kvbench.reference.d2o import reference_d2o
 from kvbench.reference.expected_attention import reference_scores
-from kvbench.reference.h2o import ReferenceH2O
-from kvbench.reference.keepkv import reference_keepkv, stacked
-from kvbench.reference.knorm import reference_knorm
 from kvbench.reference.kvmerger import reference_kvmerger
-from kvbench.reference.snapkv import reference_snapkv
-from kvbench.reference.tova import ReferenceTOVA
-from kvbench.reference.weightedkv import reference_weightedkv
+from kvbench.reference.merged import reference_d2o, reference_keepkv, reference_weightedkv
+from kvbench.reference.scored import reference_knorm, reference_snapkv
+from kvbench.reference.stepped import ReferenceCaM, ReferenceH2O, ReferenceTOVA
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.observe import Observer
 
@@ -152,7 +147,7 @@ def test_merges_into_kept_tokens(layers, index):
     assert weightedkv.positions.tolist() == positions
     assert relative_rms(weightedkv.values, values) < 1e-5
     keepkv = KeepKV().compress(states, m)
-    keys, values, kept, bias = stacked(reference_keepkv(states.keys, states.values, KeepKV().window(states), m))
+    keys, values, kept, bias = reference_keepkv(states.keys, states.values, KeepKV().window(states), m)
     assert torch.equal(keepkv.positions, kept)
     assert relative_rms(keepkv.keys, keys) < 1e-5
     assert relative_rms(keepkv.values, values) < 1e-5

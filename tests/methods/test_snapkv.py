@@ -8,7 +8,7 @@ from policy_inputs import make_layer, relative_rms
 
 from kvbench.errors import BudgetError
 from kvbench.methods.snapkv import SnapKV
-from kvbench.reference.snapkv import pooled_votes, reference_snapkv
+from kvbench.reference.scored import pooled_votes, reference_snapkv
 
 SHAPES = [(4, 4, 61), (6, 2, 97), (4, 1, 130)]
 OPTIONS = [

@@ -5,7 +5,7 @@ import torch
 from policy_inputs import make_layer, new_tokens
 
 from kvbench.methods.streaming_llm import StreamingLLM
-from kvbench.reference.streaming_llm import ReferenceStreamingLLM
+from kvbench.reference.stepped import ReferenceStreamingLLM
 from kvbench.testing import decode_slots
 
 

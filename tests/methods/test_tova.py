@@ -5,7 +5,7 @@ import torch
 from policy_inputs import make_layer, new_tokens
 
 from kvbench.methods.tova import TOVA
-from kvbench.reference.tova import ReferenceTOVA
+from kvbench.reference.stepped import ReferenceTOVA
 from kvbench.testing import decode_slots
 
 

@@ -6,7 +6,7 @@ from policy_inputs import make_layer, relative_rms
 
 from kvbench.methods.base import reduce_groups
 from kvbench.methods.weightedkv import WeightedKV
-from kvbench.reference.weightedkv import reference_weightedkv
+from kvbench.reference.merged import reference_weightedkv
 
 OPTIONS = [{}, {"start_tokens": 0}, {"recent_share": 0.1}, {"group_reduce": "max"}]
 
