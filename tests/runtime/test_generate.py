@@ -4,7 +4,9 @@ With the full cache every answer has to be transformers' own, token for token; w
 batch has to answer as it does alone.
 """
 
+import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +178,29 @@ def test_prompts_given_as_embeddings():
 def test_a_whole_cache_changes_no_token_in_half_precision(dtype):
     model, inputs = build("llama").to(dtype), {"input_ids": prompt(40)}
     assert torch.equal(compressed(model, Full(), inputs, do_sample=False), generate(model, inputs, do_sample=False))
+
+
+# ---- the README's and the how-to's snippets, run as they stand -------------------------------------------------------
+
+DEEP = {"num_hidden_layers": 12}  # KVMerger leaves three layers whole by default
+
+
+def blocks(page):
+    text = (Path(__file__).resolve().parents[2] / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_s_snippet(capsys):
+    (code,) = [block for block in blocks("README.md") if "kvbench.compress" in block]
+    model, inputs = build("llama", **DEEP), {"input_ids": prompt(60)}
+    names = {"model": model, "inputs": inputs}
+    exec(code, names)
+    with kvbench.compress(model, kvbench.KVMerger(budget=0.35)):
+        assert torch.equal(names["output"], model.generate(**inputs, max_new_tokens=64))
+    assert "kvmerger, budget 0.35 requested, 0.3500 measured in 12 of 12 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", blocks("docs/api.md"), ids=lambda code: code.splitlines()[0].lstrip("# "))
+def test_the_how_to_s_snippets(code):
+    names = {"kvbench": kvbench, "model": build("llama", **DEEP), "inputs": {"input_ids": prompt(60)}}
+    exec(code, {**names, "batch": batch(), "tokenizer": byte_tokenizer(512)})
