@@ -33,14 +33,8 @@ from kvbench.runtime.observe import Observer
 class LayerReport:
     """One layer at the end of the prompt, summed over all rows and KV heads.
 
-    Attributes:
-        index: the layer, from 0.
-        compressed: False for a layer left alone because it has a sliding window.
-        slots: slots kept.
-        full_slots: slots the uncompressed cache would hold: one per prompt token, padding not counted; in a layer left
-            alone, those of its window.
-        n_bytes: bytes of the kept slots: keys, values, bias, state of the policy.
-        full_bytes: bytes of keys and values of `full_slots`.
+    `full_slots` are what the uncompressed cache would hold, one per prompt token, padding not counted; in a layer left
+    alone because it has a sliding window, those of the window. `n_bytes` counts bias and state of the policy, too.
     """
 
     index: int
@@ -55,13 +49,8 @@ class LayerReport:
 class CacheReport:
     """Requested and measured budget of the last `generate`, in numbers, so it outlives the cache; `str()` is a table.
 
-    Attributes:
-        method: the policy's name.
-        requested_budget: the policy's budget, in (0, 1].
-        prompt_tokens: length of each row's prompt in tokens, padding not counted.
-        new_tokens: tokens added to each row since.
-        layers: one entry per layer.
-        allocated_bytes: storage in use now, room for new tokens included; 0 after the block.
+    `prompt_tokens` has one length per row, padding not counted; `new_tokens` came to each row since; `allocated_bytes`
+    is storage in use, room for new tokens included: 0 after the block.
     """
 
     method: str
@@ -214,10 +203,7 @@ class CompressedCache(Cache):
         rank = self._ranks.get(layer_index)
         if rank is None:
             if mask is not None and mask.shape[-1] < key.shape[2]:
-                raise ModelError(
-                    f"attention_mask of shape {tuple(mask.shape)} does not fit {key.shape[2]} tokens: give one 0 or 1 "
-                    "per token"
-                )
+                raise ModelError(f"{_named(mask)} does not fit {key.shape[2]} tokens: give one 0 or 1 per token")
             if layer_index not in self._reports:
                 kept = self.layers[layer_index].keys
                 slots, n_bytes = math.prod(kept.shape[:3]), 2 * kept.nbytes
@@ -360,8 +346,7 @@ def _prompt_lengths(query: Tensor, mask: Tensor | None) -> list[int]:
         return [padded_tokens] * batch_size
     if tuple(mask.shape) != (batch_size, padded_tokens):
         raise ModelError(
-            f"attention_mask of shape {tuple(mask.shape)} does not fit {batch_size} prompts of {padded_tokens} tokens: "
-            "give one 0 or 1 per token"
+            f"{_named(mask)} does not fit {batch_size} prompts of {padded_tokens} tokens: give one 0 or 1 per token"
         )
     if hidden := int((~mask[:, -1].bool()).sum()):
         raise ModelError(
@@ -374,6 +359,10 @@ def _prompt_lengths(query: Tensor, mask: Tensor | None) -> list[int]:
         )
     lengths: list[int] = mask.sum(1).tolist()
     return lengths
+
+
+def _named(mask: Tensor) -> str:
+    return f"attention_mask of shape {tuple(mask.shape)}"
 
 
 def _check_padding(mask: Tensor | None, expected: list[int]) -> None:

@@ -202,26 +202,18 @@ def _probe(model: PreTrainedModel, window: int | None) -> ModelFacts:
         _refuse(model, str(error).split(": ")[0], error)
     except Exception as error:
         _refuse(model, failure_reason(error), error)
-    distances = _distances(torch.stack(ours).float(), own)
-    tolerance = TOLERANCE.get(model.dtype, 0.15)
+    # What is added to all logits of a position counts for none; where `own` is not finite neither: the engines report
+    # such samples themselves.
+    got, own = (x - x.mean(-1, keepdim=True) for x in (torch.stack(ours).float(), own))
+    ratios = (got - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=torch.finfo(own.dtype).tiny)
+    distances = torch.where(own.isfinite().all(-1), ratios, 0.0)
     # With 16 bits one token of a mixture of experts may go to another expert: so the median counts.
     distance = float(distances.max() if model.dtype.itemsize > 2 else distances.median())
-    if not distance <= tolerance:  # nor if it is NaN
+    if not distance <= TOLERANCE.get(model.dtype, 0.15):  # nor if it is NaN
         _refuse(model, f"its logits differ from those of plain softmax attention by {distance:.1%} of their norm")
     n_query_heads, n_kv_heads, head_dim = probe.shapes.pop()
     shape = {"n_layers": n_layers, "n_query_heads": n_query_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
     return ModelFacts(shape, window, probe.soft_capped)
-
-
-def _distances(ours: Tensor, own: Tensor) -> Tensor:
-    """Norm of the difference of `(n, V)` logits over the norm of `own`, per position.
-
-    What is added to all logits of one counts for none; where `own` is not finite the answer is 0: the engines report
-    such samples themselves.
-    """
-    ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
-    ratios = (ours - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=torch.finfo(own.dtype).tiny)
-    return torch.where(own.isfinite().all(-1), ratios, 0.0)
 
 
 def _refuse(model: PreTrainedModel, reason: str, cause: Exception | None = None) -> NoReturn:

@@ -39,10 +39,6 @@ class Observer:
         backend: "auto", "torch" or "triton"; policies are told the choice in `LayerStates.kernels`.
         config: the model's text configuration; required with "rotary_frequencies".
         backends: names of the implementations used so far, for the record.
-
-    Raises:
-        ConfigError: if a need is unknown, "window_attention" comes without a window, or "rotary_frequencies" without a
-            configuration.
     """
 
     needs: frozenset[str]
@@ -72,9 +68,6 @@ class Observer:
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
         """Attend over the whole prompt in one layer and report its states; arguments as `AttentionContext.attend`.
-
-        Returns:
-            `(1, T, H, D)`.
 
         Raises:
             ModelError: for a batch, or for a prompt that does not start at token 0.
