@@ -14,15 +14,6 @@ from kvbench.models.random_llama import BOS, EOS, MIN_VOCAB_SIZE, PAD, byte_toke
 TOKENIZER = byte_tokenizer(8192)
 
 
-def test_shapes_are_those_of_the_configuration(tiny_gqa, tiny_mha):
-    for loaded, n_kv_heads in ((tiny_gqa, 2), (tiny_mha, 4)):
-        config = loaded.model.config
-        assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (4, 4, n_kv_heads)
-        assert (config.head_dim, config.hidden_size, config.vocab_size) == (16, 64, 512)
-        assert (loaded.dtype, loaded.max_context_tokens) == (torch.float32, 16384)
-        assert loaded.max_prompt_tokens is None
-
-
 def test_same_seed_same_weights_other_seed_other_weights(tiny_gqa, tiny_model):
     state = torch.random.get_rng_state()
     again, other = tiny_model(), tiny_model(seed=1)
@@ -57,16 +48,8 @@ def test_other_shapes_and_dtype(tiny_model):
     assert loaded.model.lm_head.weight.dtype == torch.bfloat16
     assert loaded.model.config.dtype == torch.bfloat16
     assert torch.isfinite(loaded.model(torch.arange(300)[None]).logits).all()
-
-
-def test_too_small_a_vocabulary_is_refused(tiny_model):
     with pytest.raises(ConfigError, match="vocab_size=258 is below 259"):
         tiny_model(vocab_size=258)
-
-
-def test_every_token_the_model_can_emit_decodes(tiny_gqa):
-    assert isinstance(tiny_gqa.tokenizer.decode(list(range(512))), str)
-    assert tiny_gqa.model.generation_config.eos_token_id == tiny_gqa.tokenizer.eos_token_id
 
 
 @pytest.mark.gpu
@@ -82,10 +65,6 @@ def test_real_shapes_are_made_on_the_device():
 @given(st.text())
 def test_decoding_undoes_encoding(text):
     assert TOKENIZER.decode(TOKENIZER(text, add_special_tokens=False)["input_ids"]) == text
-
-
-@given(st.text())
-def test_skipping_special_tokens_drops_the_bos_alone(text):
     assume(not any(token in text for token in (PAD, BOS, EOS)))
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"], skip_special_tokens=True) == text
 
@@ -96,13 +75,7 @@ def test_one_token_per_byte_after_one_bos():
     assert input_ids[0] == TOKENIZER.bos_token_id == 1
     assert len(input_ids) == 1 + len(text.encode())
     assert len(TOKENIZER) == MIN_VOCAB_SIZE
-
-
-def test_the_template_writes_its_own_bos_once():
-    message = [{"role": "user", "content": "hi"}]
-    text = TOKENIZER.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    assert text == "<|bos|>[user]\nhi\n[assistant]\n"
-    assert TOKENIZER(text, add_special_tokens=False)["input_ids"].count(TOKENIZER.bos_token_id) == 1
+    assert isinstance(TOKENIZER.decode(list(range(512))), str)  # models may emit more than the tokenizer knows
 
 
 def test_saved_tokenizer_is_the_same(tmp_path):

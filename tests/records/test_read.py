@@ -20,51 +20,30 @@ GOOD = Record(sample="s1", dataset="d", arm="full", method="full", budget=1.0).t
 DEEP = "[" * 100_000
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        DEEP,
-        '{"schema": ' + DEEP,
-        "[1]",
-        "null",
-        "9" * 5000,
-        json.dumps({**GOOD, "sample": ["s1"]}),
-        json.dumps({**GOOD, "dataset": {}}),
-        json.dumps({**GOOD, "arm": 1}),
-        json.dumps({**GOOD, "status": None}),
-        json.dumps({name: value for name, value in GOOD.items() if name != "schema"}),
-        json.dumps({name: value for name, value in GOOD.items() if name != "method"}),
-        json.dumps({**GOOD, "gold_nll": float("inf")}),
-        json.dumps(GOOD).replace('"seconds": 0.0', '"seconds": 1e999'),
-        json.dumps({**GOOD, "kl_per_token": [None]}),
-        json.dumps({**GOOD, "parts": {"score": "1"}}),
-        json.dumps({**GOOD, "slots_per_layer": 7}),
-        json.dumps({**GOOD, "full_slots": True}),
-        '{"sample": "\xff"',
-        "\0" * 50,
-    ],
-    ids=[
-        "deep",
-        "deep schema",
-        "list",
-        "null",
-        "long number",
-        "list as sample",
-        "object as dataset",
-        "number as arm",
-        "null as status",
-        "no schema",
-        "no method",
-        "Infinity",
-        "too large a number",
-        "null in a list of numbers",
-        "text as part",
-        "number as list",
-        "true as number",
-        "cut",
-        "zeros",
-    ],
-)
+NO_RECORDS = {
+    "deep": DEEP,
+    "deep schema": '{"schema": ' + DEEP,
+    "list": "[1]",
+    "null": "null",
+    "long number": "9" * 5000,
+    "list as sample": json.dumps({**GOOD, "sample": ["s1"]}),
+    "object as dataset": json.dumps({**GOOD, "dataset": {}}),
+    "number as arm": json.dumps({**GOOD, "arm": 1}),
+    "null as status": json.dumps({**GOOD, "status": None}),
+    "no schema": json.dumps({name: value for name, value in GOOD.items() if name != "schema"}),
+    "no method": json.dumps({name: value for name, value in GOOD.items() if name != "method"}),
+    "Infinity": json.dumps({**GOOD, "gold_nll": float("inf")}),
+    "too large a number": json.dumps(GOOD).replace('"seconds": 0.0', '"seconds": 1e999'),
+    "null in a list of numbers": json.dumps({**GOOD, "kl_per_token": [None]}),
+    "text as part": json.dumps({**GOOD, "parts": {"score": "1"}}),
+    "number as list": json.dumps({**GOOD, "slots_per_layer": 7}),
+    "true as number": json.dumps({**GOOD, "full_slots": True}),
+    "cut": '{"sample": "\xff"',
+    "zeros": "\0" * 50,
+}
+
+
+@pytest.mark.parametrize("line", NO_RECORDS.values(), ids=NO_RECORDS)
 def test_a_line_that_is_no_record_is_passed_over(tmp_path, line):
     path = tmp_path / "full.jsonl"
     path.write_text(f"{line}\n{json.dumps(GOOD)}\n", encoding="latin-1")
