@@ -1,17 +1,8 @@
 """The lm-evaluation-harness (EleutherAI, package `lm_eval`) over a compressed context; see `kvbench.lm_eval`.
 
-A request is a context and what follows it. The context is compressed once, like every prompt here, except its last
-`question_tokens` tokens, which are read with the compressed cache:
-
-* a *continuation* (`loglikelihood`, all multiple-choice tasks) is forced token by token along the compressed cache, as
-  the engine forces a gold answer; its tokens enter the cache uncompressed. Its log-likelihood is the sum over its
-  tokens, and it counts as greedy if the same cache, left alone, generates exactly these tokens;
-* an *answer* (`generate_until`) is generated greedily from the compressed cache, until a stop string, an end-of-turn
-  token or the limit.
-
-With `question_tokens=0` the whole context is compressed, and the first token of every continuation and answer is the
-prefill's, which had the full cache: the papers' protocol, but then an answer of one token (a letter) never sees the
-compressed cache. Hence the default of 1.
+A request is a context and what follows it. The context is compressed once, except its last `question_tokens` tokens,
+which are read with the compressed cache; a *continuation* is then forced along it, as the engine forces a gold answer,
+and an *answer* is generated from it. `docs/lm_eval.md` says what that means and why.
 """
 
 from __future__ import annotations
@@ -88,27 +79,14 @@ class Tally:
 
 @dataclass
 class CompressedAnswers:
-    """A model that reads every context through one method's compressed cache.
-
-    Attributes:
-        loaded: model and tokenizer.
-        policy: the method with its budget and options.
-        engine: what runs the jobs.
-        question_tokens: last tokens of a context that are read with the compressed cache; see the module's docstring.
-        short_context: "refuse" a context that is too short for the method's budget, or keep it "full" and count it.
-        seed: seed of the policies; a request's own seed also depends on its context, not on its place.
-        tally: what was done.
-
-    Raises:
-        ConfigError: if an option is out of range.
-    """
+    """A model that reads every context through one method's compressed cache; options out of range are a ConfigError."""
 
     loaded: LoadedModel
-    policy: Policy
+    policy: Policy  # the method with its budget and options
     engine: Engine = field(default_factory=FusedEngine)
-    question_tokens: int = 1
-    short_context: str = "refuse"
-    seed: int = 0
+    question_tokens: int = 1  # last tokens of a context that are read with the compressed cache; see above
+    short_context: str = "refuse"  # a context too short for the method's budget, or keep it "full" and count it
+    seed: int = 0  # of the policies; a request's own also depends on its context, not on its place
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -120,10 +98,7 @@ class CompressedAnswers:
         self._openings: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def likelihoods(self, requests: Sequence[Continuation]) -> Iterator[tuple[int, float, bool]]:
-        """Log-likelihoods of continuations; results come as they are finished, in any order.
-
-        Yields:
-            The request's index, the sum of the log-probabilities of its tokens (nats), and whether it is greedy.
+        """Index, sum of the tokens' log-probabilities (nats) and greediness of each request, in any order.
 
         Raises:
             BudgetError: if a context is too short for the method's budget, unless `short_context` is "full".
@@ -221,19 +196,8 @@ class CompressedAnswers:
 class CompressedCacheLM(TemplateLM):
     """The harness's view, `--model kvbench`: every context is read through one method's compressed cache.
 
-    Args:
-        pretrained: a name in `configs/model` ("smollm2-135m"), a checkpoint folder, or "organisation/model".
-        method: a method's name.
-        budget: fraction of the cache kept; None for the method's own default.
-        question_tokens: see `CompressedAnswers`, as for `short_context` and `seed`.
-        short_context: likewise.
-        seed: likewise.
-        dtype: "auto", "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda" or "cuda:N"; the harness passes its `--device`, which is "cuda:0" unless given.
-        max_gen_toks: limit of answers whose task sets none, in tokens.
-        batch_size: accepted and unused, as `max_batch_size`: the engine fills its batches as memory allows.
-        max_batch_size: likewise.
-        **options: options of the method.
+    The arguments are those of `docs/lm_eval.md`. The harness passes its `--device`, which is "cuda:0" unless given;
+    batch sizes are accepted and unused, since the engine fills its batches as memory allows.
 
     Raises:
         ConfigError: if the method, an option or a value is unknown.
@@ -300,11 +264,7 @@ class CompressedCacheLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers to the requests' contexts; see `LM.generate_until` of the harness.
-
-        Raises:
-            ConfigError: if a task asks for sampling, beams or an unknown argument.
-        """
+        """Greedy answers; a task that asks for sampling, beams or an unknown argument is refused by a ConfigError."""
         asked = []
         for request in requests:
             context, arguments = request.args

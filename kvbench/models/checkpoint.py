@@ -47,13 +47,7 @@ def open_checkpoint(folder: Path) -> tuple[PreTrainedTokenizerBase, int, tuple[i
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device, device_map: str | None) -> PreTrainedModel:
-    """Load a model from a folder that `open_checkpoint` accepted.
-
-    Args:
-        folder: the checkpoint folder.
-        dtype: dtype of the weights.
-        device: where the model goes, unless `device_map` is given.
-        device_map: "auto" to spread the layers over all devices, or None.
+    """Load a model from a folder that `open_checkpoint` accepted; `device_map="auto"` spreads it over all devices.
 
     Raises:
         ModelError: if weights are missing, are none of the model's, are integers, or cannot be loaded.

@@ -11,7 +11,7 @@ fit on the GPUs are refused: carried to and fro for every token they would make 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kvbench.errors import ConfigError, ModelError
 from kvbench.models import random_llama
 from kvbench.models.checkpoint import load_checkpoint, open_checkpoint
 from kvbench.models.config import DEVICES, ModelConfig
-from kvbench.models.fetch import LOCATORS
+from kvbench.models.fetch import LOCATORS, Report
 
 OFFLOADED = ("cpu", "disk", "meta")
 
@@ -58,15 +58,14 @@ class LoadedModel(PreparedModel):
     model: PreTrainedModel
 
 
-def prepare_model(
-    config: ModelConfig, device: str = "auto", report: Callable[[str], None] = lambda message: None
-) -> PreparedModel:
+def print_nothing(message: str) -> None:
+    """Report to nobody."""
+
+
+def prepare_model(config: ModelConfig, device: str = "auto", report: Report = print_nothing) -> PreparedModel:
     """Find the model that `config` describes, and read everything but its weights.
 
-    Args:
-        config: the model's configuration.
-        device: "auto" for the configuration's own device, else the device to use instead.
-        report: called with a line of text before each thing that takes long.
+    A `device` other than "auto" replaces the configuration's own; `report` is told what takes long.
 
     Raises:
         ModelError: if the files cannot be had or are unsafe to load, or the chat template asked for is missing.
@@ -91,16 +90,12 @@ def prepare_model(
     )  # fmt: skip
 
 
-def load_model(
-    config: ModelConfig, device: str = "auto", report: Callable[[str], None] = lambda message: None
-) -> LoadedModel:
+def load_model(config: ModelConfig, device: str = "auto", report: Report = print_nothing) -> LoadedModel:
     """Prepare a model and load its weights; see `prepare_model` and `load_weights`."""
     return load_weights(config, prepare_model(config, device, report), report)
 
 
-def load_weights(
-    config: ModelConfig, prepared: PreparedModel, report: Callable[[str], None] = lambda message: None
-) -> LoadedModel:
+def load_weights(config: ModelConfig, prepared: PreparedModel, report: Report = print_nothing) -> LoadedModel:
     """Load the weights of a model that was prepared from `config`.
 
     Raises:
@@ -123,11 +118,7 @@ def load_weights(
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "cuda:N" stands for here.
-
-    Raises:
-        ConfigError: if the text is no device, or this machine lacks it.
-    """
+    """The device that "auto", "cpu", "cuda" or "cuda:N" stands for here; a ConfigError if there is none."""
     if not DEVICES.fullmatch(device):
         raise ConfigError(f"device={device!r} is unknown: use auto, cpu, cuda or cuda:N")
     if device == "auto":
@@ -157,11 +148,7 @@ def _spread(name: str, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_device_map(name: str, device_map: Mapping[str, Any]) -> None:
-    """Refuse a map (device by module) that leaves a part of model `name` off the GPUs although others are on one.
-
-    Raises:
-        ModelError: with the number of such parts.
-    """
+    """Refuse a map (device by module) that leaves a part of model `name` off the GPUs although others are on one."""
     left_out = [module for module, device in device_map.items() if str(device) in OFFLOADED]
     if left_out and len(left_out) < len(device_map):
         raise ModelError(

@@ -37,10 +37,7 @@ def spellings_in(text: str, tokenizer: PreTrainedTokenizerBase) -> list[re.Match
 
 
 def rewrite_spellings(text: str, tokenizer: PreTrainedTokenizerBase, others: Iterable[str] = ()) -> str:
-    """Replace the first character of each spelling, and of the `others`, by its full-width form: `＜|im_end|>`.
-
-    Lengths and character positions stay.
-    """
+    """Give each spelling, and the `others`, a full-width first character: `＜|im_end|>`; positions stay."""
     for spelling in sorted({*special_tokens(tokenizer), *others}, key=len, reverse=True):
         first = chr(ord(spelling[0]) + 0xFEE0) if "!" <= spelling[0] <= "~" else "\ufffd"
         text = text.replace(spelling, first + spelling[1:])

@@ -76,10 +76,7 @@ def mixture(found: Environments) -> str:
 def doubts(records: Sequence[Mapping[str, Any]], calls: Iterable[Mapping[str, Any]], n_left_out: int) -> list[str]:
     """What a reader of a table has to know of its records' making, a line each.
 
-    Args:
-        records: the table's records.
-        calls: the calls of their runs.
-        n_left_out: answers that were left out: see `kvbench.records.read.read_answers`.
+    `calls` are those of the records' runs, `n_left_out` is what `kvbench.records.read.read_answers` left out.
     """
     found = environments(records, calls)
     lines = []
@@ -93,11 +90,7 @@ def doubts(records: Sequence[Mapping[str, Any]], calls: Iterable[Mapping[str, An
 
 
 def refuse_mixture(found: Environments, where: object, remedy: str) -> None:
-    """Refuse answers of several environments in one place; `remedy` is how to say that they may be one table.
-
-    Raises:
-        RecordError: if there are several; the message says how they differ.
-    """
+    """Refuse answers of several environments in one place; `remedy` is how to say that they may be one table."""
     if text := mixture(found):
         raise RecordError(f"{where} would mix answers of several environments ({text}): {remedy}")
 

@@ -51,26 +51,20 @@ class Making:
     environment: dict[str, Any]
 
     def accepts(self, record: dict[str, Any], position: int, unverified: bool) -> bool:
-        """Whether a recorded answer is to the question at `position`, by the same model and method.
-
-        `unverified` is what is said of records that do not say.
-        """
-        hashes = [record[name] for name in HASHES]
-        expected = [self.questions[position], self.model, self.methods[record["arm"]]]
-        return hashes == expected or (unverified and not any(hashes))
+        """Whether a recorded answer is to the same question, by the same model and method; or `unverified` will do."""
+        found = [record[name] for name in HASHES]
+        return found == self._hashes(position, record["arm"]) or (unverified and not any(found))
 
     def fields(self, position: int, arm: str) -> dict[str, str]:
         """The fields of a record that say what made it."""
-        hashes = (self.questions[position], self.model, self.methods[arm])
-        return {"call": self.call, **dict(zip(HASHES, hashes, strict=True))}
+        return {"call": self.call, **dict(zip(HASHES, self._hashes(position, arm), strict=True))}
+
+    def _hashes(self, position: int, arm: str) -> list[str]:
+        return [self.questions[position], self.model, self.methods[arm]]
 
 
 def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jobs: Mapping[int, Request]) -> Making:
-    """What a call would make its answers with.
-
-    Raises:
-        KvbenchError: if the weights cannot be read, or the kernels asked for cannot run on this device.
-    """
+    """What a call would make its answers with; an error if the kernels asked for cannot run on this device."""
     kernels = choose_backend(getattr(plan.engine, "kernels", "torch"), prepared.device)
     on_gpu = prepared.device.type == "cuda"
     return Making(
@@ -105,11 +99,7 @@ def model_sha256(config: ModelConfig, prepared: PreparedModel) -> str:
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file; remembered in the cache folder for as long as its size, times and inode stay the same.
-
-    Raises:
-        RecordError: if it cannot be read.
-    """
+    """SHA-256 of a file; remembered in the cache folder for as long as its size, times and inode stay the same."""
     try:
         found = file.resolve().stat()
         state = [str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

@@ -33,11 +33,7 @@ class RecordFile(NamedTuple):
 
 
 def read_record_file(path: Path) -> RecordFile:
-    """Read one `.jsonl` file; a missing file is empty.
-
-    Raises:
-        RecordError: for records of a newer schema version.
-    """
+    """Read one `.jsonl` file; a missing file is empty, records of a newer schema version are a RecordError."""
     found: Found = {}
     broken_lines: list[int] = []
     try:
@@ -119,11 +115,7 @@ def record_files(run: Path) -> list[Path]:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run folder that may stand side by side, those of its shards included, in the order of files.
-
-    Raises:
-        RecordError: if the folder is no run folder (one with `config.json`) or holds records of a newer version.
-    """
+    """The records of a run folder that may stand side by side, those of its shards included, in the order of files."""
     return read_answers(run)[0]
 
 
