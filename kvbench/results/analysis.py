@@ -32,33 +32,20 @@ Measured = dict[str, dict[str, Any]]
 
 
 class VarianceShares(NamedTuple):
-    """Shares of the total sum of squares; the first four sum to 1.
+    """Shares of the total sum of squares; the first four sum to 1."""
 
-    Attributes:
-        models: between models.
-        layers: between the layers of a model.
-        datasets: between data sets, within layers.
-        samples: between samples of a data set, within layers.
-        p_datasets: share of random relabellings of a model's samples whose data sets differ at least as much.
-        max_range: largest range of a layer's data set means, in ratio units.
-    """
-
-    models: float
-    layers: float
-    datasets: float
-    samples: float
-    p_datasets: float
-    max_range: float
+    models: float  # between models
+    layers: float  # between the layers of a model
+    datasets: float  # between data sets, within layers
+    samples: float  # between samples of a data set, within layers
+    p_datasets: float  # share of random relabellings of a model's samples whose data sets differ at least as much
+    max_range: float  # largest range of a layer's data set means, in ratio units
 
 
 def variance_shares(ratios: dict[str, tuple[NDArray[np.float64], list[str]]]) -> VarianceShares:
-    """Split the variance of per-layer ratios.
+    """Split the variance of ratios: model -> (`(samples, layers)`, data set of each sample).
 
-    Args:
-        ratios: model -> (`(samples, layers)` ratios, data set of each sample).
-
-    Returns:
-        The shares; `p_datasets` is 1 if no model has two data sets.
+    `p_datasets` is 1 if no model has two data sets.
     """
     every = np.concatenate([values.ravel() for values, _ in ratios.values()])
     total = float(((every - every.mean()) ** 2).sum())
@@ -79,14 +66,11 @@ def variance_shares(ratios: dict[str, tuple[NDArray[np.float64], list[str]]]) ->
 
 
 def _between(values: NDArray[np.float64], codes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Sum of squares between the data sets' means, layer by layer and summed.
+    """Sum of squares between the data sets' means, layer by layer and summed: `(labellings,)`.
 
     Args:
         values: `(samples, layers)`.
         codes: `(labellings, samples)` data set of each sample, from 0; all labellings have the same sizes.
-
-    Returns:
-        `(labellings,)`.
     """
     centred = values - values.mean(0)
     total = np.zeros(len(codes))
@@ -111,17 +95,15 @@ def read_measurements(folder: Path) -> Measured:
 def write_all(folder: Path) -> list[Path]:
     """Write `keys.csv`, `compression.csv`, `uniformity.csv`, `variance.csv` and the figures; returns the files."""
     measured = read_measurements(folder)
-    tables = {"keys": keys_table, "compression": compression_table, "uniformity": uniformity_table,
-              "variance": variance_table}  # fmt: skip
+    tables = (keys_table, compression_table, uniformity_table, variance_table)
     paths = []
-    for name, table in tables.items():
-        paths.append(folder / f"{name}.csv")
+    for table in tables:
+        paths.append(folder / f"{table.__name__.removesuffix('_table')}.csv")
         table(measured).to_csv(paths[-1], index=False, lineterminator="\n")
-    figures = {"keys": keys_figure, "compression": compression_figure, "uniformity": uniformity_figure}
     with style():
         for model, data in measured.items():
-            for name, draw in figures.items():
-                paths += save_both(draw(data), folder / f"{name}-{model}")
+            for draw in (keys_figure, compression_figure, uniformity_figure):
+                paths += save_both(draw(data), folder / f"{draw.__name__.removesuffix('_figure')}-{model}")
     return paths
 
 
@@ -148,15 +130,16 @@ def keys_table(measured: Measured) -> pd.DataFrame:
 
 def compression_table(measured: Measured) -> pd.DataFrame:
     """Share of slots left per model, data set, layer and threshold: mean and standard deviation over samples."""
-    rows = []
-    for model, data in measured.items():
-        for dataset, kept in _kept(data):
-            for layer, place in np.ndindex(*kept.shape[1:]):
-                values = kept[:, layer, place]
-                deviation = f"{values.std(ddof=1):.4f}" if len(values) > 1 else ""
-                threshold = data["thresholds"][place]
-                rows.append([model, dataset, layer, threshold, len(values), f"{values.mean():.4f}", deviation])
-    return pd.DataFrame(rows, columns=["model", "dataset", "layer", "threshold", "n", "kept_mean", "kept_deviation"])
+    rows = [
+        (model, sample["dataset"], layer, threshold, kept)
+        for model, data in measured.items() for sample in data["samples"]
+        for layer, shares in enumerate(sample["kept"])
+        for threshold, kept in zip(data["thresholds"], shares, strict=True)
+    ]  # fmt: skip
+    keys = ["model", "dataset", "layer", "threshold"]
+    kept = pd.DataFrame(rows, columns=[*keys, "kept"]).groupby(keys)["kept"]
+    table = kept.agg(n="size", kept_mean=lambda own: own.to_numpy().mean(), kept_deviation="std").reset_index()
+    return table.assign(**{name: table[name].map("{:.4f}".format, na_action="ignore") for name in table.columns[-2:]})
 
 
 def uniformity_table(measured: Measured) -> pd.DataFrame:

@@ -63,16 +63,13 @@ class TableSpec:
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm on one data set (or the average over several): score 0..100, scored and failed samples, interval.
+    """One arm on one data set, or the average over several."""
 
-    `best`: whether the arm is separated from all others of its budget.
-    """
-
-    score: float | None = None
-    n: int = 0
+    score: float | None = None  # 0..100
+    n: int = 0  # scored samples
     n_failed: int = 0
     interval: Interval | None = None
-    best: bool = False
+    best: bool = False  # whether the arm is separated from all others of its budget
 
 
 @dataclass

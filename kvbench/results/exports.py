@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,12 +144,9 @@ def export_model_index(runs: Sequence[Path], out: Path) -> dict[Path, int]:
         if not results:
             raise RecordError(f"no sample of {model} succeeded in {', '.join(map(str, runs))}: nothing to export")
         metadata = ModelCardData(model_name=model, eval_results=results).to_yaml()
+        body = f"Evaluated with kvbench {__version__}: each metric is named by its arm, the method and the fraction of"
         path = out / f"{_safe(model)}.md"
-        _write(
-            path,
-            f"---\n{metadata}\n---\n\n# {model}\n\nEvaluated with kvbench {__version__}: each metric is named by its "
-            "arm, the method and the fraction of the KV cache it keeps.\n",
-        )
+        _write(path, f"---\n{metadata}\n---\n\n# {model}\n\n{body} the KV cache it keeps.\n")
         written[path] = len(results)
     return written
 
@@ -169,22 +166,18 @@ def _eval_results(group: Group, summary: ArmSummary) -> list[Any]:
         "budget_measured": None if measured is None else round(measured, DIGITS), "options": first["options"],
         "samples": summary.n, "samples_failed": summary.n_failed,
     }  # fmt: skip
+    shared = {
+        "task_type": "text-generation", **_hub_dataset(group.dataset, first),
+        "metric_args": {name: argument for name, argument in arguments.items() if argument not in (None, {})},
+    }  # fmt: skip
     return [
-        EvalResult(
-            task_type="text-generation",
-            metric_type=metric,
-            metric_name=f"{metric} ({summary.arm})",
-            metric_value=round(value, DIGITS),
-            metric_args={name: argument for name, argument in arguments.items() if argument not in (None, {})},
-            **_hub_dataset(group.dataset, first),
-        )
-        for metric, value in values.items()
-        if value is not None
-    ]
+        EvalResult(metric_type=name, metric_name=f"{name} ({summary.arm})", metric_value=round(value, DIGITS), **shared)
+        for name, value in values.items() if value is not None
+    ]  # fmt: skip
 
 
 def _hub_dataset(name: str, record: RecordDict) -> dict[str, Any]:
-    """A data set as the hub names it; our synthetic tasks are on no hub and keep their own name."""
+    """A data set as the hub names it; synthetic tasks are on no hub and keep their own name."""
     if name in LONGBENCH_ROWS:
         repo, title, config, split = LONGBENCH_REPO, f"LongBench {name}", name, "test"
         more = {"dataset_revision": LONGBENCH_REVISION}
@@ -212,13 +205,8 @@ def _write(path: Path, text: str) -> None:
         scratch.write_bytes(text.encode("utf-8", "backslashreplace"))
         scratch.replace(path)
     except OSError as error:
-        raise RecordError(
-            f"{path} cannot be written ({error.strerror}): choose another place with --out DIR"
-        ) from error
+        remedy = "choose another place with --out DIR"
+        raise RecordError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
 
 
-EXPORTERS: dict[str, Callable[[Sequence[Path], Path], dict[Path, int]]] = {
-    "longbench": export_longbench,
-    "zeroscrolls": export_zeroscrolls,
-    "model-index": export_model_index,
-}
+EXPORTERS = {"longbench": export_longbench, "zeroscrolls": export_zeroscrolls, "model-index": export_model_index}

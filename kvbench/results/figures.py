@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 from kvbench.paths import file_stem
 from kvbench.results.cells import Table
@@ -164,15 +164,9 @@ def cost_figure(table: Table) -> Figure | None:
     return figure
 
 
-class _Drawing(NamedTuple):
-    caption: str
-    draw: Callable[[Table], Figure | None]  # None where the records do not carry it
-
-
-FIGURES = {
-    "budget": _Drawing("Score and KL to the full cache against the measured budget", budget_figure),
-    "needle": _Drawing("Score over prompt length and depth of the needle", needle_figure),
-    "cost": _Drawing(
-        "Cache memory and time for each arm (the arms of a fused batch share its time equally)", cost_figure
-    ),
+FIGURES: dict[str, tuple[str, Callable[[Table], Figure | None]]] = {
+    "budget": ("Score and KL to the full cache against the measured budget", budget_figure),
+    "needle": ("Score over prompt length and depth of the needle", needle_figure),
+    "cost": ("Cache memory and time for each arm (the arms of a fused batch share its time equally)", cost_figure),
 }
+"""Name -> caption, and the function that draws it or returns None where the records do not carry it."""

@@ -67,23 +67,15 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
         lead=f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(samples)} samples, "
         f"{sum(len(table.records) for table in tables)} records.",
         reading=READING.replace("**", ""),
-        missing=MISSING,
-        detail_header=DETAIL_HEADER,
-        detail_rows=detail_rows,
-        heading=heading,
-        interval_text=interval_text,
-        no_cell=Cell(),
-        tables=tables,
+        missing=MISSING, detail_header=DETAIL_HEADER, detail_rows=detail_rows, heading=heading,
+        interval_text=interval_text, no_cell=Cell(), tables=tables,
         figures=[figure for table in tables for figure in _figures(table)],
         datasets=sorted({sample["dataset"] for sample in samples}),
         arms=list(dict.fromkeys(a.key for table in tables for a in table.spec.arms if a.method != REFERENCE_METHOD)),
         samples=samples,
         runs=[_run_view(run) for run in runs],
-        style=Markup(css),
-        script=Markup(script),
-        style_hash=_csp_hash(css),
-        script_hash=_csp_hash(script),
-    )
+        style=Markup(css), script=Markup(script), style_hash=_csp_hash(css), script_hash=_csp_hash(script),
+    )  # fmt: skip
 
 
 def _table(model: str, runs: Sequence[Path], mix_environments: bool) -> Table:
@@ -98,7 +90,7 @@ def _figures(table: Table) -> Iterable[dict[str, str]]:
         buffer = io.BytesIO()
         save(figure, buffer, "svg")
         uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-        yield {"uri": uri, "alt": f"{FIGURES[name].caption}, {table.spec.model}"}
+        yield {"uri": uri, "alt": f"{FIGURES[name][0]}, {table.spec.model}"}
 
 
 def _run_view(run: Path) -> dict[str, Any]:

@@ -59,31 +59,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms on the samples both answered.
-
-    Attributes:
-        first: arm key.
-        second: arm key.
-        n: common samples.
-        difference: score of `first` minus score of `second` on them, 0..100 scale.
-        interval: its paired bootstrap interval; None below 2 samples.
-        wins: samples on which `first` scores higher.
-        losses: samples on which `second` does.
-        p_bootstrap: two-sided p value of the paired bootstrap.
-        p_sign: two-sided p value of the exact sign test; ties are left out.
-        p_bootstrap_holm: corrected for all pairs of the column.
-        p_sign_holm: likewise.
-    """
+    """Two arms on the samples both answered; p values are two-sided, corrected ones for all pairs of the column."""
 
     first: str
     second: str
-    n: int
-    difference: float
-    interval: Interval | None
-    wins: int
-    losses: int
+    n: int  # common samples
+    difference: float  # score of `first` minus score of `second` on them, 0..100 scale
+    interval: Interval | None  # its paired bootstrap interval; None below 2 samples
+    wins: int  # samples on which `first` scores higher
+    losses: int  # samples on which `second` does
     p_bootstrap: float
-    p_sign: float
+    p_sign: float  # ties are left out
     p_bootstrap_holm: float = 1.0
     p_sign_holm: float = 1.0
 
@@ -167,11 +153,9 @@ def compare_arms(columns: Mapping[str, Mapping[str, Scores]]) -> list[Comparison
             single = np.array([a.parts[s]["score"] - b.parts[s]["score"] for s in samples])
             wins, losses, n = wins + int((single > TIE).sum()), losses + int((single < -TIE).sum()), n + len(samples)
         else:
-            values /= len(columns)
-            interval, p_bootstrap = percentile_interval(values, n), _bootstrap_p(values, n)
-            difference /= len(columns)
-            p_sign = sign_test(wins, losses)
-            found.append(Comparison(first, second, n, difference, interval, wins, losses, p_bootstrap, p_sign))
+            values, difference = values / len(columns), difference / len(columns)
+            tests = _bootstrap_p(values, n), sign_test(wins, losses)
+            found.append(Comparison(first, second, n, difference, percentile_interval(values, n), wins, losses, *tests))
     corrected = zip(found, holm([c.p_bootstrap for c in found]), holm([c.p_sign for c in found]), strict=True)
     return [replace(comparison, p_bootstrap_holm=b, p_sign_holm=s) for comparison, b, s in corrected]
 

@@ -5,6 +5,7 @@ Nothing here depends on the clock or on the order of files: the same records giv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,17 +47,18 @@ PAIR_COLUMNS = (
 TEX_ESCAPES = {character: "\\" + character for character in "&%$#_{}"}
 TEX_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?(e[+-]?\d+)?")
 
 
 def write_table(table: Table, folder: Path) -> list[Path]:
     """Write `<name>.md`, `.csv`, `-pairs.csv` and `.tex` into a folder, created if missing; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {".md": markdown(table), ".csv": cells_csv(table), "-pairs.csv": pairs_csv(table), ".tex": latex(table)}
-    paths = []
-    for suffix, text in texts.items():
-        paths.append(folder / f"{table.spec.name}-{file_stem(table.spec.model)}{suffix}")
-        paths[-1].write_text(text, encoding="utf-8", newline="\n")
-    return paths
+    stem = folder / f"{table.spec.name}-{file_stem(table.spec.model)}"
+    writers = {".md": markdown, ".csv": cells_csv, "-pairs.csv": pairs_csv, ".tex": latex}
+    texts = {stem.with_name(stem.name + suffix): write(table) for suffix, write in writers.items()}
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8", newline="\n")
+    return list(texts)
 
 
 def heading(table: Table, column: Column) -> str:
@@ -91,12 +93,13 @@ def detail_rows(table: Table) -> list[list[str]]:
 
 def environment_text(environment: Mapping[str, Any]) -> str:
     """Versions, commit and device of one environment."""
-    packages, devices = environment.get("packages"), environment.get("devices")
-    packages = packages if isinstance(packages, dict) else {}
-    device = environment.get("device") or ", ".join(map(str, devices if isinstance(devices, list) else []))
+    said = environment.get
+    packages = value if isinstance(value := said("packages"), dict) else {}
+    devices = value if isinstance(value := said("devices"), list) else []
+    device = said("device") or ", ".join(map(str, devices)) or "CPU"
     return (
-        f"kvbench {environment.get('kvbench')} at {environment.get('commit')}, torch {packages.get('torch')}, "
-        f"transformers {packages.get('transformers')}, {device or 'CPU'}, {environment.get('torch_threads')} threads"
+        f"kvbench {said('kvbench')} at {said('commit')}, torch {packages.get('torch')}, "
+        f"transformers {packages.get('transformers')}, {device}, {said('torch_threads')} threads"
     )
 
 
@@ -137,9 +140,8 @@ def _sizes(column: Column) -> set[int]:
 
 
 def _published_name(table: Table, column: Column) -> str | None:
-    if column is not table.average:
-        return column.name
-    return AVERAGE_OF_NINE if len(table.averaged) in (0, len(table.columns)) else None
+    nine = AVERAGE_OF_NINE if len(table.averaged) in (0, len(table.columns)) else None
+    return nine if column is table.average else column.name
 
 
 def _cite(published: Any, footnotes: dict[str, str]) -> str:
@@ -233,13 +235,8 @@ def _harmless(cell: object) -> object:
 
     Names of arms and data sets come from records, which anyone may have written. Numbers stay numbers.
     """
-    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
-        return cell
-    try:
-        float(cell)
-    except ValueError:
-        return "'" + cell
-    return cell
+    harmless = not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS) or NUMBER.fullmatch(cell)
+    return cell if harmless else f"'{cell}"
 
 
 def latex(table: Table) -> str:
