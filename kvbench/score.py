@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -42,8 +41,7 @@ CODE_METRICS = {"difflib": "code_sim", "levenshtein": "code_sim_levenshtein"}
 WHOLE = "score"  # the only part of a file unless it is scored by length
 
 
-@dataclass(frozen=True)
-class DatasetScore:
+class DatasetScore(NamedTuple):
     """Score of one file, in parts: `WHOLE`, or the length buckets of LongBench-E.
 
     Attributes:

@@ -12,7 +12,6 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -103,8 +102,7 @@ def prepare_prediction(prediction: str, dataset: str) -> str:
     return first_line(prediction) if known is not None and known.first_line_only else prediction
 
 
-@dataclass(frozen=True)
-class Average:
+class Average(NamedTuple):
     """One average and what it is an average of: papers average 21, 16 or 9 data sets, or categories, points apart.
 
     Attributes:
@@ -130,11 +128,9 @@ def _mean_of(name: str, scores: Mapping[str, float], datasets: Sequence[str]) ->
 def averages(scores: Mapping[str, float]) -> tuple[Average, ...]:
     """The LongBench leaderboard's averages, English then Chinese, then the mean of the KVMerger paper's nine data sets.
 
-    A category is the unweighted mean of its data sets, a language's overall score the unweighted mean of its six
-    categories. Languages without any data set of their own (code counts in both) are left out.
-
-    Args:
-        scores: data set -> score on the 0..100 scale, unrounded.
+    They are of unrounded scores on the 0..100 scale. A category is the unweighted mean of its data sets, a language's
+    overall score the unweighted mean of its six categories. Languages without any data set of their own (code counts in
+    both) are left out.
     """
     found: list[Average] = []
     for language, code in (("English", "en"), ("Chinese", "zh")):
@@ -143,13 +139,9 @@ def averages(scores: Mapping[str, float]) -> tuple[Average, ...]:
         own = [name for name, known in DATASETS.items() if known.language == code or known.category == "code"]
         members = {category: [name for name in own if DATASETS[name].category == category] for category in CATEGORIES}
         means = [_mean_of(f"{language} {category}", scores, names) for category, names in members.items()]
-        overall = _mean_of(
-            f"{language} overall",
-            {category: mean.value for category, mean in zip(CATEGORIES, means, strict=True) if mean.value is not None},
-            CATEGORIES,
-        )
+        of_category = {name: mean.value for name, mean in zip(CATEGORIES, means, strict=True) if mean.value is not None}
         missing = tuple(name for mean in means for name in mean.missing)
-        found += [*means, Average(overall.name, overall.value, overall.parts, missing)]
+        found += [*means, _mean_of(f"{language} overall", of_category, CATEGORIES)._replace(missing=missing)]
     return (*found, _mean_of("KVMerger paper's nine", scores, KVMERGER_DATASETS))
 
 

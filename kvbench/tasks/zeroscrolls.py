@@ -128,20 +128,20 @@ class ZeroScrolls(Task):
         named = self.root or os.environ.get("KVBENCH_DATA")
         folder = user_path(named) if named else zeroscrolls_folder(self.task)
         path, archive = folder / self.task / f"{split}.jsonl", folder / f"{self.task}.zip"
-        if path.is_file():
-            try:
-                with path.open("rb") as file:
-                    yield file, str(path)
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        elif archive.is_file():
+        if archive.is_file() and not path.is_file():
             with open_member(archive, (f"{self.task}/{split}.jsonl", f"{split}.jsonl")) as (member, name):
                 yield member, f"{archive}/{name}"
-        else:
+            return
+        try:
+            with path.open("rb") as file:
+                yield file, str(path)
+        except FileNotFoundError:
             raise DataError(
                 f"neither {path} nor {archive} exists; set data.root=DIR (or KVBENCH_DATA) to the folder of the "
                 f"ZeroSCROLLS files, or neither and run `python -m kvbench.fetch zeroscrolls/{self.task}`"
-            )
+            ) from None
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
     def _check_splits(self) -> None:
         """Detect a release in which both splits are one file, as in the qasper.zip of 2025 (lm-eval issue 1083)."""
