@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.experiments import ExperimentPart, experiment_names, experiment_parts
+from kvbench.metrics.longbench import ROWS
 from kvbench.paper import merged_plans
 from kvbench.plan import Plan
 from kvbench.tasks.longbench import LongBench
@@ -31,9 +32,6 @@ from kvbench.tasks.zeroscrolls import ZeroScrolls
 SPEED = Path(__file__).resolve().parent.parent / "results" / "speed"
 MODELS = {"llama2-7b-chat": "h100_llama2_7b.json", "llama2-13b-chat": "h100_llama2_13b.json"}
 CHARACTERS_PER_TOKEN = 4
-
-ROWS = {"multifieldqa_en": 150, "multifieldqa_zh": 200, "lcc": 500, "repobench-p": 500}
-"""Rows of LongBench data sets that have not 200 (Bai et al. 2023, arXiv:2308.14508, table 1)."""
 
 NEW_TOKENS = {
     "narrativeqa": 128, "qasper": 128, "multifieldqa_en": 64, "2wikimqa": 32, "gov_report": 512, "multi_news": 512,
@@ -94,7 +92,7 @@ def workload(plan: Plan) -> list[tuple[int, int]]:
     """(prompt tokens, new tokens) of each sample of a plan, without reading benchmark data."""
     limit = plan.model.max_prompt_tokens or sys.maxsize
     if isinstance(plan.task, LongBench):
-        return [(limit, NEW_TOKENS[plan.task.dataset])] * ROWS.get(plan.task.dataset, 200)
+        return [(limit, NEW_TOKENS[plan.task.dataset])] * ROWS[plan.task.dataset]
     if isinstance(plan.task, ZeroScrolls):
         return [(limit, plan.task.max_new_tokens)] * ZEROSCROLLS_VALIDATION_ROWS
     return [(min(limit, len(s.prompt) // CHARACTERS_PER_TOKEN), s.max_new_tokens) for s in plan.task.samples()]
