@@ -60,17 +60,17 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., LoadedModel]:
-    """Factory of random models without a download: `tiny_model("tiny-random", n_layers=2)`, float32 on the CPU."""
-
+def loaded(name: str = "tiny-random", **overrides: Any) -> LoadedModel:
     from kvbench.models.config import named_config
     from kvbench.models.load import load_model
 
-    def build(name: str = "tiny-random", **overrides: Any) -> LoadedModel:
-        return load_model(named_config(name, **overrides), device="cpu")
+    return load_model(named_config(name, **overrides), device="cpu")
 
-    return build
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., LoadedModel]:
+    """Factory of random models without a download: `tiny_model("tiny-random", n_layers=2)`, float32 on the CPU."""
+    return loaded
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +88,7 @@ def tiny_mha(tiny_model: Callable[..., LoadedModel]) -> LoadedModel:
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """The default model in float32 on the CPU (mark such tests `model`); shared, so leave it as you found it."""
-    from kvbench.models.config import named_config
-    from kvbench.models.load import load_model
-
-    return load_model(named_config("smollm2-135m"), device="cpu")
+    return loaded("smollm2-135m")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The command line as a user meets it: the last line, the exit codes, one line per error, resuming."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,83 +16,91 @@ SMOKE = [
 ]  # fmt: skip
 
 
-def kvbench(*arguments: str, folder, env=None):
-    return subprocess.run(
-        [sys.executable, "-m", "kvbench", *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, **(env or {})},
-    )  # fmt: skip
-
-
-def one_line_error(arguments, folder, monkeypatch, capfd) -> str:
-    """The same in this process: importing torch anew for each of these cases would take minutes."""
-    monkeypatch.chdir(folder)
-    flags = [word for word in arguments if word == "-m"]  # argparse wants them before the overrides
-    monkeypatch.setattr(sys, "argv", ["kvbench", *flags, *(word for word in arguments if word != "-m")])
-    assert main() == 2
-    captured = capfd.readouterr()
-    assert "Traceback" not in captured.err
-    lines = [line for line in captured.err.splitlines() if line.startswith("kvbench: ")]
-    assert len(lines) == 1, captured.err
-    return lines[0]
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
+    """A folder with a run that was really started, and its last line."""
     folder = tmp_path_factory.mktemp("smoke")
-    return folder, kvbench(*SMOKE, folder=folder)
+    command = [sys.executable, "-m", "kvbench", *SMOKE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def kvbench(monkeypatch, capfd):
+    """The same in this process, since importing torch takes seconds: exit code, output, errors."""
+
+    def call(folder, *arguments):
+        monkeypatch.chdir(folder)
+        flags = [word for word in arguments if word == "-m"]  # argparse wants them before the overrides
+        monkeypatch.setattr(sys, "argv", ["kvbench", *flags, *(word for word in arguments if word != "-m")])
+        capfd.readouterr()
+        try:
+            code = main()
+        except SystemExit as end:  # --help
+            code = end.code or 0
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def document(outcome):
+    code, out, err = outcome
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
 
 
 def test_last_line_is_the_promised_json(smoke):
-    folder, result = smoke
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout.splitlines()[-1])
-    assert set(document) == {"run", "model", "task", "n_samples", "wall_s", "arms"}
-    assert (document["model"], document["task"], document["n_samples"]) == ("tiny-random", "passkey", 2)
-    assert [arm["arm"] for arm in document["arms"]][:2] == ["full", "cam@0.5"]
-    assert len(document["arms"]) == 9
-    for arm in document["arms"]:
-        assert {"method", "budget", "n", "score", "gold_nll", "kl", "budget_measured", "cache_bytes", "seconds"} <= set(
-            arm
-        )
+    folder, found = smoke
+    assert set(found) == {"run", "model", "task", "n_samples", "wall_s", "arms"}
+    assert (found["model"], found["task"], found["n_samples"]) == ("tiny-random", "passkey", 2)
+    assert [arm["arm"] for arm in found["arms"]][:2] == ["full", "cam@0.5"]
+    assert len(found["arms"]) == 9
+    for arm in found["arms"]:
+        assert {"method", "budget", "score", "gold_nll", "kl", "cache_bytes", "seconds"} <= set(arm)
         assert arm["n"] == 2
-        assert arm["budget_measured"] == pytest.approx(arm["budget"], abs=1 / 250)
-        assert arm["budget_measured"] <= arm["budget"]
-    assert (folder / document["run"] / "config.json").is_file()
+        assert arm["budget"] - 1 / 250 <= arm["budget_measured"] <= arm["budget"]
+    assert (folder / found["run"] / "config.json").is_file()
 
 
-def test_a_second_call_computes_nothing_and_says_the_same(smoke):
-    folder, first = smoke
-    again = kvbench(*SMOKE, folder=folder)
-    before, after = (json.loads(r.stdout.splitlines()[-1]) for r in (first, again))
-    assert {**before, "wall_s": 0} == {**after, "wall_s": 0}
-    assert "loading" not in again.stderr
+def test_a_second_call_computes_nothing_and_says_the_same(smoke, kvbench):
+    again = kvbench(smoke[0], *SMOKE)
+    assert {**document(again), "wall_s": 0} == {**smoke[1], "wall_s": 0}
+    assert "loading" not in again[2]
 
 
-def test_a_named_method_adds_one_arm_to_the_run(smoke, tmp_path):
-    folder, first = smoke
-    result = kvbench(*SMOKE, "method=h2o", "budget=0.2", folder=shutil.copytree(folder, tmp_path / "copy"))
-    document = json.loads(result.stdout.splitlines()[-1])
-    assert document["run"] == json.loads(first.stdout.splitlines()[-1])["run"]
-    assert "h2o@0.2" in [arm["arm"] for arm in document["arms"]]
+def test_a_named_method_adds_one_arm_to_the_run(smoke, kvbench, tmp_path):
+    found = document(kvbench(shutil.copytree(smoke[0], tmp_path / "copy"), *SMOKE, "method=h2o", "budget=0.2"))
+    assert found["run"] == smoke[1]["run"]
+    assert "h2o@0.2" in [arm["arm"] for arm in found["arms"]]
 
 
-def test_a_sweep_runs_every_combination(tmp_path):
-    result = kvbench("-m", *SMOKE, "method=h2o,cam", "budget=0.5,0.35", folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout.splitlines()[-1])
-    assert [arm["arm"] for arm in document["arms"]] == ["cam@0.5", "cam@0.35", "h2o@0.5", "h2o@0.35"]
+def test_a_sweep_runs_every_combination(kvbench, tmp_path):
+    found = document(kvbench(tmp_path, "-m", *SMOKE, "method=h2o,cam", "budget=0.5,0.35"))
+    assert [arm["arm"] for arm in found["arms"]] == ["cam@0.5", "cam@0.35", "h2o@0.5", "h2o@0.35"]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no outputs/, no multirun/
 
 
-def test_help_and_cfg_need_no_model(tmp_path):
-    result = kvbench("--help", folder=tmp_path)
-    assert result.returncode == 0
+def test_help_and_cfg_need_no_model(kvbench, tmp_path):
+    code, out, _ = kvbench(tmp_path, "--help")
+    assert code == 0
     for name in ("cam", "full", "h2o", "kvmerger", "kvmerger_bias"):
-        assert re.search(rf"^ *method: .*\b{name}\b", result.stdout, re.MULTILINE), name
-    result = kvbench("--cfg", "job", folder=tmp_path)
-    assert result.returncode == 0
-    assert "smollm2-135m" in result.stdout
+        assert re.search(rf"^ *method: .*\b{name}\b", out, re.MULTILINE), name
+    code, out, _ = kvbench(tmp_path, "--cfg", "job")
+    assert code == 0
+    assert "smollm2-135m" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def error_line(outcome):
+    code, _, err = outcome
+    assert code == 2
+    assert "Traceback" not in err
+    (line,) = (line for line in err.splitlines() if line.startswith("kvbench: "))
+    return line
+
+
+INTEGER_OR_NULL = "an integer of at least 1 or null"
 
 
 @pytest.mark.parametrize(
@@ -114,8 +121,8 @@ def test_help_and_cfg_need_no_model(tmp_path):
         (["protocol.compress=never"], ["never", "after_question"]),
         (["task.lengths=[9000]"], ["16384"]),
         (["output.root=/proc/none"], ["/proc/none", "output.root"]),
-        (["task.limit=0"], ["task.limit=0", "an integer of at least 1 or null"]),
-        (["task.limit=abc"], ["task.limit='abc'", "an integer of at least 1 or null"]),
+        (["task.limit=0"], ["task.limit=0", INTEGER_OR_NULL]),
+        (["task.limit=abc"], ["task.limit='abc'", INTEGER_OR_NULL]),
         (["task.lengths=abc"], ["task.lengths='abc'", "a list", "128", "lengths=[1024]"]),
         (["task.digits=100000"], ["task.digits=100000", "from 2 to 100", "digits=6"]),
         (["task.name=7"], ["task.name=7", "printable text"]),
@@ -146,42 +153,39 @@ def test_help_and_cfg_need_no_model(tmp_path):
         (["shard=3"], ["'3'", "shard=2/8"]),
     ],
 )
-def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capfd, arguments, words):
-    line = one_line_error([*SMOKE, *arguments], tmp_path, monkeypatch, capfd)
+def test_bad_input_ends_in_one_line(tmp_path, kvbench, arguments, words):
+    line = error_line(kvbench(tmp_path, *SMOKE, *arguments))
     for word in words:
         assert word in line
 
 
-def longbench_arguments(folder, shared_data) -> list[str]:
+@pytest.fixture
+def longbench(tmp_path, shared_data):
     return [
-        "model=tiny-random", "task=qasper", f"data.root={folder}",
-        f"data.official={shared_data / 'longbench_official'}",
-        "method=h2o", "budget=0.5", "protocol.max_new_tokens=3", "protocol.gold_tokens=2",
-        "model.max_prompt_tokens=600",
+        "model=tiny-random", "task=qasper", f"data.root={tmp_path}",
+        f"data.official={shared_data / 'longbench_official'}", "method=h2o", "budget=0.5", "protocol.max_new_tokens=3",
+        "protocol.gold_tokens=2", "model.max_prompt_tokens=600",
     ]  # fmt: skip
 
 
-def test_longbench_rows_from_a_folder(tmp_path, shared_data):
+def test_longbench_rows_from_a_folder(tmp_path, shared_data, longbench, kvbench):
     rows = (shared_data / "longbench_samples" / "qasper.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "qasper.jsonl").write_text("\n".join(rows[:2]) + "\n", encoding="utf-8")
-    result = kvbench(*longbench_arguments(tmp_path, shared_data), folder=tmp_path)
-    assert result.returncode == 0, result.stderr
-    document = json.loads(result.stdout.splitlines()[-1])
-    assert (document["task"], document["n_samples"], document["arms"][0]["n"]) == ("qasper", 2, 2)
+    found = document(kvbench(tmp_path, *longbench))
+    assert (found["task"], found["n_samples"], found["arms"][0]["n"]) == ("qasper", 2, 2)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", ["qasper.jsonl", "empty"]),
-        (b'{"input": "x"\n', ["qasper.jsonl", "1"]),
-        (b"\xff\xfe{}\n", ["qasper.jsonl", "UTF-8"]),
-        (b'{"input": "x"}\n', ["qasper.jsonl", "context"]),
-    ],
-    ids=["empty", "malformed", "not-utf8", "missing-field"],
-)
-def test_bad_data_is_named_by_file_and_line(tmp_path, shared_data, monkeypatch, capfd, content, words):
+BAD_DATA = {
+    "empty": (b"", "empty"),
+    "malformed": (b'{"input": "x"\n', "1"),
+    "not-utf8": (b"\xff\xfe{}\n", "UTF-8"),
+    "missing-field": (b'{"input": "x"}\n', "context"),
+}
+
+
+@pytest.mark.parametrize(("content", "word"), BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_data_is_named_by_file_and_line(tmp_path, longbench, kvbench, content, word):
     (tmp_path / "qasper.jsonl").write_bytes(content)
-    line = one_line_error(longbench_arguments(tmp_path, shared_data), tmp_path, monkeypatch, capfd)
-    for word in words:
-        assert word in line
+    line = error_line(kvbench(tmp_path, *longbench))
+    assert "qasper.jsonl" in line
+    assert word in line

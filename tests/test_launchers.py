@@ -3,21 +3,19 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from kvbench.cli import main
-from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND
-from kvbench.config import config_folder, register
+from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, one_line
+from kvbench.experiments import composed
 from kvbench.records.read import read_calls, read_records
 
 SMOKE = [
     "model=tiny-random", "task=passkey", "task.limit=4", "task.lengths=[300]", "protocol.max_new_tokens=6",
     "protocol.gold_tokens=4", "method=h2o", "budget=0.5", "engine.max_rows=3",
 ]  # fmt: skip
+RAY = ["shard=range(2)", "hydra/launcher=ray"]
 LAUNCHERS = {
     "ray": ["hydra/launcher=ray"],
     "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
@@ -32,8 +30,11 @@ from kvbench.methods.h2o import H2O
 @dataclass(frozen=True, kw_only=True)
 class Broken(H2O):
     name: ClassVar[str] = "broken"
+    deadly: bool = False
 
     def compress(self, layer, budget_tokens):
+        if self.deadly:
+            os._exit(9)
         raise RuntimeError("broken on purpose")
 """
 
@@ -45,7 +46,6 @@ def ray_workers(tmp_path_factory):
 
     policies = tmp_path_factory.mktemp("policies")
     (policies / "broken.py").write_text(BROKEN)
-    (policies / "deadly.py").write_text(BROKEN.replace('raise RuntimeError("broken on purpose")', "os._exit(9)"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(policies))
@@ -55,27 +55,27 @@ def ray_workers(tmp_path_factory):
         ray.shutdown()
 
 
+def kvbench(folder, *arguments):
+    """The command line in a process of its own: launchers start threads and processes that write to its output."""
+    command = [sys.executable, "-m", "kvbench", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The run folder and the last line of a run in one process."""
+    """The folder of a run in one process."""
     folder = tmp_path_factory.mktemp("plain")
     assert kvbench(folder, *SMOKE).returncode == 0
     (run,) = (folder / "runs").glob("passkey-*")
     return run
 
 
-def kvbench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own: launchers start threads and processes that write to its output."""
-    command = [sys.executable, "-m", "kvbench", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def records(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def records(run):
     times = ("seconds", "recorded_at", "call")
     return {(r["sample"], r["arm"]): {k: v for k, v in r.items() if k not in times} for r in read_records(run)}
 
 
-def error_line(call: subprocess.CompletedProcess[str]) -> str:
+def error_line(call):
     (line,) = (line for line in call.stderr.splitlines() if line.startswith("kvbench: "))
     return line
 
@@ -93,50 +93,38 @@ def test_two_workers_share_a_run_and_give_its_records(launcher, plain, tmp_path,
     assert shared.name == plain.name
     assert records(shared) == records(plain)
     calls = read_calls(shared)
-    processes = {call["process"] for call in calls}
-    assert [len(calls), len(processes)] == [2, 2]  # the caller's own process would be the same twice
+    assert len(calls) == len({call["process"] for call in calls}) == 2  # the caller's own process would be one twice
 
 
-def test_a_refusal_in_workers_is_one_line_and_the_exit_code(ray_workers, tmp_path):
-    call = kvbench(tmp_path, "-m", *SMOKE, "budget=0.002", "shard=range(2)", "hydra/launcher=ray")
-    assert call.returncode == EXIT_MEND
-    assert "0.002" in error_line(call)
-
-
-def test_failed_samples_in_a_worker_reach_the_exit_code(ray_workers, tmp_path):
-    broken = "method._target_=broken.Broken"
-    call = kvbench(tmp_path, "-m", *SMOKE, broken, "shard=range(2)", "hydra/launcher=ray")
-    assert call.returncode == EXIT_FAILED_SAMPLES
-    (arm,) = json.loads(call.stdout.splitlines()[-1])["arms"]
+def test_what_goes_wrong_in_a_worker_reaches_the_line_and_the_exit_code(ray_workers, tmp_path):
+    refused = kvbench(tmp_path, "-m", *SMOKE, "budget=0.002", *RAY)
+    assert refused.returncode == EXIT_MEND
+    assert "0.002" in error_line(refused)
+    broken = ["method._target_=broken.Broken", "hydra/launcher=ray"]
+    failed = kvbench(tmp_path, "-m", *SMOKE, *broken, "shard=range(2)")
+    assert failed.returncode == EXIT_FAILED_SAMPLES
+    (arm,) = json.loads(failed.stdout.splitlines()[-1])["arms"]
     assert (arm["n"], arm["n_failed"]) == (0, 4)
-
-
-def test_a_worker_that_dies_for_good_ends_the_call_in_one_line(ray_workers, tmp_path):
-    deadly = ["method._target_=deadly.Broken", "hydra/launcher=ray", "hydra.launcher.remote.max_retries=0"]
-    call = kvbench(tmp_path, "-m", *SMOKE, *deadly)
-    assert call.returncode == EXIT_MEND
-    assert "Ray gave up" in error_line(call)
+    died = kvbench(tmp_path, "-m", *SMOKE, *broken, "+method.deadly=true", "hydra.launcher.remote.max_retries=0")
+    assert died.returncode == EXIT_MEND
+    assert "Ray gave up" in error_line(died)
 
 
 def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kvbench", "-m", *SMOKE, "shard=range(2)", "hydra/launcher=ray"])
+    monkeypatch.setattr(sys, "argv", ["kvbench", "-m", *SMOKE, *RAY])
     assert main() == EXIT_MEND
     assert "pip install 'kvbench[ray]'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["ray", "slurm", "processes"])
 def test_every_launcher_composes(name):
-    register()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = compose("config", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
+    config = composed([f"hydra/launcher={name}"], hydra_too=True)
     assert config.hydra.launcher._target_.startswith("hydra_plugins.")
 
 
 @pytest.mark.parametrize(("name", "extra"), [("submitit_slurm", "slurm"), ("joblib", "joblib")])
 def test_a_missing_plug_in_is_answered_with_its_extra(name, extra):
-    from kvbench.commands import one_line
-
     error = ValueError(f"In 'hydra/launcher/x': Could not load 'hydra/launcher/{name}'.\nConfig search path: a")
     assert f"pip install 'kvbench[{extra}]'" in one_line(error)

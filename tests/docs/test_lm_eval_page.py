@@ -33,11 +33,6 @@ def test_the_page_s_arguments_are_the_model_s():
     page = (DOCS / "lm_eval.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
     named = {name for cell in table for name in re.findall(r"`(\w+)`", cell)}
-    source = (DOCS.parent / "kvbench" / "lm_eval" / "model.py").read_text(encoding="utf-8")
-    signature = source.partition("def __init__(")[2].partition("):")[0]
-    arguments = set(re.findall(r"^        (\w+):", signature, re.MULTILINE)) - {
-        "batch_size",
-        "max_batch_size",
-        "device",
-    }
-    assert named == arguments
+    source = (DOCS.parent / "kvbench" / "integrations" / "lm_eval.py").read_text(encoding="utf-8")
+    signature = source.partition("class CompressedCacheLM")[2].partition("def __init__(")[2].partition("):")[0]
+    assert named == set(re.findall(r"(\w+):", signature)) - {"batch_size", "max_batch_size", "device", "options"}

@@ -1,4 +1,4 @@
-"""docs/plugins.md: its classes pass the check, its commands run, its package is found, its table lists the rules."""
+"""docs/plugins.md and the README's method: classes pass the check, commands run, the package is found."""
 
 import contextlib
 import json
@@ -17,26 +17,29 @@ from kvbench.cli import main
 from kvbench.methods.registry import build_policy
 from kvbench.testing import RULES, check_policy
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+SMALL = ["model=tiny-random", "model.n_layers=10", "task.lengths=[128]", "task.limit=1", "protocol.max_new_tokens=2"]
 
 
-def block(kind: str, file: str) -> str:
-    (found,) = re.findall(rf"```{kind}\n# {re.escape(file)}\n(.*?)```", PAGE, re.DOTALL)
+def block(kind, file, page=PAGE):
+    (found,) = re.findall(rf"```{kind}\n# {re.escape(file)}\n(.*?)```", page, re.DOTALL)
     return found
 
 
-def commands(program: str) -> list[list[str]]:
+def commands(program):
     """Arguments of the commands in fenced blocks that call a module of kvbench."""
     return [shlex.split(words) for words in re.findall(rf"^python -m {re.escape(program)} (.*)$", PAGE, re.MULTILINE)]
 
 
 @pytest.fixture
 def methods(tmp_path, monkeypatch):
-    """The page's two files in a folder that is the current one and on the path, as with `python -m`."""
+    """The files of both pages in a folder that is the current one and on the path, as with `python -m`."""
     (tmp_path / "my_methods").mkdir()
-    for name in ("last_votes", "rolling"):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, page in {"last_votes": PAGE, "rolling": PAGE, "newest": readme}.items():
         file = f"my_methods/{name}.py"
-        (tmp_path / file).write_text(block("python", file), encoding="utf-8")
+        (tmp_path / file).write_text(block("python", file, page), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
@@ -44,7 +47,26 @@ def methods(tmp_path, monkeypatch):
         del sys.modules[module]
 
 
-def test_the_page_s_thirty_lines_are_thirty(methods):
+@pytest.fixture
+def arms(monkeypatch, capfd):
+    """Call `kvbench` in this process; the arms of its last line."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["kvbench", *words])
+        assert main() == 0, capfd.readouterr().err
+        return json.loads(capfd.readouterr().out.splitlines()[-1])["arms"]
+
+    return call
+
+
+def test_the_readme_s_method_runs_from_its_own_file(methods, arms):
+    (arm,) = arms(*SMALL, "task=passkey", "method=full", "method._target_=my_methods.newest.Newest", "budget=0.5")
+    assert (arm["arm"], arm["method"], arm["n"]) == ("newest@0.5", "newest", 1)
+    assert 0.49 < arm["budget_measured"] <= 0.5
+    assert arm["kl"] > 0
+
+
+def test_the_page_s_thirty_lines_are_thirty():
     lines = block("python", "my_methods/last_votes.py").partition("@dataclass")[2].splitlines()
     assert len([line for line in lines if line.strip()]) <= 30
 
@@ -64,41 +86,28 @@ def test_the_page_shows_what_the_check_says_of_a_forgotten_need(methods):
     from my_methods.forgetful import LastVotes
 
     (finding,) = (one for one in check_policy(LastVotes, on_fail=None) if one.status == "broken")
-    shown = " ".join(PAGE.split())
     assert finding.rule == "compress"
     for text in (finding.statement, finding.seen.partition(" (")[0], finding.remedy):
-        assert " ".join(text.split()) in shown
+        assert " ".join(text.split()) in " ".join(PAGE.split())
 
 
-def test_the_page_s_runs_give_the_arm_beside_the_others(methods, monkeypatch, capfd):
-    small = [
-        "model=tiny-random",
-        "model.n_layers=10",
-        "task.lengths=[128]",
-        "task.limit=1",
-        "protocol.max_new_tokens=2",
-    ]
-    alone, together = commands("kvbench")
-    arms = []
-    for words in (alone, together):
-        monkeypatch.setattr(sys, "argv", ["kvbench", *words, *small])
-        assert main() == 0, capfd.readouterr().err
-        arms.append([arm["arm"] for arm in json.loads(capfd.readouterr().out.splitlines()[-1])["arms"]])
-    assert arms[0] == ["last_votes@0.5"]
-    assert "last_votes@0.5" in arms[1]
-    assert len(arms[1]) > 5
+def test_the_page_s_runs_give_the_arm_beside_the_others(methods, arms):
+    alone, together = ([arm["arm"] for arm in arms(*words, *SMALL)] for words in commands("kvbench"))
+    assert alone == ["last_votes@0.5"]
+    assert "last_votes@0.5" in together
+    assert len(together) > 5
 
 
-def test_the_template_package_is_found_by_name_and_its_test_passes(methods, monkeypatch, capfd):
-    project = tomllib.loads(block("toml", "pyproject.toml"))
+def test_the_template_package_is_found_by_name_and_its_test_passes(methods, arms):
+    project = tomllib.loads(block("toml", "pyproject.toml"))["project"]
     (methods / "last_votes").mkdir()
     source = block("python", "my_methods/last_votes.py")
     (methods / "last_votes" / "__init__.py").write_text(source, encoding="utf-8")
-    ((group, points),) = project["project"]["entry-points"].items()
+    ((group, points),) = project["entry-points"].items()
     installed = methods / "kvbench_last_votes-0.1.0.dist-info"  # what an installer makes of the project table
     installed.mkdir()
-    name = project["project"]["name"]
-    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1.0\n", encoding="utf-8")
+    metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n"
+    (installed / "METADATA").write_text(metadata, encoding="utf-8")
     lines = "".join(f"{name} = {value}\n" for name, value in points.items())
     (installed / "entry_points.txt").write_text(f"[{group}]\n{lines}", encoding="utf-8")
     test = {}
@@ -108,15 +117,10 @@ def test_the_template_package_is_found_by_name_and_its_test_passes(methods, monk
         with contextlib.suppress(SkipTest):
             rule()
     assert type(build_policy("last_votes", {"last_tokens": 4})).__module__ == "last_votes"
-    words = ["method=last_votes", "method.last_tokens=4", "budget=0.5", "task=passkey", "model=tiny-random"]
-    monkeypatch.setattr(
-        sys, "argv", ["kvbench", *words, "task.lengths=[128]", "task.limit=1", "protocol.max_new_tokens=2"]
-    )
     try:
-        assert main() == 0, capfd.readouterr().err
-    finally:
-        ConfigStore.instance().repo["method"].pop("last_votes.yaml")  # the store is the process's, the package ours
-    (arm,) = json.loads(capfd.readouterr().out.splitlines()[-1])["arms"]
+        (arm,) = arms(*SMALL, "method=last_votes", "method.last_tokens=4", "budget=0.5", "task=passkey")
+    finally:  # the store is the process's, the package ours
+        ConfigStore.instance().repo["method"].pop("last_votes.yaml", None)
     assert arm["arm"] == "last_votes@0.5,last_tokens=4"
 
 

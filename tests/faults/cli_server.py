@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import transformers.models.llama.modeling_llama  # noqa: F401  (else each child would import it)
@@ -32,8 +31,8 @@ def run_child(order: dict[str, Any]) -> NoReturn:
             optionally "file_limit_bytes" (larger files cannot be written), "no_network" (a file to which every attempt
             to reach another machine is written, before it is refused), "environment" (variables to set),
             "dies_at_open" (a file's name and a count: kill -9 when it is opened for the so-manieth time to append),
-            "online" (undo HF_HUB_OFFLINE) and "broken_metric" (what the metric `needle` does instead of its work; see
-            `break_metric`).
+            "online" (undo HF_HUB_OFFLINE) and "broken_metric" (what the metric `needle` does instead of its work:
+            "raises", "nan" or "text").
     """
     os.chdir(order["folder"])
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -58,9 +57,7 @@ def run_child(order: dict[str, Any]) -> NoReturn:
 
 
 def break_metric(kind: str) -> None:
-    """Let `needle` raise ("raises"), or give no number ("nan"), or something else ("text")."""
-
-    def needle(prediction: str, answer: str, all_classes: Sequence[str]) -> Any:
+    def needle(prediction, answer, all_classes):
         if kind == "raises":
             raise ValueError("broken metric")
         return math.nan if kind == "nan" else "good"
@@ -69,12 +66,11 @@ def break_metric(kind: str) -> None:
 
 
 def die_at_open(name: str, count: int) -> None:
-    """Kill this process when a file of that name is opened by `os.open` for the `count`-th time."""
     n_left = count
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal n_left
-        if event == "open" and arguments[1] is None and str(arguments[0]).endswith(name):
+        if event == "open" and arguments[1] is None and str(arguments[0]).endswith(name):  # by `os.open`
             n_left -= 1
             if n_left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -83,8 +79,6 @@ def die_at_open(name: str, count: int) -> None:
 
 
 def refuse_network(log: str) -> None:
-    """Let every look-up of a host and every connection fail, and write each attempt down."""
-
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto"):
             with open(log, "a", encoding="utf-8") as file:
@@ -97,17 +91,16 @@ def refuse_network(log: str) -> None:
 def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
-        if "start" in request:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    run_child(request["start"])
-                except BaseException:  # a traceback in the child's own output, and an exit code that no command has
-                    sys.excepthook(*sys.exc_info())
-                    os._exit(99)
+        if "wait" in request:
+            answer = {"status": os.waitpid(request["wait"], 0)[1]}
+        elif pid := os.fork():
             answer = {"pid": pid}
         else:
-            answer = {"status": os.waitpid(request["wait"], 0)[1]}
+            try:
+                run_child(request["start"])
+            except BaseException:  # a traceback in the child's own output, and an exit code that no command has
+                sys.excepthook(*sys.exc_info())
+                os._exit(99)
         print(json.dumps(answer), flush=True)
 
 

@@ -11,29 +11,25 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1]
-
+TIMES = ("seconds", "recorded_at", "call")
+"""Fields of a record that differ from run to run."""
 RUN = [
     "model=tiny-random", "arms=smoke", "task=passkey", "task.limit=8", "task.lengths=[200]",
     "protocol.max_new_tokens=4", "protocol.gold_tokens=3",
 ]  # fmt: skip
 """A run of 8 samples and 9 arms, a second long, in 8 batches."""
 
-TIMES = ("seconds", "recorded_at", "call")
-"""Fields of a record that differ from run to run."""
-
 
 @dataclass
 class Command:
-    """One call of the command line.
+    """One call of the command line; `code` is its exit code, or minus the signal that ended it, once waited for.
 
-    Attributes:
-        pid: of its process, not reaped before `wait`, so that a signal can hit no other process.
-        code: exit code, or minus the signal that ended it; None while it was not waited for.
+    Its process is not reaped before `wait`, so that a signal can hit no other.
     """
 
     server: Server
@@ -43,7 +39,6 @@ class Command:
     code: int | None = None
 
     def running(self) -> bool:
-        """Whether the process has neither ended nor been killed."""
         state = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
         return state not in "ZX"
 
@@ -51,7 +46,6 @@ class Command:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Wait for the end; returns `code`."""
         if self.code is None:
             self.code = os.waitstatus_to_exitcode(self.server.ask({"wait": self.pid})["status"])
         return self.code
@@ -65,14 +59,9 @@ class Command:
         return self.stderr_file.read_text(encoding="utf-8")
 
     @property
-    def document(self) -> dict[str, Any]:
-        """The JSON document in the last line of standard output."""
-        found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
-        return found
-
-    @property
     def arms(self) -> dict[str, dict[str, Any]]:
-        return {arm["arm"]: arm for arm in self.document["arms"]}
+        """The arms of the JSON document in the last line of standard output."""
+        return {arm["arm"]: arm for arm in json.loads(self.stdout.splitlines()[-1])["arms"]}
 
     @property
     def error_line(self) -> str:
@@ -95,15 +84,14 @@ class Server:
 
     process: subprocess.Popen[str]
     folder: Path
-    n_started: int = field(default=0)
+    n_started: int = 0
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
+        return json.loads(self.process.stdout.readline())
 
     def start(self, arguments: Sequence[str], folder: Path, **limits: Any) -> Command:
         """Start a command in `folder`; see `cli_server.run_child` for the limits."""
@@ -112,10 +100,10 @@ class Server:
         order = {"arguments": list(arguments), "folder": str(folder), "stdout": str(stdout), "stderr": str(stderr)}
         return Command(self, self.ask({"start": {**order, **limits}})["pid"], stdout, stderr)
 
-    def run(self, arguments: Sequence[str], folder: Path, **limits: Any) -> Command:
-        """Run a command to its end."""
+    def run(self, arguments: Sequence[str], folder: Path, code: int | None = None, **limits: Any) -> Command:
+        """Run a command to its end, which has to be the exit code if one is given."""
         command = self.start(arguments, folder, **limits)
-        command.wait()
+        assert command.wait() == code or code is None, command.stderr
         return command
 
 
@@ -124,10 +112,8 @@ def serve(folder: Path) -> Iterator[Server]:
     """A server that keeps the output of its commands in `folder`."""
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("cli_server.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    command, pipe = [sys.executable, str(Path(__file__).with_name("cli_server.py"))], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
     try:
         yield Server(process, folder)
     finally:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from verdicts import CASES, NASTY, Tally, generator, shown
+from verdicts import CASES, NASTY, QASPER, QUALITY, Tally, shown
 
-from kvbench.config import config_folder, group_options, register
+from kvbench.config import group_options
+from kvbench.experiments import composed
 from kvbench.plan import build_plan
 from kvbench.run import run_plan
 
@@ -55,30 +55,24 @@ def leaves(node: Any, path: str = "") -> Iterator[str]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
-    row = {"_id": "r1", "dataset": "qasper", "context": "Some text. " * 30, "input": "What is it?",
-           "answers": ["text"], "all_classes": None, "length": 3, "language": "en"}  # fmt: skip
-    (folder / "qasper.jsonl").write_text(json.dumps(row) + "\n")
-    scrolls = {"id": "z1", "input": "A document. " * 30 + "A question?", "output": "yes", "document_start_index": 0,
-               "document_end_index": 360, "query_start_index": 360, "query_end_index": 371,
-               "truncation_seperator": "... [cut] ..."}  # fmt: skip
+    (folder / "qasper.jsonl").write_text(json.dumps(QASPER) + "\n")
     (folder / "quality").mkdir()
     for split, name in (("validation", "z1"), ("test", "z2")):
-        (folder / "quality" / f"{split}.jsonl").write_text(json.dumps({**scrolls, "id": name}) + "\n")
+        (folder / "quality" / f"{split}.jsonl").write_text(json.dumps({**QUALITY, "id": name}) + "\n")
     return folder
 
 
 def test_no_value_of_the_configuration_ends_in_a_traceback(data, shared_data, tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)
-    register()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        composed = [compose("config", overrides=base) for base in bases(data, shared_data / "longbench_official")]
-    paths = [list(leaves(OmegaConf.to_container(config))) for config in composed]
-    random, tally = generator("configuration"), Tally()
+    configs = [composed(base) for base in bases(data, shared_data / "longbench_official")]
+    paths = [list(leaves(OmegaConf.to_container(config))) for config in configs]
+    tally = Tally("values of the configuration")
+    random = tally.random
     for _ in range(CASES):
-        place = random.randrange(len(composed))
+        place = random.randrange(len(configs))
         path, value = random.choice(paths[place]), random.choice(NASTY)
-        tally.attempt(f"{path}={shown(value)}", lambda p=place, k=path, v=value: run(composed[p], k, v))
-    tally.check("values of the configuration", record_property)
+        tally.attempt(f"{path}={shown(value)}", lambda p=place, k=path, v=value: run(configs[p], k, v))
+    tally.check(record_property)
 
 
 def run(base: DictConfig, path: str, value: Any) -> None:

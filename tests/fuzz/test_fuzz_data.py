@@ -6,21 +6,15 @@ import io
 import json
 import zipfile
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
-from verdicts import CASES, NASTY, Tally, generator, shown
+from verdicts import CASES, NASTY, QASPER, QUALITY, Tally, damaged, shown
 
 from kvbench.tasks.data import unpack
 from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.zeroscrolls import ZeroScrolls
 
-QASPER = {"_id": "r1", "dataset": "qasper", "context": "Some text. " * 9, "input": "What?", "answers": ["text"],
-          "all_classes": None, "length": 3, "language": "en"}  # fmt: skip
-QUALITY = {"id": "z1", "input": "A document. " * 9 + "A question?", "output": "yes", "document_start_index": 0,
-           "document_end_index": 108, "query_start_index": 108, "query_end_index": 119,
-           "truncation_seperator": "... [cut] ..."}  # fmt: skip
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
@@ -28,33 +22,12 @@ def lines(row: dict[str, Any], name: str) -> bytes:
     return b"".join(json.dumps({**row, name: f"r{i}"}).encode() + b"\n" for i in range(4))
 
 
-def damaged(content: bytes, random: Random) -> bytes:
-    """The content cut short, or with bytes flipped, replaced, doubled or left out."""
-    found = bytearray(content)
-    for _ in range(random.choice((1, 1, 2, 8))):
-        at = random.randrange(len(found)) if random.random() < 0.5 else max(0, len(found) - 1 - random.randrange(120))
-        kind = random.randrange(5)
-        if kind == 0:
-            found[at] ^= 1 << random.randrange(8)
-        elif kind == 1:
-            found[at] = random.randrange(256)
-        elif kind == 2:
-            found[at : at + 4] = random.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"))
-        elif kind == 3:
-            found[at:at] = found[at : at + random.randrange(40)]
-        else:
-            del found[at : at + random.randrange(1, 40)]
-        if not found:
-            return b""
-    return bytes(found)
-
-
 def zeroscrolls(folder: Path) -> ZeroScrolls:
     return ZeroScrolls(name="q", task="quality", metric="rouge_l", max_new_tokens=3, root=str(folder))
 
 
 def test_no_damaged_archive_ends_in_a_traceback(tmp_path: Path, record_property) -> None:
-    random, tally = generator("archives"), Tally()
+    tally = Tally("archives")
     whole = []
     for method in METHODS:
         buffer = io.BytesIO()
@@ -64,15 +37,16 @@ def test_no_damaged_archive_ends_in_a_traceback(tmp_path: Path, record_property)
         whole.append(buffer.getvalue())
     path = tmp_path / "quality.zip"
     for number in range(CASES):
-        path.write_bytes(damaged(whole[number % len(whole)], random))
+        path.write_bytes(damaged(whole[number % len(whole)], tally.random))
         tally.attempt(f"case {number}", zeroscrolls(tmp_path).samples)
         (target := tmp_path / f"unpacked{number}").mkdir()
         tally.attempt(f"case {number}, unpacked", lambda folder=target: unpack(path, folder, ".jsonl"))
-    tally.check("archives", record_property)
+    tally.check(record_property)
 
 
 def test_no_row_ends_in_a_traceback(tmp_path: Path, shared_data: Path, record_property) -> None:
-    random, tally = generator("rows"), Tally()
+    tally = Tally("rows")
+    random = tally.random
     official = str(shared_data / "longbench_official")
     longbench = LongBench(name="q", dataset="qasper", language="en", category="single-document QA", metric="qa_f1",
                           root=str(tmp_path), official=official)  # fmt: skip
@@ -91,7 +65,7 @@ def test_no_row_ends_in_a_traceback(tmp_path: Path, shared_data: Path, record_pr
             case = f"{field}={shown(value)}"
         path.write_bytes(content)
         tally.attempt(case, task.samples)
-    tally.check("rows", record_property)
+    tally.check(record_property)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
@@ -105,10 +79,11 @@ def test_no_file_beside_the_weights_ends_in_a_traceback(name, tiny_gqa, tmp_path
     load_model(config)
     path = tmp_path / name
     whole = json.loads(path.read_text())
-    random, tally = generator(name), Tally()
+    tally = Tally(f"{name} of a model")
+    random = tally.random
     for _ in range(CASES // 10):
         field, value = random.choice(list(whole)), random.choice([v for v in NASTY if v != 10**12])
         content = {**whole, field: value} if random.random() < 0.9 else value
         path.write_text(json.dumps(content))
         tally.attempt(f"{field}={shown(value)}", lambda: load_model(config))
-    tally.check(f"{name} of a model", record_property)
+    tally.check(record_property)

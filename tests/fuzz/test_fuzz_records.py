@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_fuzz_data import QASPER, damaged, lines
-from verdicts import CASES, NASTY, Tally, generator, shown
+from test_fuzz_data import lines
+from verdicts import CASES, NASTY, QASPER, Tally, damaged, shown
 
 from kvbench.experiments import composed
 from kvbench.plan import build_plan
@@ -79,7 +79,8 @@ def spoil(path: Path, random: Random) -> str:
 
 
 def test_no_file_of_a_run_ends_in_a_traceback(whole, tmp_path, record_property) -> None:
-    random, tally = generator("records"), Tally()
+    tally = Tally("files of a run")
+    random = tally.random
     names = ["config.json", "calls.jsonl", "prompts.jsonl", *["records"] * 6]
     for number in range(CASES):
         run = tmp_path / str(number)
@@ -91,4 +92,4 @@ def test_no_file_of_a_run_ends_in_a_traceback(whole, tmp_path, record_property) 
         for reader in chosen if number % 10 == 0 else set(chosen) - {"report"}:  # a report takes half a second
             tally.attempt(f"{reader}: {case}", chosen[reader])
         shutil.rmtree(run)
-    tally.check("files of a run", record_property)
+    tally.check(record_property)
