@@ -36,3 +36,9 @@ def __getattr__(name: str) -> Any:
             if policy.__name__ == name:
                 return policy
     raise AttributeError(f"module 'kvbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from kvbench.methods.registry import load_policies
+
+    return sorted({*globals(), *__all__, *(policy.__name__ for policy in load_policies().values())})

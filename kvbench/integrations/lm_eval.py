@@ -79,7 +79,7 @@ class Tally:
 
 @dataclass
 class CompressedAnswers:
-    """A model that reads every context through one method's compressed cache; options out of range are a ConfigError."""
+    """A model that reads every context through one method's compressed cache; wrong options are a ConfigError."""
 
     loaded: LoadedModel
     policy: Policy  # the method with its budget and options
