@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kvbench.methods.base import GROUP_REDUCTIONS, RowsStepper, StepLayer, StepRow
 from kvbench.ops.counter_rng import INCREMENT, MASK, MULTIPLIERS
+from kvbench.ops.steps import GROUP_REDUCTIONS, RowsStepper, StepLayer, StepRow
 
 BLOCK_SLOTS = 1024
 BLOCK_TARGETS = 32

@@ -34,10 +34,11 @@ from transformers import Cache
 
 from kvbench.errors import ConfigError
 from kvbench.methods import base
-from kvbench.methods.base import CompressedLayer, Policy, StepLayer, StepRow, slot_state
+from kvbench.methods.base import CompressedLayer, Policy, slot_state
 from kvbench.ops import ragged_decode
 from kvbench.ops.dispatch import choose_backend, current_device
 from kvbench.ops.ragged_decode import Blocks, DecodePlan
+from kvbench.ops.steps import RowsStepper, StepLayer, StepRow
 from kvbench.runtime.blocks import BlockTable, LayerPools, Pool, SideStream, lay_out
 
 ROOM_TOKENS = 32
@@ -65,7 +66,7 @@ class _Place:
     def __init__(self, backend: str, table: BlockTable, device: torch.device):
         self.backend, self.table, self.device = backend, table, device
         self.attention = Pool((), torch.float32, device)
-        self.steppers: dict[type[Policy], base.RowsStepper | None] = {}
+        self.steppers: dict[type[Policy], RowsStepper | None] = {}
         self.side = SideStream(device)
 
     @property
