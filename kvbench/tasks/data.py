@@ -92,10 +92,11 @@ def zeroscrolls_folder(task: str) -> Path:
 def _fetched(
     folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], what: str, settings: str
 ) -> Path:
+    def waiting() -> None:
+        logger.warning("another process is fetching %s; waiting for it", what)
+
     try:
-        return ensure_folder(
-            folder, identity, write, lambda: logger.warning("another process is fetching %s; waiting for it", what)
-        )
+        return ensure_folder(folder, identity, write, waiting)
     except DataError as error:
         raise DataError(
             f"{what} is not in the cache and cannot be fetched: {error}. Run `python -m kvbench.fetch {what}` where "
@@ -145,16 +146,15 @@ def _hub_file(repo_id: str, revision: str, filename: str) -> Iterator[tuple[Path
 
 def _download(url: str, partial: Path, size_bytes: int | None) -> Path:
     """Append to `partial` what is missing of it."""
+
+    def so_far() -> str:
+        had = f"{partial.stat().st_size} of {size_bytes or 'unknown'} bytes"
+        return f"{url} could be fetched only in part ({had}; the same command goes on from there)"
+
     with partial.open("ab") as file:
         if size_bytes is not None and file.tell() > size_bytes:
             file.truncate(0)
-        wanted = size_bytes or "unknown"
-        with _network_errors(
-            lambda: (
-                f"{url} could be fetched only in part ({partial.stat().st_size} of {wanted} bytes; the same "
-                "command goes on from there)"
-            )
-        ):
+        with _network_errors(so_far):
             _get(url, file, resume_size=file.tell(), expected_size=size_bytes)
     return partial
 

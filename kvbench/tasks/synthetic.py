@@ -41,6 +41,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
@@ -174,15 +175,10 @@ class NeedleGrid(Task):
 
     def all_samples(self) -> list[Sample]:
         """All samples; the first ones cover the whole grid once, so that a `limit` thins it evenly."""
-        return [
-            self._sample(length_tokens, depth, repeat)
-            for repeat in range(self.samples_per_cell)
-            for length_tokens in self.lengths
-            for depth in self.depths
-        ]
+        return [self._sample(*cell) for cell in product(range(self.samples_per_cell), self.lengths, self.depths)]
 
     @abstractmethod
-    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample: ...
+    def _sample(self, repeat: int, length_tokens: int, depth: float) -> Sample: ...
 
     def _number(self, generator: Random) -> str:
         return str(generator.randrange(10 ** (self.digits - 1), 10**self.digits))
@@ -203,7 +199,7 @@ class PassKey(NeedleGrid):
     name: str = "passkey"
     digits: Digits = 6
 
-    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
+    def _sample(self, repeat: int, length_tokens: int, depth: float) -> Sample:
         sample_id = f"{self.name}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"
         generator = generator_for(sample_id, self.digits)
         key = self._number(generator)
@@ -227,7 +223,7 @@ class NeedleInHaystack(NeedleGrid):
     name: str = "niah"
     n_facts: Annotated[int, Within(1, len(FACTS))] = 4
 
-    def _sample(self, length_tokens: int, depth: float, repeat: int) -> Sample:
+    def _sample(self, repeat: int, length_tokens: int, depth: float) -> Sample:
         sample_id = f"{self.name}-{self.n_facts}x{self.digits}-{length_tokens}-{depth:g}-{self.seed}-{repeat}"
         generator = generator_for(sample_id)
         facts = generator.sample(FACTS, self.n_facts)
@@ -236,8 +232,7 @@ class NeedleInHaystack(NeedleGrid):
         needles = [f"{fact} {number}." for (fact, _), number in zip(facts, numbers, strict=True)]
         statement, question = facts[0]
         fixed_characters = len(NIAH_INSTRUCTION) + sum(len(needle) + 1 for needle in needles) + len(question) + 4
-        target_characters = round(length_tokens * PROSE_CHARACTERS_PER_TOKEN)
-        hay = prose_filler(target_characters - fixed_characters, generator)
+        hay = prose_filler(round(length_tokens * PROSE_CHARACTERS_PER_TOKEN) - fixed_characters, generator)
         context = f"{NIAH_INSTRUCTION}\n\n{hide(hay, list(zip(depths, needles, strict=True)))}\n\n"
         meta = {"length_tokens": length_tokens, "depth": depth, "other_numbers": numbers[1:]}
         return self._asked(sample_id, context, question, statement, numbers[0], meta)
@@ -269,35 +264,26 @@ class FewShot(Task):
 
     def all_samples(self) -> list[Sample]:
         """All samples; the first ones cover every length once, so that a `limit` thins them evenly."""
-        return [
-            self._sample(length_tokens, repeat)
-            for repeat in range(self.samples_per_length)
-            for length_tokens in self.lengths
-        ]
+        return [self._sample(*cell) for cell in product(range(self.samples_per_length), self.lengths)]
 
-    def _sample(self, length_tokens: int, repeat: int) -> Sample:
+    def _sample(self, repeat: int, length_tokens: int) -> Sample:
         sample_id = f"{self.name}-{self.labels}-{self.n_classes}-{length_tokens}-{self.seed}-{repeat}"
         generator = generator_for(sample_id)
-        label_of = self._draw_labels(generator)
-        question_category = list(label_of)[generator.randrange(self.n_classes)]
+        categories = generator.sample(sorted(CATEGORIES), self.n_classes)
+        names = categories if self.labels == "categories" else generator.sample(INVENTED, self.n_classes)
+        label_of = {category: f'"{name}"' for category, name in zip(categories, names, strict=True)}
+        question_category = categories[generator.randrange(self.n_classes)]
         question_word = generator.choice(CATEGORIES[question_category])
         shown = [(word, label) for category, label in label_of.items() for word in CATEGORIES[category]]
         lines = [f"{word}{FEWSHOT_PREFIX} {label}\n" for word, label in shown if word != question_word]
-        target_characters = round(length_tokens * FEWSHOT_CHARACTERS_PER_TOKEN[self.labels])
-        characters = target_characters - len(question_word + FEWSHOT_PREFIX)
-        context = _repeat_shuffled(lines, characters, generator)
+        characters = round(length_tokens * FEWSHOT_CHARACTERS_PER_TOKEN[self.labels])
+        context = _repeat_shuffled(lines, characters - len(question_word + FEWSHOT_PREFIX), generator)
         return Sample(
             id=sample_id, dataset=self.name, prompt=context + question_word, answers=(label_of[question_category],),
             metric="first_word", max_new_tokens=8, chat=False, answer_prefix=FEWSHOT_PREFIX,
             question_start=len(context), stop_newline=True,
             meta={"length_tokens": length_tokens, "labels": list(label_of.values())},
         )  # fmt: skip
-
-    def _draw_labels(self, generator: Random) -> dict[str, str]:
-        """Categories of one sample and their labels, in quotation marks."""
-        categories = generator.sample(sorted(CATEGORIES), self.n_classes)
-        names = categories if self.labels == "categories" else generator.sample(INVENTED, self.n_classes)
-        return {category: f'"{name}"' for category, name in zip(categories, names, strict=True)}
 
 
 def _repeat_shuffled(lines: Sequence[str], characters: int, generator: Random) -> str:
