@@ -48,8 +48,7 @@ def test_fifty_steps_match_reference(n_query_heads, n_kv_heads, n_tokens, option
         keys, values, _ = reference.stacked()
         assert relative_rms(slots.keys[:, order], keys) == 0.0
         assert relative_rms(slots.values[:, order], values) < 1e-6
-        scores = reference.scores()
-        assert relative_rms(slots.state.scores[:, order], scores) < 1e-5
+        assert relative_rms(slots.state.scores[:, order], reference.scores()) < 1e-5
     assert any(merges) == policy.merge
     assert not all(merges)  # the gate closed at least once
 
@@ -86,12 +85,3 @@ def test_gate_opens_with_the_ratio_of_the_scores():
         opened += int((slots.values != before).any(dim=(1, 2)).sum())
     expected = 800 * 0.25  # all four targets are old tokens with score 1
     assert abs(opened - expected) < 4 * (800 * 0.25 * 0.75) ** 0.5
-
-
-def test_inputs_are_not_modified():
-    layer = make_layer(6, 2, 50)
-    before = [layer.keys.clone(), layer.values.clone(), layer.column_sums.clone()]
-    policy = CaM(budget=0.5)
-    policy.step(decode_slots(policy.compress(layer, 25)), torch.rand(6, 26))
-    for tensor, copy in zip([layer.keys, layer.values, layer.column_sums], before, strict=True):
-        assert torch.equal(tensor, copy)

@@ -1,21 +1,17 @@
-"""What every method owes its callers, whatever it keeps: exact budgets, the same answer twice, untouched inputs."""
+"""What `kvbench.testing` does not ask of a method: exact budgets over all layers of any model, refusals that help."""
 
-import copy
 import dataclasses
 import itertools
 import re
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer
 
 from kvbench.errors import BudgetError
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy, constant_state, slot_state
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.methods.snapkv import SnapKV
-from kvbench.testing import decode_slots
 
 N_LAYERS = 6
 SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on prompts of some fifty tokens
@@ -30,41 +26,18 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
 COMPRESSED = [name for name in load_policies() if name != "full"]
 
 
-def method(name: str, budget: float) -> Policy:
-    return build_policy(name, {"budget": budget, **SHORT_PROMPTS.get(name, {})})
-
-
-def model_layers(heads: tuple[int, int], n_tokens: int, dtype: torch.dtype = torch.float32) -> list[LayerStates]:
-    return [
-        make_layer(
-            *heads, n_tokens, seed=index, correlated=True, layer_index=index, n_layers=N_LAYERS, head_dim=8, dtype=dtype
-        )
-        for index in range(N_LAYERS)
-    ]
-
-
-def compress_all(policy: Policy, layers: list[LayerStates]) -> list[CompressedLayer]:
-    budgets = policy.layer_budgets(layers[0].n_tokens, N_LAYERS)
-    return [policy.compress(layer, slots) for layer, slots in zip(layers, budgets, strict=True)]
-
-
-def tensors(compressed: CompressedLayer) -> dict[str, torch.Tensor]:
-    named = {name: getattr(compressed, name) for name in ("keys", "values", "positions", "lengths", "bias")}
-    named.update(slot_state(compressed.state) | constant_state(compressed.state))
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
 @pytest.mark.parametrize("name", COMPRESSED)
 @settings(max_examples=8, deadline=None)
 @given(
     n_tokens=st.integers(41, 75), budget=st.floats(0.35, 1.0), heads=st.sampled_from([(2, 2), (4, 2), (3, 1), (6, 3)])
 )
 def test_the_slots_kept_are_the_budget_to_the_last_one(name, n_tokens, budget, heads):
-    policy = method(name, budget)
-    layers = model_layers(heads, n_tokens)
-    compressed = compress_all(policy, layers)
-    assert sum(c.n_slots for c in compressed) == N_LAYERS * heads[1] * policy.budget_tokens(n_tokens)
-    for layer in compressed:
+    policy = build_policy(name, {"budget": budget, **SHORT_PROMPTS.get(name, {})})
+    total = 0
+    for index, slots in enumerate(policy.layer_budgets(n_tokens, N_LAYERS)):
+        shape = {"layer_index": index, "n_layers": N_LAYERS, "head_dim": 8}
+        layer = policy.compress(make_layer(*heads, n_tokens, seed=index, correlated=True, **shape), slots)
+        total += layer.n_slots
         lengths = [layer.keys.shape[1]] * heads[1] if layer.lengths is None else layer.lengths.tolist()
         assert max(lengths) == layer.keys.shape[1]
         for head, length in enumerate(lengths):
@@ -72,43 +45,7 @@ def test_the_slots_kept_are_the_budget_to_the_last_one(name, n_tokens, budget, h
             assert kept == sorted(set(kept))  # each token once, in order
             assert kept[0] >= 0
             assert kept[-1] < n_tokens
-
-
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_results_repeat_and_inputs_are_not_modified(name):
-    layers = model_layers((4, 2), 53)
-    before = copy.deepcopy(layers)
-    policy = method(name, 0.4)
-    first, second = compress_all(policy, layers), compress_all(policy, layers)
-    for one, other in zip(first, second, strict=True):
-        assert tensors(one).keys() == tensors(other).keys()
-        assert all(torch.equal(tensor, tensors(other)[key]) for key, tensor in tensors(one).items())
-    if policy.steps:
-        slots = decode_slots(first[0])
-        policy.step(slots, torch.rand(4, slots.keys.shape[1]))
-    for layer, original in zip(layers, before, strict=True):
-        for field, tensor in vars(original).items():
-            if isinstance(tensor, torch.Tensor):
-                assert torch.equal(getattr(layer, field), tensor), field
-        assert all(torch.equal(layer.extras[key], tensor) for key, tensor in original.extras.items())
-
-
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_half_precision_is_stored_and_fp32_is_counted(name):
-    for compressed in compress_all(method(name, 0.4), model_layers((4, 2), 53, torch.bfloat16)):
-        assert compressed.keys.dtype == compressed.values.dtype == torch.bfloat16
-        assert compressed.bias is None or compressed.bias.dtype == torch.float32
-        assert all(tensor.dtype == torch.float32 for tensor in slot_state(compressed.state).values())
-
-
-@pytest.mark.parametrize("name", COMPRESSED)
-def test_the_whole_budget_keeps_the_prompt_as_it_is(name):
-    layers = model_layers((4, 2), 41)
-    for layer, compressed in zip(layers, compress_all(method(name, 1.0), layers), strict=True):
-        assert torch.equal(compressed.keys, layer.keys)
-        assert torch.equal(compressed.values, layer.values)
-        assert torch.equal(compressed.positions, torch.arange(41).expand(2, -1))
-        assert compressed.bias is None or not compressed.bias.any()
+    assert total == N_LAYERS * heads[1] * policy.budget_tokens(n_tokens)
 
 
 @pytest.mark.parametrize("name", COMPRESSED)

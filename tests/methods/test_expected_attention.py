@@ -20,18 +20,12 @@ OPTIONS = [
 
 
 def reference_for(policy: ExpectedAttention, layer) -> torch.Tensor:
+    extras = layer.extras
     return reference_scores(
-        layer.extras["queries"],
-        layer.keys,
-        layer.values,
-        layer.extras["rotary_frequencies"],
-        float(layer.extras["scaling"]),
-        n_future=policy.future_tokens,
-        n_sink=policy.start_tokens,
-        use_covariance=policy.use_covariance,
-        use_vnorm=policy.use_value_norm,
-        epsilon=policy.epsilon,
-    )
+        extras["queries"], layer.keys, layer.values, extras["rotary_frequencies"], float(extras["scaling"]),
+        n_future=policy.future_tokens, n_sink=policy.start_tokens, use_covariance=policy.use_covariance,
+        use_vnorm=policy.use_value_norm, epsilon=policy.epsilon,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("turning_pairs", [4, 3])

@@ -15,15 +15,8 @@ SHAPES = [(4, 4, 61), (6, 2, 97)]
 
 
 def reference_for(policy: H2O, layer, m: int) -> ReferenceH2O:
-    return ReferenceH2O(
-        layer.keys,
-        layer.values,
-        layer.column_sums,
-        m,
-        policy.recent_share,
-        policy.normalise_by_count,
-        policy.group_reduce,
-    )
+    options = (policy.recent_share, policy.normalise_by_count, policy.group_reduce)
+    return ReferenceH2O(layer.keys, layer.values, layer.column_sums, m, *options)
 
 
 @pytest.mark.parametrize("group_reduce", ["mean", "max", "first"])
@@ -79,16 +72,8 @@ def test_fifty_steps_match_reference(n_query_heads, n_kv_heads, n_tokens, budget
         gather = order.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
         assert relative_rms(slots.keys[:, :m].gather(1, gather), keys) == 0.0
         assert relative_rms(slots.values[:, :m].gather(1, gather), values) == 0.0
-        scores = reference.scores()
-        assert relative_rms(slots.state.scores[:, :m].gather(1, order), scores) < 1e-5
+        assert relative_rms(slots.state.scores[:, :m].gather(1, order), reference.scores()) < 1e-5
     assert moved  # some leaving token became a heavy hitter, so the test saw both branches
-
-
-def test_full_budget_keeps_the_prompt_in_order():
-    layer = make_layer(4, 2, 33)
-    compressed = H2O(budget=1.0).compress(layer, 33)
-    assert torch.equal(compressed.keys, layer.keys)
-    assert torch.equal(compressed.positions, torch.arange(33).expand(2, -1))
 
 
 def test_recent_share_one_is_a_sliding_window():
@@ -102,23 +87,3 @@ def test_recent_share_one_is_a_sliding_window():
     policy.step(slots, attention)
     assert torch.equal(slots.keys[:, 0], key)
     assert torch.equal(slots.keys[:, 1:10], layer.keys[:, 31:])
-
-
-def test_inputs_are_not_modified_and_results_repeat():
-    layer = make_layer(6, 2, 50)
-    before = [layer.keys.clone(), layer.values.clone(), layer.column_sums.clone()]
-    policy = H2O(budget=0.5)
-    first, second = policy.compress(layer, 25), policy.compress(layer, 25)
-    policy.step(decode_slots(first), torch.rand(6, 26))
-    for tensor, copy in zip([layer.keys, layer.values, layer.column_sums], before, strict=True):
-        assert torch.equal(tensor, copy)
-    assert torch.equal(first.keys, second.keys)
-
-
-def test_step_keeps_half_precision_storage():
-    layer = make_layer(4, 2, 40, dtype=torch.bfloat16)
-    compressed = H2O(budget=0.5).compress(layer, 20)
-    slots = decode_slots(compressed)
-    H2O(budget=0.5).step(slots, torch.rand(4, 21))
-    assert slots.keys.dtype == torch.bfloat16
-    assert slots.state.scores.dtype == torch.float32

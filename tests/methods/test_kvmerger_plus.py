@@ -16,16 +16,10 @@ EVEN = {**SHORT, "question_share": 0.5}
 
 def expected_positions(policy: KVMergerPlus, layer, n_slots: int) -> list[list[int]]:
     return reference_positions(
-        layer.column_sums,
-        layer.window_attention,
-        layer.n_kv_heads,
-        n_slots,
-        recent=policy.split(n_slots)[0],
-        question_share=policy.question_share,
-        question_queries=policy.question_queries,
-        kernel=policy.kernel_tokens,
-        text_queries=policy.text_queries,
-    )
+        layer.column_sums, layer.window_attention, layer.n_kv_heads, n_slots,
+        recent=policy.split(n_slots)[0], question_share=policy.question_share,
+        question_queries=policy.question_queries, kernel=policy.kernel_tokens, text_queries=policy.text_queries,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("refit", ["both", "values", "none"])

@@ -81,17 +81,11 @@ def test_kvmerger(layers, index, policy):
     exact = slots if policy.exact_budget else None
     compressed = policy.compress(states, slots)
     reference = reference_kvmerger(
-        states.keys,
-        states.values,
-        states.column_sums.unflatten(0, (3, 3)).mean(1),
-        *policy.protected_counts(states.n_tokens, exact),
-        n_slots=exact,
-        epsilon=policy.threshold,
-        linkage=policy.linkage,
-        scope=policy.scope,
-        sigma=policy.sigma if policy.sigma_mode == "fixed" else None,
+        states.keys, states.values, states.column_sums.unflatten(0, (3, 3)).mean(1),
+        *policy.protected_counts(states.n_tokens, exact), n_slots=exact, epsilon=policy.threshold,
+        linkage=policy.linkage, scope=policy.scope, sigma=policy.sigma if policy.sigma_mode == "fixed" else None,
         value_scale=policy.value_scale,
-    )
+    )  # fmt: skip
     lengths = [slots] * 3 if compressed.lengths is None else compressed.lengths.tolist()
     for head, head_slots in enumerate(reference):
         n = lengths[head]
