@@ -103,15 +103,12 @@ class LayerStates:
 
 
 def reduce_groups(scores: Tensor, n_kv_heads: int, reduce: str) -> Tensor:
-    """Reduce query-head scores to KV heads; query head h belongs to KV head h // G.
+    """Reduce query-head scores `(H, ...)` to KV heads `(H_k, ...)`.
 
     Args:
-        scores: `(H, ...)`.
+        scores: returned as they are where every KV head has one query head.
         n_kv_heads: H_k.
         reduce: "mean", "max", "sum" or "first" (first query head of each group, as in llama-recipes' H2O).
-
-    Returns:
-        `(H_k, ...)`; the argument itself where every KV head has one query head.
     """
     if reduce not in (*GROUP_REDUCTIONS, "sum"):
         raise ConfigError(f"group_reduce={reduce!r} is not one of {', '.join(GROUP_REDUCTIONS)}")
@@ -245,12 +242,9 @@ class Policy(ABC):
     steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Check every option against its annotation (`kvbench.fields`, words in `kvbench.methods.options`).
+        """Check every option against its annotation (words for them: `kvbench.methods.options`); raises `ConfigError`.
 
         Subclasses extend this where options depend on each other.
-
-        Raises:
-            ConfigError: at the first option whose value is not what its annotation says.
         """
         if not (type(self.budget) in (int, float) and 0.0 < self.budget <= 1.0):
             raise ConfigError(
@@ -339,17 +333,7 @@ def floor_share(share: float, n_tokens: int) -> int:
 
 
 def with_whole_layers(policy: Policy, n_tokens: int, n_layers: int, n_first: int, n_last: int) -> list[int]:
-    """Leave the first and last layers whole and spread what is left evenly over the others.
-
-    Args:
-        policy: whose budget is spent.
-        n_tokens: prompt length T.
-        n_layers: number of layers.
-        n_first: first layers left whole.
-        n_last: last layers left whole.
-
-    Returns:
-        Slots per KV head and layer, summing to `n_layers * budget_tokens(n_tokens)`.
+    """Layer budgets with the first and last layers whole; what is left is spread evenly over the others.
 
     Raises:
         BudgetError: if the whole layers leave the others fewer than the method's `minimum_tokens` each.

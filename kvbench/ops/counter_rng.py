@@ -35,12 +35,7 @@ def absorb_word(state: Word, word: Word) -> Word:
 
 
 def counter_hash(seed: Word, *counters: Word) -> Word:
-    """Hash a seed and any number of counters to 32 bits.
-
-    Args:
-        seed: integer or int64 tensor; its low 64 bits count.
-        counters: integers or int64 tensors; the low 32 bits of each count. All tensors have to be on one device and
-            broadcast together.
+    """Hash a seed (64 bits) and counters (32 bits each), integers or int64 tensors that broadcast, to 32 bits.
 
     Returns:
         Values in 0 .. 2^32 - 1: an int64 tensor of the broadcast shape, or an integer if no argument is a tensor.

@@ -23,13 +23,8 @@ LOWEST_FACTOR, HIGHEST_FACTOR = math.exp(-2.0), math.exp(3.0)  # of a slot's wei
 def ridge_correction(design: Tensor, residual: Tensor, ridge: float) -> Tensor:
     """Solve `min |residual - design x|^2 + lambda |x|^2`, lambda being `ridge` times the mean squared row of `design`.
 
-    Args:
-        design: `(H, N, m)` fp32, N equations in m unknowns.
-        residual: `(H, N, C)` fp32.
-        ridge: positive factor.
-
-    Returns:
-        `(H, m, C)` fp32, from `x = design^T (design design^T + lambda)^-1 residual`.
+    For N equations in m unknowns, design `(H, N, m)` and residual `(H, N, C)` fp32, it gives `(H, m, C)` fp32 from
+    `x = design^T (design design^T + lambda)^-1 residual`.
     """
     gram = torch.bmm(design, design.transpose(1, 2))
     diagonal = gram.diagonal(dim1=1, dim2=2)
@@ -39,27 +34,17 @@ def ridge_correction(design: Tensor, residual: Tensor, ridge: float) -> Tensor:
 
 
 def kept_mass(rows: Tensor, positions: Tensor) -> Tensor:
-    """Attention of observed queries on the kept keys.
+    """Attention of N observed queries on the keys kept at `(H_k, m)` positions, `(H_k, N, m)` fp32.
 
-    Args:
-        rows: `(H_k, N, T)` fp32 softmax rows over all keys, those of a group's query heads one below the other.
-        positions: `(H_k, m)` int64.
-
-    Returns:
-        `(H_k, N, m)` fp32; a row sums to the mass that was kept.
+    `rows`, `(H_k, N, T)` fp32, are softmax rows over all keys, those of a group's query heads one below the other.
     """
     return rows.gather(2, positions.unsqueeze(1).expand(-1, rows.shape[1], -1))
 
 
 def refit_bias(mass: Tensor, ridge: float) -> Tensor:
-    """Bias of each slot with which the kept keys attract all the mass that the observed queries have to give.
+    """Bias `(H_k, m)` fp32 with which the kept keys attract all the mass that the observed queries have to give.
 
-    Args:
-        mass: `(H_k, N, m)` fp32, from `kept_mass`.
-        ridge: see `ridge_correction`; the larger, the closer to no bias.
-
-    Returns:
-        `(H_k, m)` fp32, to be added to the logits; between log `LOWEST_FACTOR` and log `HIGHEST_FACTOR`.
+    It is between log `LOWEST_FACTOR` and log `HIGHEST_FACTOR`; the larger `ridge`, the closer to none.
     """
     lost = 1.0 - mass.sum(-1, keepdim=True)
     factors = 1.0 + ridge_correction(mass, lost, ridge).squeeze(-1)
@@ -69,18 +54,9 @@ def refit_bias(mass: Tensor, ridge: float) -> Tensor:
 def refit_values(
     rows: Tensor, mass: Tensor, all_values: Tensor, kept_values: Tensor, bias: Tensor | None, ridge: float
 ) -> Tensor:
-    """Values of the kept slots with which the observed queries get the output they had over all keys.
+    """Values `(H_k, m, D)` with which the observed queries get the output they had over all `(H_k, T, D)` values.
 
-    Args:
-        rows: `(H_k, N, T)` fp32, as for `kept_mass`.
-        mass: `(H_k, N, m)` fp32, from `kept_mass`.
-        all_values: `(H_k, T, D)`.
-        kept_values: `(H_k, m, D)`.
-        bias: `(H_k, m)` fp32 or None.
-        ridge: see `ridge_correction`; the larger, the closer to the kept values themselves.
-
-    Returns:
-        `(H_k, m, D)`, dtype of the values.
+    `rows` and `mass` are those of `kept_mass`; the larger `ridge`, the closer to the kept values themselves.
     """
     weights = mass if bias is None else mass * bias.exp().unsqueeze(1)
     attention = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
