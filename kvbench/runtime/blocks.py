@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -179,20 +178,14 @@ def _copy(source: Tensor, target: Tensor, room: int, ragged: tuple[Tensor, Tenso
     target.view(n_heads, n_slots + room, *target.shape[1:])[:, :n_slots].copy_(source)
 
 
-class Layout(NamedTuple):
-    """Where rows lie: tables by their names in `BlockTable`, and per layer attention weights and the longest block."""
-
-    columns: dict[str, Tensor]
-    attention_elements: list[int]
-    longest: list[int]
-
-
 def lay_out(
     by_row: Sequence[Sequence[Blocks]], grown: Sequence[int], steps: Sequence[bool], n_query_heads: int
-) -> Layout:
+) -> tuple[dict[str, Tensor], list[int], list[int]]:
     """Describe rows, each given by its blocks in all layers, what it has grown by and whether it steps.
 
-    A row that steps needs a buffer for its `H * (m + 1)` attention weights.
+    Returns:
+        Tables by their names in `BlockTable`; per layer the attention weights of the rows that step, `H * (m + 1)` each,
+        and the slots that the longest block can hold.
     """
 
     def integers(name: str) -> Tensor:
@@ -210,7 +203,7 @@ def lay_out(
         "bias_offsets": torch.where(first_bias >= 0, first_bias + from_first, -1),
         "attention_offsets": torch.where(elements > 0, elements.cumsum(1) - elements, -1),
     }
-    return Layout(columns, elements.sum(1).tolist(), capacities.amax((1, 2)).tolist())
+    return columns, elements.sum(1).tolist(), capacities.amax((1, 2)).tolist()
 
 
 class BlockTable:

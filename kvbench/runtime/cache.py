@@ -284,8 +284,9 @@ class RaggedCache(Cache):
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
         """As `step`; in compiled code by one custom operation, so that a decoder layer compiles whole."""
-        step = decode_step if torch.compiler.is_compiling() else _step
-        return step(self.handle, layer_index, query, key, value, scaling, softcap)
+        if torch.compiler.is_compiling():
+            return decode_step(self.handle, layer_index, query, key, value, scaling, softcap)
+        return self.step(layer_index, query, key, value, scaling, softcap)
 
     def step(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
@@ -418,22 +419,21 @@ class RaggedCache(Cache):
         by_row = [self._blocks(row) for row in range(len(self._rows))]
         policies = [row.policy for row in self._rows]
         self._grown = [row.grown for row in self._rows]
-        layout = lay_out(by_row, self._grown, [policy.steps for policy in policies], self.n_query_heads)
-        for index, n_elements in enumerate(layout.attention_elements):
+        steps = [policy.steps for policy in policies]
+        columns, attention_elements, longest = lay_out(by_row, self._grown, steps, self.n_query_heads)
+        for index, n_elements in enumerate(attention_elements):
             self._places[self._layer(index).device].attention.reserve(n_elements)
-        columns = layout.columns | {
-            "step_index": torch.tensor([row.new_tokens for row in self._rows]),
-            "position_ids": torch.tensor([[row.position + row.new_tokens] for row in self._rows]),
-        }
+        columns["step_index"] = torch.tensor([row.new_tokens for row in self._rows])
+        columns["position_ids"] = torch.tensor([[row.position + row.new_tokens] for row in self._rows])
         for place in self._places.values():
             place.table.fill(**columns)
             for kind in {type(policy) for policy in policies if policy.steps} - place.steppers.keys():
                 found = base.find_rows_stepper(kind) if place.backend == "triton" else None  # steppers are kernels
                 shape = self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, place.device
                 place.steppers[kind] = found(*shape) if found else None
-        firsts = layout.columns["attention_offsets"].tolist()
+        firsts = columns["attention_offsets"].tolist()
         self._plans = [
-            self._plan_layer(index, policies, blocks, layout.longest[index], firsts[index])
+            self._plan_layer(index, policies, blocks, longest[index], firsts[index])
             for index, blocks in enumerate(zip(*by_row, strict=True))
         ]
         moves = tuple(pool.moves for pool in self._pools())
@@ -517,14 +517,12 @@ _handles = itertools.count()
 _caches: WeakValueDictionary[int, RaggedCache] = WeakValueDictionary()
 
 
-def _step(
+@torch.library.custom_op("kvbench::decode_step", mutates_args=())
+def decode_step(
     handle: int, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
+    """`RaggedCache.step` of the cache with this handle, as torch.compile sees it: tensors in, a tensor out."""
     return _caches[handle].step(layer_index, query, key, value, scaling, softcap)
-
-
-decode_step = torch.library.custom_op("kvbench::decode_step", _step, mutates_args=())
-"""`RaggedCache.step` of the cache with some handle, as torch.compile sees it: tensors in, a tensor out."""
 
 
 @decode_step.register_fake

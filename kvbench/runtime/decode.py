@@ -102,12 +102,6 @@ class Sequence:
         return len(self.chosen) >= self.n_steps or (not self.forced and self.ending is not None)
 
 
-def reference_rows(sequences: list[Sequence]) -> list[int]:
-    """For each sequence the index of its request's reference among those of the same kind; its own index if none."""
-    found = {(s.request.index, s.forced): i for i, s in enumerate(sequences) if s.arm.key == s.request.reference.key}
-    return [found.get((s.request.index, s.forced), i) for i, s in enumerate(sequences)]
-
-
 class _Tables:
     """Static tensors of the loop, for at most `max_rows` rows and `n_steps` steps."""
 
@@ -131,12 +125,14 @@ class _Tables:
             padded = [row + [-1] * (width - len(row)) for row in rows] if width else rows
             target[: len(rows)] = torch.tensor(padded, dtype=torch.int64).to(target.device)
 
+        own = [(row, s) for row, s in enumerate(sequences) if s.arm.key == s.request.reference.key]
+        references = {(s.request.index, s.forced): row for row, s in own}
         put(self.feed, [s.feed for s in sequences])
         put(self.targets, [s.targets for s in sequences])
         put(self.stops, [list(s.request.stop_ids) for s in sequences])
         allowed = [s.answer_step + s.request.min_new_tokens - len(s.first_tokens) for s in sequences]
         put(self.stop_allowed_from, allowed)
-        put(self.partners, reference_rows(sequences))
+        put(self.partners, [references.get((s.request.index, s.forced), row) for row, s in enumerate(sequences)])
         put(self.last, [s.chosen[-1] if s.chosen else 0 for s in sequences])
         self.finite[:] = True
         self.step.fill_(first_step)
@@ -159,6 +155,8 @@ class DecodeLoop:
         check_every: steps between looks at which rows have finished.
         cuda_graphs: capture steps in CUDA graphs (ignored on a CPU or if the model spans several devices).
         compile_layers: run the decoder layers as compiled code (ignored likewise).
+        pack: with projections of one input as one product (see `patches`, as `pad`).
+        pad: fill up the rows of the output matrix on a CPU.
 
     Attributes:
         replayed_steps: steps that were replays of a captured one, so far.
@@ -166,8 +164,9 @@ class DecodeLoop:
     """
 
     def __init__(
-        self, loaded: LoadedModel, cache: RaggedCache, check_every: int, cuda_graphs: bool, compile_layers: bool = False
-    ):
+        self, loaded: LoadedModel, cache: RaggedCache, check_every: int, cuda_graphs: bool,
+        compile_layers: bool = False, pack: bool = True, pad: bool = True,
+    ):  # fmt: skip
         self.loaded, self.cache = loaded, cache
         devices = {parameter.device for parameter in loaded.model.parameters()}
         self.cuda_graphs = cuda_graphs and loaded.device.type == "cuda" and len(devices) == 1
@@ -176,8 +175,9 @@ class DecodeLoop:
         self._captured: dict[tuple[Hashable, int], _Captured] = {}
         self._pool: Any = None
         self.replayed_steps = 0
-        self._layers = CompiledLayers(loaded.model) if compile_layers and can_compile(loaded) else None
+        self._layers = CompiledLayers(loaded.model, pack=pack) if compile_layers and can_compile(loaded) else None
         self.compiled = self._layers is not None
+        self._pad = pad and loaded.device.type == "cpu"
 
     def run(self, sequences: list[Sequence]) -> None:
         """Decode sequences to their ends; row i of the cache is sequence i, forced ones come first."""
@@ -192,7 +192,7 @@ class DecodeLoop:
             self._captured.clear()
         step, refill, model = 0, True, self.loaded.model
         layers = self._layers.active() if self._layers is not None else nullcontext()
-        head = padded_head(model) if self.loaded.device.type == "cpu" else nullcontext()
+        head = padded_head(model) if self._pad else nullcontext()
         with torch.inference_mode(), attention_implementation(model), layers, head:
             while going := [sequence for sequence in active if not sequence.finished]:
                 if self._worth_shrinking(active, going):
