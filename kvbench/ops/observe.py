@@ -36,19 +36,16 @@ BLOCK_LOGITS = 2**23
 
 @dataclass
 class Observation:
-    """What one layer's attention over the prompt gave.
-
-    Attributes:
-        output: `(H, T, D)`, the queries' dtype.
-        column_sums: `(H, T)` fp32, attention mass each key received from all queries, or None if not asked for.
-        window_attention: `(H, min(W, T), T)` fp32, the softmax rows of the last queries, or None if not asked for.
-        backend: what computed it: "sdpa", "torch" or "triton".
-    """
+    """What one layer's attention over the prompt gave."""
 
     output: Tensor
+    """`(H, T, D)`, the queries' dtype."""
     column_sums: Tensor | None
+    """`(H, T)` fp32, attention mass each key received from all queries, or None if not asked for."""
     window_attention: Tensor | None
+    """`(H, min(W, T), T)` fp32, the softmax rows of the last queries, or None if not asked for."""
     backend: str
+    """What computed it: "sdpa", "torch" or "triton"."""
 
 
 @torch.no_grad()
@@ -155,17 +152,8 @@ def softmax_attention(
 ) -> Tensor:
     """Causal attention of the last Q of K tokens, nothing observed: SDPA, or written out for soft-capped logits.
 
-    Args:
-        query: `(B, H, Q, D)`; Q is 1 or K.
-        key: `(B, H_k, K, D)`.
-        value: likewise.
-        scaling: factor on the logits.
-        softcap: see `cap_logits`.
-        mask: `(B, T)` bool over all tokens, the keys' the last of them, False for padding; or the whole
-            `(B, 1, Q, K)` mask; None for no padding.
-
-    Returns:
-        `(B, Q, H, D)`.
+    From query `(B, H, Q, D)`, Q being 1 or K, and key and value `(B, H_k, K, D)` to `(B, Q, H, D)`. The mask is
+    `(B, T)` bool over all tokens, of which the keys are the last, False for padding; or the whole `(B, 1, Q, K)`.
     """
     batch_size, n_heads, n_queries, head_dim = query.shape
     n_kv_heads, n_keys = key.shape[1:3]

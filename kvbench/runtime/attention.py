@@ -43,20 +43,11 @@ class AttentionContext(Protocol):
     """What does the work of a layer: the prompt's `Observer`, the decode batch's `RaggedCache`, `generate`'s cache."""
 
     def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attend in one layer.
+        """Attend in one layer: from query `(B, H, Q, D)` after RoPE to `(B, Q, H, D)`.
 
-        Two more keywords are passed only where there is something to pass: `softcap=`, the bound of a model that caps
-        its logits, and to a context that left a note `mask=`, what `_mask` returns.
-
-        Args:
-            layer_index: index of the layer, from 0.
-            query: `(B, H, Q, D)` after RoPE.
-            key: `(B, H_k, Q, D)` after RoPE, or whatever the cache's `update` returned.
-            value: as `key`.
-            scaling: factor on the logits.
-
-        Returns:
-            `(B, Q, H, D)`.
+        Key and value are `(B, H_k, Q, D)` after RoPE, or whatever the cache's `update` returned; `scaling` is the
+        factor on the logits. Two more keywords are passed only where there is something to pass: `softcap=`, the bound
+        of a model that caps its logits, and to a context that left a note `mask=`, what `_mask` returns.
         """
         ...
 

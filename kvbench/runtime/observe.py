@@ -102,17 +102,11 @@ class Observer:
 
 
 def rotary_frequencies(config: PreTrainedConfig, n_tokens: int) -> Tensor:
-    """Angles per position by which a model's layers of full attention turn queries and keys.
+    """Angles per position `(R / 2,)` by which a model's layers of full attention turn queries and keys, fp32, CPU.
 
     RoPE (Su et al., arXiv 2104.09864) turns channel pair i of a token at position t by the angle `t * frequency_i`. The
-    pairs are taken to be (i, i + R / 2) of the first R channels, as in Llama, Mistral, Qwen, Phi-3 and Gemma.
-
-    Args:
-        config: the model's text configuration.
-        n_tokens: prompt length T; some kinds of RoPE have other frequencies for long prompts.
-
-    Returns:
-        `(R / 2,)` fp32 radians per token on the CPU; R is D unless only part of the channels turns.
+    pairs are taken to be (i, i + R / 2) of the first R channels, as in Llama, Mistral, Qwen, Phi-3 and Gemma; R is D
+    unless only part of the channels turns. Some kinds of RoPE have other frequencies for long prompts.
 
     Raises:
         ModelError: if the configuration does not describe one rotary embedding for all these layers.

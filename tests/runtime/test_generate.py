@@ -21,14 +21,14 @@ from kvbench.methods.h2o import H2O
 from kvbench.methods.kvmerger import KVMerger, KVMergerBias
 from kvbench.models.random_llama import byte_tokenizer
 
-LONG = {"max_new_tokens": 12, "min_new_tokens": 12}
+LONG = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 MODES = {
-    "greedy": {"do_sample": False},
+    "greedy": {},
     "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
     "several samples": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3},
-    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"do_sample": True, "num_beams": 3, "temperature": 1.5},
-    "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
 }
 TWO_FREQUENCIES = {
     "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
@@ -64,7 +64,7 @@ def test_a_whole_cache_changes_no_token(mode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_cache_changes_no_token_of_any_family(family):
     model, inputs = build(family), batch()
-    options = {**LONG, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {**LONG, "return_dict_in_generate": True, "output_logits": True}
     expected = model.generate(**inputs, **options)
     with kvbench.compress(model, Full()):
         assert_same_answers(model, expected, inputs, **options)
@@ -73,8 +73,8 @@ def test_a_whole_cache_changes_no_token_of_any_family(family):
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_a_row_of_a_batch_answers_as_alone(policy):
     model = build("qwen3")
-    together = compressed(model, policy, batch(), do_sample=False)[:, 50:]
-    alone = [compressed(model, policy, {"input_ids": ids}, do_sample=False)[0, ids.shape[1] :] for ids in PROMPTS]
+    together = compressed(model, policy, batch())[:, 50:]
+    alone = [compressed(model, policy, {"input_ids": ids})[0, ids.shape[1] :] for ids in PROMPTS]
     assert together.tolist() == [answer.tolist() for answer in alone]
 
 
@@ -84,7 +84,7 @@ def test_beams_follow_their_caches(policy):
     model, ids = build("llama"), prompt(40)
     with kvbench.compress(model, policy) as cache:
         found = model.generate(
-            ids, do_sample=False, num_beams=4, num_return_sequences=4, length_penalty=0.0,
+            ids, num_beams=4, num_return_sequences=4, length_penalty=0.0,
             return_dict_in_generate=True, output_scores=True, **LONG,
         )  # fmt: skip
         assert found.past_key_values is cache
@@ -100,7 +100,7 @@ def test_beams_follow_their_caches(policy):
 
 def test_an_answer_longer_than_the_room_that_rows_begin_with(monkeypatch):
     model, inputs = build("llama"), batch()
-    options = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24}
+    options = {"max_new_tokens": 24, "min_new_tokens": 24}
     expected = {policy: compressed(model, policy, inputs, **options) for policy in [Full(), *POLICIES]}
     monkeypatch.setattr("kvbench.runtime.cache.ROOM_TOKENS", 7)
     for policy, tokens in expected.items():
@@ -109,10 +109,10 @@ def test_an_answer_longer_than_the_room_that_rows_begin_with(monkeypatch):
 
 def test_streaming_from_a_thread_of_its_own():
     model, ids, tokenizer, policy = build("llama"), prompt(40), byte_tokenizer(512), H2O(budget=0.4)
-    expected = compressed(model, policy, {"input_ids": ids}, do_sample=False)
+    expected = compressed(model, policy, {"input_ids": ids})
     with kvbench.compress(model, policy) as cache:
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=600)
-        options = {"input_ids": ids, "streamer": streamer, "do_sample": False, **LONG}
+        options = {"input_ids": ids, "streamer": streamer, **LONG}
         thread = threading.Thread(target=model.generate, kwargs=options)
         thread.start()
         text = "".join(streamer)
@@ -124,33 +124,33 @@ def test_streaming_from_a_thread_of_its_own():
 def test_two_models_at_a_time_and_several_prompts_a_block():
     first, second, policy = build("llama"), build("qwen3"), H2O(budget=0.4)
     asked = [(model, {"input_ids": ids}) for model in (first, second) for ids in PROMPTS[:2]]
-    alone = [compressed(model, policy, inputs, do_sample=False) for model, inputs in asked]
+    alone = [compressed(model, policy, inputs) for model, inputs in asked]
     with kvbench.compress(first, policy), kvbench.compress(second, policy):
-        mixed = [generate(model, inputs, do_sample=False) for model, inputs in asked]
+        mixed = [generate(model, inputs) for model, inputs in asked]
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 
 def test_the_long_form_passes_the_cache():
     model, ids = build("llama"), prompt(40)
     policy = H2O(budget=0.4)
-    expected = compressed(model, policy, {"input_ids": ids}, do_sample=False)
+    expected = compressed(model, policy, {"input_ids": ids})
     with kvbench.compress(model, policy) as cache:
-        assert torch.equal(generate(model, {"input_ids": ids, "past_key_values": cache}, do_sample=False), expected)
+        assert torch.equal(generate(model, {"input_ids": ids, "past_key_values": cache}), expected)
         cache.reset()
-        unbound = type(model).generate(model, input_ids=ids, past_key_values=cache, do_sample=False, **LONG)
+        unbound = type(model).generate(model, input_ids=ids, past_key_values=cache, **LONG)
         assert torch.equal(unbound, expected)
 
 
 def test_a_second_turn_on_a_used_cache_is_refused_and_leaves_it_as_it_is():
     model, first, second = build("llama"), prompt(40), prompt(10, seed=5)
     with kvbench.compress(model, Full()) as cache:
-        answer = generate(model, {"input_ids": first}, do_sample=False)
+        answer = generate(model, {"input_ids": first})
         for ids in (second, torch.cat([answer, second], 1)):
             with pytest.raises(ModelError, match=r"past_key_values holds 51 tokens of an earlier turn, 0 are"):
-                generate(model, {"input_ids": ids, "past_key_values": cache}, do_sample=False)
+                generate(model, {"input_ids": ids, "past_key_values": cache})
         assert cache.report().prompt_tokens == (40,)
         cache.reset()
-        again = generate(model, {"input_ids": first, "past_key_values": cache}, do_sample=False)
+        again = generate(model, {"input_ids": first, "past_key_values": cache})
     assert torch.equal(again, answer)
 
 
@@ -158,26 +158,26 @@ def test_a_second_turn_on_a_used_cache_is_refused_and_leaves_it_as_it_is():
 def test_phi3_with_two_sets_of_frequencies(n_tokens):
     model = build("phi3", **TWO_FREQUENCIES)
     inputs = {"input_ids": prompt(n_tokens)}
-    assert torch.equal(compressed(model, Full(), inputs, do_sample=False), generate(model, inputs, do_sample=False))
+    assert torch.equal(compressed(model, Full(), inputs), generate(model, inputs))
 
 
 def test_phi3_refuses_an_answer_that_crosses_from_one_to_the_other():
     model = build("phi3", **TWO_FREQUENCIES)  # transformers would compute the prompt anew, with a cache of its own
     with pytest.raises(ModelError, match="Phi-3 itself drops it where prompt and answer cross"):
-        compressed(model, Full(), {"input_ids": prompt(28)}, do_sample=False)
+        compressed(model, Full(), {"input_ids": prompt(28)})
 
 
 def test_prompts_given_as_embeddings():
     model, ids = build("llama"), prompt(40)
     inputs = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
-    expected = compressed(model, H2O(budget=0.4), {"input_ids": ids}, do_sample=False)
-    assert torch.equal(compressed(model, H2O(budget=0.4), inputs, do_sample=False), expected[:, 40:])
+    expected = compressed(model, H2O(budget=0.4), {"input_ids": ids})
+    assert torch.equal(compressed(model, H2O(budget=0.4), inputs), expected[:, 40:])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_whole_cache_changes_no_token_in_half_precision(dtype):
     model, inputs = build("llama").to(dtype), {"input_ids": prompt(40)}
-    assert torch.equal(compressed(model, Full(), inputs, do_sample=False), generate(model, inputs, do_sample=False))
+    assert torch.equal(compressed(model, Full(), inputs), generate(model, inputs))
 
 
 # ---- the README's and the how-to's snippets, run as they stand -------------------------------------------------------
