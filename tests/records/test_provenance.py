@@ -10,7 +10,8 @@ import torch
 
 from kvbench import cli
 from kvbench.export import main as export
-from kvbench.records import environment
+from kvbench.methods.h2o import H2O
+from kvbench.records import environment, provenance
 from kvbench.records.provenance import file_sha256, method_sha256
 from kvbench.records.read import read_answers, record_files
 from kvbench.report import main as report
@@ -150,17 +151,31 @@ def test_an_edited_method_is_another_method(kvbench, tmp_path, monkeypatch):
 def test_what_a_method_imports_from_beside_it_is_part_of_its_source(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "__init__.py").write_text("")
-    (tmp_path / "pack" / "method.py").write_text("from pack.helper import f\nclass Method:\n    g = staticmethod(f)\n")
+    lazy = "    def h(self):\n        from . import kernel\n"
+    files = {
+        "__init__": "", "helper": "def f(): return 1\n", "kernel": "BLOCK = 1\n", "other": "",
+        "method": f"from pack.helper import f\nclass Method:\n    g = staticmethod(f)\n{lazy}",
+    }  # fmt: skip
     found = []
-    for text in ("def f(): return 1\n", "def f(): return 2\n", "def f(): return 1\n"):
-        (tmp_path / "pack" / "helper.py").write_text(text)
+    for changes in ({}, {"helper": "def f(): return 2\n"}, {"kernel": "BLOCK = 2\n"}, {"other": "X = 1\n"}):
+        for name, text in {**files, **changes}.items():
+            (tmp_path / "pack" / f"{name}.py").write_text(text)
         for name in [name for name in sys.modules if name.split(".")[0] == "pack"]:
             del sys.modules[name]
         from pack.method import Method
 
         found.append(method_sha256(Method))
-    assert found[0] == found[2] != found[1]
+    assert len(set(found[:3])) == 3
+    assert found[3] == found[0]
+
+
+@pytest.mark.parametrize(("edited", "counts"), [("selection", True), ("refit", False)])
+def test_operations_that_a_method_uses_are_part_of_its_source(monkeypatch, edited, counts):
+    before, source = method_sha256(H2O), provenance._source
+    monkeypatch.setattr(
+        provenance, "_source", lambda name: f"{source(name)}#" if name == f"kvbench.ops.{edited}" else source(name)
+    )
+    assert (method_sha256(H2O) != before) == counts
 
 
 def test_a_method_under_another_one_s_name_is_refused(kvbench, tmp_path, monkeypatch):
