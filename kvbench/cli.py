@@ -18,8 +18,9 @@ from rich.console import Console
 
 from kvbench import strict_json
 from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, command, one_line
-from kvbench.config import check_arguments, config_folder, register
+from kvbench.config import check_arguments, register
 from kvbench.errors import ConfigError, KvbenchError
+from kvbench.paths import config_folder
 from kvbench.plan import build_plan
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls

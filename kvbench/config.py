@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
@@ -19,6 +18,7 @@ from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within
 from kvbench.methods.registry import all_arms, load_policies, method_config
 from kvbench.models.config import ModelConfig
+from kvbench.paths import config_folder
 from kvbench.tasks import register_benchmarks
 
 
@@ -82,12 +82,6 @@ class RootConfig:
     retry_failed: bool = False
     mix_environments: bool = False
     shard: str | None = None
-
-
-def config_folder() -> Path:
-    """The folder with the YAML files: inside the package in a wheel, beside it in a source tree."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
 def register() -> None:

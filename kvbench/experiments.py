@@ -15,8 +15,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from kvbench.commands import one_line
-from kvbench.config import check_arguments, config_folder, register
+from kvbench.config import check_arguments, register
 from kvbench.errors import ConfigError
+from kvbench.paths import config_folder
 from kvbench.plan import Plan, build_plan
 from kvbench.records.folder import identity_hash
 from kvbench.results.cells import ExpectedArm, ExpectedColumn, TableSpec

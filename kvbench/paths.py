@@ -33,6 +33,12 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def config_folder() -> Path:
+    """The folder with the YAML files: inside the package in a wheel, beside it in a source tree."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
+
+
 def cache_folder() -> Path:
     """`$KVBENCH_CACHE` if set, else `$XDG_CACHE_HOME/kvbench` unless relative, else `~/.cache/kvbench`; created.
 

@@ -38,7 +38,7 @@ def test_the_wheel_alone_runs_from_any_folder(tmp_path):
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path / "wheels", ROOT], check=True, timeout=300)
     (wheel,) = (tmp_path / "wheels").glob("kvbench-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=300)
-    code = "import sys, kvbench.cli, kvbench.config as c; print(c.config_folder()); sys.exit(kvbench.cli.main())"
+    code = "import sys, kvbench.cli, kvbench.paths as c; print(c.config_folder()); sys.exit(kvbench.cli.main())"
     run = [
         "model=tiny-random", "task=passkey", "task.limit=1", "task.lengths=[128]", "method=h2o", "budget=0.5",
         "protocol.max_new_tokens=2",

@@ -23,10 +23,10 @@ from kvbench.errors import BudgetError, ConfigError, ModelError
 from kvbench.methods.base import Policy
 from kvbench.methods.full import Full, in_effect
 from kvbench.methods.registry import build_policy
-from kvbench.models.config import ModelConfig, model_config_folder, named_config
+from kvbench.models.config import ModelConfig, named_config
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.prompt import stop_token_ids
-from kvbench.paths import user_path
+from kvbench.paths import config_folder, user_path
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.requests import Answer, Arm, Engine, Request, SampleFailure, model_shape
 
@@ -319,7 +319,7 @@ class CompressedCacheLM(TemplateLM):
 
 def model_config(pretrained: str) -> ModelConfig:
     """The configuration of a model by its name in `configs/model`, its folder, or its name on the hub."""
-    if (model_config_folder() / f"{pretrained}.yaml").is_file():
+    if (config_folder() / "model" / f"{pretrained}.yaml").is_file():
         return named_config(pretrained)
     if (folder := user_path(pretrained)).is_dir():
         return ModelConfig(name=folder.name, source="local", path=str(folder), chat_format="none")

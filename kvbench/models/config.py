@@ -12,13 +12,13 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
 from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within, check_fields
+from kvbench.paths import config_folder
 
 CHOICES = {  # Hydra's schemas know no Literal
     "source": ("wheel", "hub", "local", "random"),
@@ -99,16 +99,9 @@ class ModelConfig:
         return cls(**mapping)
 
 
-def model_config_folder() -> Path:
-    """The folder of the model configurations: inside the package if installed from a wheel, else beside it."""
-    package = Path(__file__).resolve().parents[1]
-    packaged = package / "configs" / "model"
-    return packaged if packaged.is_dir() else package.parent / "configs" / "model"
-
-
 def named_config(name: str, **overrides: Any) -> ModelConfig:
     """Read `configs/model/<name>.yaml` without Hydra, some fields replaced; a ConfigError lists the names."""
-    folder = model_config_folder()
+    folder = config_folder() / "model"
     names = sorted(file.stem for file in folder.glob("*.yaml"))
     if name not in names:
         raise ConfigError(f"model={name} is unknown: choose one of {', '.join(names)}")

@@ -1,21 +1,21 @@
-"""Reading records: whatever was written completely counts, whatever was not is reported and skipped.
+"""Reading records: whatever was written completely counts, whatever was not is passed over.
 
-Lines can be broken only by a crash in the middle of a write; they are counted in `RecordFile.broken_lines`, and the
-sample is computed again by the next run. If two processes recorded the same sample and arm, the first success counts;
-between the files of several shards, that of the file first by name. Answers of different making never stand side by
-side: `consistent` keeps the newest and `read_answers` counts the others.
+Lines can be broken only by a crash in the middle of a write; the sample is computed again by the next run. If two
+processes recorded the same sample and arm, the first success counts; between the files of several shards, that of the
+file first by name. Answers of different making never stand side by side: `consistent` keeps the newest and
+`read_answers` counts the others.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvbench.errors import RecordError
+from kvbench.fields import fits
 from kvbench.records.schema import HASHES, SCHEMA_VERSION, checked
 
 ONCE_WITH_BACKEND = ("h2o", "kvmerger", "kvmerger_bias")
@@ -25,24 +25,14 @@ Found = dict[tuple[str, str, str], dict[str, Any]]
 """Records by dataset, sample and arm, in the order of files and lines."""
 
 
-class RecordFile(NamedTuple):
-    """What one file holds: a record per (dataset, sample, arm), and the line numbers that are no complete record."""
-
-    records: list[dict[str, Any]]
-    broken_lines: list[int]
-
-
-def read_record_file(path: Path) -> RecordFile:
-    """Read one `.jsonl` file; a missing file is empty, records of a newer schema version are a RecordError."""
+def read_record_file(path: Path) -> list[dict[str, Any]]:
+    """The records of one `.jsonl` file, none if it is missing; those of a newer schema version are a RecordError."""
     found: Found = {}
-    broken_lines: list[int] = []
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
     for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
         value = parsed(line)
         schema = value.get("schema", 0) if isinstance(value, dict) else 0
         if not isinstance(schema, int) or schema > SCHEMA_VERSION:
@@ -50,14 +40,13 @@ def read_record_file(path: Path) -> RecordFile:
                 f"{path} line {number} has record schema {schema}, this version reads {SCHEMA_VERSION}: "
                 "upgrade kvbench or use another output.root"
             )
-        record = checked(value)
-        if record is None or not schema:
-            broken_lines.append(number)
+        record = checked(value) if schema else None
+        if record is None:
             continue
         if record["method"] in ONCE_WITH_BACKEND and record["options"].pop("backend", None):
             record["arm"] = re.sub(r",backend=\w+", "", record["arm"])  # the arm that has the same options today
         keep_newest(found, record)
-    return RecordFile(list(found.values()), broken_lines)
+    return list(found.values())
 
 
 def parsed(line: str | bytes) -> Any:
@@ -125,7 +114,7 @@ def read_answers(run: Path) -> tuple[list[dict[str, Any]], int]:
         raise RecordError(f"{run} is not a run folder (it has no records/): give a folder below output.root")
     found: Found = {}
     for path in record_files(run):
-        for record in read_record_file(path).records:
+        for record in read_record_file(path):
             keep_newest(found, record)
     kept = {id(record) for record in consistent(found.values())}
     return [record for record in found.values() if id(record) in kept], len(found) - len(kept)
@@ -182,13 +171,9 @@ def read_environments(run: Path) -> list[dict[str, Any]]:
 
 
 def _is_call(row: dict[str, Any]) -> bool:
-    arms, numbers = row.get("arms"), [row.get(name) for name in ("started_at", "task_samples", "missing_answers")]
-    return (
-        isinstance(arms, list)
-        and all(isinstance(arm, str) for arm in arms)
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
-        and isinstance(row.get("shard"), (str, type(None)))
-    )
+    numbers = (row.get(name) for name in ("started_at", "task_samples", "missing_answers"))
+    known = fits(row.get("arms"), list[str]) and fits(row.get("shard"), str | None)
+    return known and all(fits(number, float) for number in numbers)
 
 
 def _rows(run: Path, name: str) -> Iterator[dict[str, Any]]:

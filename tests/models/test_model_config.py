@@ -1,10 +1,11 @@
 import pytest
 
 from kvbench.errors import ConfigError
-from kvbench.models.config import ModelConfig, model_config_folder, named_config
+from kvbench.models.config import ModelConfig, named_config
 from kvbench.models.fetch import LOCATORS
+from kvbench.paths import config_folder
 
-NAMES = sorted(file.stem for file in model_config_folder().glob("*.yaml"))
+NAMES = sorted(file.stem for file in (config_folder() / "model").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "local"])

@@ -6,7 +6,7 @@ import pytest
 
 from kvbench.errors import RecordError
 from kvbench.records.folder import RunFolder, file_name, identity_hash
-from kvbench.records.read import read_calls, read_config, read_prompts, read_record_file, read_records
+from kvbench.records.read import read_calls, read_config, read_prompts, read_record_file, read_records, record_files
 from kvbench.records.schema import Record
 
 IDENTITY = {"model": "m", "task": "t"}
@@ -39,9 +39,8 @@ def test_a_half_written_last_line_is_skipped_and_spoils_nothing_after_it(tmp_pat
     path.write_bytes(path.read_bytes()[:-20])
     assert set(folder.recorded()) == {("passkey", "s1", "h2o@0.5")}
     folder.append([record("s3")])
-    content = read_record_file(path)
-    assert [r["sample"] for r in content.records] == ["s1", "s3"]
-    assert content.broken_lines == [2]
+    records = read_record_file(path)
+    assert [r["sample"] for r in records] == ["s1", "s3"]
 
 
 def test_a_success_replaces_a_failure_and_the_first_success_counts(tmp_path):
@@ -104,9 +103,9 @@ def test_two_writers_never_interleave_lines(tmp_path):
             os._exit(0)
         children.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
-    content = read_record_file(folder.home / "records" / file_name("h2o@0.5"))
-    assert len(content.records) == 160
-    assert content.broken_lines == []
+    (path,) = record_files(folder.path)
+    assert len(read_record_file(path)) == 160
+    assert sum(map(bool, path.read_bytes().split(b"\n"))) == 160  # no line is broken
     assert len(read_prompts(folder.path)) == 80
 
 

@@ -47,8 +47,7 @@ NO_RECORDS = {
 def test_a_line_that_is_no_record_is_passed_over(tmp_path, line):
     path = tmp_path / "full.jsonl"
     path.write_text(f"{line}\n{json.dumps(GOOD)}\n", encoding="latin-1")
-    content = read_record_file(path)
-    assert (content.records, content.broken_lines) == ([GOOD], [1])
+    assert read_record_file(path) == [GOOD]
 
 
 def test_older_records_that_name_a_method_s_kernels_belong_to_the_arm_without(tmp_path):
@@ -57,7 +56,7 @@ def test_older_records_that_name_a_method_s_kernels_belong_to_the_arm_without(tm
     theirs = {**old, "method": "plugged_in", "sample": "s2"}  # a plug-in's own option of that name stays
     path = tmp_path / "h2o.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in (old, theirs)))
-    first, second = read_record_file(path).records
+    first, second = read_record_file(path)
     assert (first["arm"], first["options"]) == ("h2o@0.5,recent_share=0.25", {"recent_share": 0.25})
     assert second == theirs
 
@@ -100,7 +99,7 @@ def test_lines_beside_the_records_are_passed_over_too(tmp_path):
 def test_a_field_that_an_older_version_did_not_write_is_filled_in(tmp_path):
     path = tmp_path / "full.jsonl"
     path.write_text(json.dumps({name: value for name, value in GOOD.items() if name not in ("gold_nll", "call")}))
-    assert read_record_file(path).records == [GOOD]
+    assert read_record_file(path) == [GOOD]
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "[1, 2]"])
