@@ -91,9 +91,8 @@ class ModelConfig:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ModelConfig:
         """Build from a configuration group; a ConfigError if a key is no field, or a value is out of range."""
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in mapping:
-            if key not in known:
-                raise ConfigError(f"model.{key} is unknown: the keys are {', '.join(known)}")
+        if unknown := [key for key in mapping if key not in known]:
+            raise ConfigError(f"model.{unknown[0]} is unknown: the keys are {', '.join(known)}")
         if "name" not in mapping:
             raise ConfigError("model.name is missing: name the model, it appears in records and tables")
         return cls(**mapping)

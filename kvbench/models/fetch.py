@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -86,26 +86,22 @@ def locate_on_hub(config: ModelConfig, report: Report) -> Checkpoint:
     hub_id, revision = str(config.hub_id), config.revision
     report(f"looking for {hub_id} (revision {revision}) in the hub's cache and on the hub")
     page = f"https://huggingface.co/{hub_id}"
+    patterns: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_SKIPPED_FILES}
     try:
-        snapshot = snapshot_download(
-            hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED_FILES
-        )
+        snapshot = snapshot_download(hub_id, revision=revision, **patterns)
     except (OSError, HFValidationError) as error:  # OSError: also no network, HF_HUB_OFFLINE, disk full, server errors
+        licence = f"accept its licence on {page}"
         if isinstance(error, GatedRepoError):
-            problem = f"is gated: accept its licence on {page}, then run `hf auth login`"
+            problem = f"is gated: {licence}, then run `hf auth login`"
         elif isinstance(error, RevisionNotFoundError):
             problem = f"has no revision {revision}: choose one listed on {page}"
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            problem = (
-                "is not on the hub, or this account may not see it: check the id, accept its licence on "
-                f"{page} and run `hf auth login`"
-            )
+            seen = "is not on the hub, or this account may not see it"
+            problem = f"{seen}: check the id, {licence} and run `hf auth login`"
         else:
             offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-            problem = (
-                f"(revision {revision}) is neither in the hub's cache nor reachable{offline}: {type(error).__name__}; "
-                f"go online, accept the licence on {page} if there is one and run `hf auth login`"
-            )
+            seen = f"(revision {revision}) is neither in the hub's cache nor reachable{offline}"
+            problem = f"{seen}: {type(error).__name__}; go online, {licence} if it has one and run `hf auth login`"
         raise ModelError(f"model {hub_id} {problem}, or use a local copy with model.path=FOLDER") from error
     return Checkpoint(Path(snapshot), f"{hub_id}@{Path(snapshot).name}")
 

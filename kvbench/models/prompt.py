@@ -166,9 +166,8 @@ def _prompt_limit(sample: Sample, loaded: PreparedModel) -> int | None:
 
 def _cut_middle(sample: Sample, loaded: PreparedModel, prompt_ids: list[int], half: int) -> Sample:
     """LongBench's cut: decode the first and last `half` tokens and join the texts."""
-    head, tail = (
-        str(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt_ids[:half], prompt_ids[-half:])
-    )
+    ends = (prompt_ids[:half], prompt_ids[-half:])
+    head, tail = (str(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in ends)
     question_start = None
     if sample.question_start is not None and tail.endswith(question := sample.prompt[sample.question_start :]):
         question_start = len(head) + len(tail) - len(question)

@@ -37,9 +37,6 @@ def byte_tokenizer(max_context_tokens: int) -> PreTrainedTokenizerFast:
     """A tokenizer of one token per UTF-8 byte; ids 0, 1, 2 are pad, bos, eos; a BOS opens every encoded text.
 
     Decoding what was encoded gives the text back, whatever it is.
-
-    Args:
-        max_context_tokens: recorded as the tokenizer's `model_max_length`.
     """
     tokens = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))

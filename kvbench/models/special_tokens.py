@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from kvbench.errors import ModelError
 
 PRIVATE_USE = range(0xE000, 0xF900)
+REMEDY = "set model.protect_special_tokens=true to rewrite such text"
 Span = tuple[int, int]
 """First and last + 1 character index."""
 
@@ -76,11 +77,9 @@ def encode_data_as_text(
         special = set(special_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
         for index, (start, end) in zip(ids, spans, strict=True):
             if index in special and start < end and end > data[0] and start < data[1]:
-                raise ModelError(
-                    f"tokenizer {type(tokenizer).__name__} makes the special token "
-                    f"{tokenizer.convert_ids_to_tokens(index)} of a data row's text at character {start}: set "
-                    "model.protect_special_tokens=true to rewrite such text"
-                )
+                token = tokenizer.convert_ids_to_tokens(index)
+                problem = f"makes the special token {token} of a data row's text at character {start}"
+                raise ModelError(f"tokenizer {type(tokenizer).__name__} {problem}: {REMEDY}")
     return ids, [end for _, end in spans]
 
 
@@ -91,10 +90,10 @@ def _mark(tokenizer: PreTrainedTokenizerBase, text: str, data: Span) -> tuple[st
     while found := [m.start() for m in spellings_in(text, tokenizer) if m.end() > data[0] and m.start() < data[1]]:
         stand_in = next(unused, None)  # a second round only where one spelling lies within another
         if stand_in is None:
-            raise ModelError(
-                f"data that spells special tokens holds all {len(PRIVATE_USE)} characters of the private use area, "
-                "by one of which they are kept text: set model.protect_special_tokens=true to rewrite such text"
+            problem = (
+                f"holds all {len(PRIVATE_USE)} characters of the private use area, by one of which they are kept text"
             )
+            raise ModelError(f"data that spells special tokens {problem}: {REMEDY}")
         characters = list(text)
         for place in found:
             characters[place] = stand_in
@@ -122,20 +121,17 @@ def _put_back(
         new_ids += ids[first:token]
         new_spans += spans[first:token]
         if token == n_tokens:
-            raise ModelError(
-                f"tokenizer {type(tokenizer).__name__} drops characters of the private use area, by which special "
-                "tokens in data are kept text: set model.protect_special_tokens=true to rewrite such text"
-            )
+            problem = "drops characters of the private use area, by which special tokens in data are kept text"
+            raise ModelError(f"tokenizer {type(tokenizer).__name__} {problem}: {REMEDY}")
         start, covered = spans[token]
         while token < n_tokens and spans[token][0] < covered and spans[token][1] > start:
             covered = max(covered, spans[token][1])
             token += 1
         original = text[start:covered]
         if original not in encoded:
+            encoded[original] = list(tokenizer.encode(original, add_special_tokens=False))
             alone = tokenizer.convert_tokens_to_ids(original)
-            if len(original) > 1 or not isinstance(alone, int) or alone == tokenizer.unk_token_id:
-                encoded[original] = list(tokenizer.encode(original, add_special_tokens=False))
-            else:
+            if len(original) == 1 and isinstance(alone, int) and alone != tokenizer.unk_token_id:
                 encoded[original] = [alone]
         new_ids += encoded[original]
         new_spans += [(start, covered)] * len(encoded[original])
