@@ -47,11 +47,7 @@ def experiment_names() -> list[str]:
 
 
 def experiment_grid(name: str) -> tuple[list[str], list[str]]:
-    """The models and tasks of an experiment.
-
-    Raises:
-        ConfigError: if there is no such experiment.
-    """
+    """The models and tasks of an experiment; `ConfigError` if there is none of that name."""
     if name not in experiment_names():
         raise ConfigError(f"experiment {name!r} is unknown; known are {', '.join(experiment_names())}")
     params = composed([f"experiment={name}"], hydra_too=True).hydra.sweeper.params
@@ -60,31 +56,17 @@ def experiment_grid(name: str) -> tuple[list[str], list[str]]:
 
 
 def experiment_part(
-    name: str,
-    model: str,
-    task: str,
-    limit: int | None = None,
-    more: Sequence[str] = (),
+    name: str, model: str, task: str, limit: int | None = None, more: Sequence[str] = (),
     prompt_tokens: int | None = None,
-) -> ExperimentPart:
-    """One task of an experiment.
+) -> ExperimentPart:  # fmt: skip
+    """One task of an experiment: at most `limit` samples, with `more` Hydra overrides.
 
-    Args:
-        name: name of a file in `configs/experiment`.
-        model: option of the group `model`.
-        task: option of the group `task`.
-        limit: at most so many samples.
-        more: further Hydra overrides.
-        prompt_tokens: cut the prompts of benchmarks that define how (LongBench, ZeroSCROLLS) to so many tokens.
-
-    Raises:
-        ConfigError: if there is no such experiment, or it cannot be built.
+    `prompt_tokens` cuts the prompts of benchmarks that define how (LongBench, ZeroSCROLLS).
     """
     lines = [f"experiment={name}", f"model={model}", f"task={task}", *more]
-    if prompt_tokens is not None and task.startswith(TRUNCATING):
-        lines.append(f"model.max_prompt_tokens={prompt_tokens}")
-    if limit is not None:
-        lines.append(f"task.limit={limit}")
+    cut = prompt_tokens is not None and task.startswith(TRUNCATING)
+    lines += [f"model.max_prompt_tokens={prompt_tokens}"] if cut else []
+    lines += [] if limit is None else [f"task.limit={limit}"]
     return ExperimentPart(name, model, task, build_plan(composed(lines)))
 
 
@@ -104,11 +86,7 @@ def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:
 
 
 def composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
-    """The configuration that these overrides compose; with `hydra_too` its `hydra` node as well.
-
-    Raises:
-        ConfigError: if they compose none.
-    """
+    """The configuration that these overrides compose (`ConfigError` if none); with `hydra_too` its `hydra` node too."""
     register()
     check_arguments(overrides)
     GlobalHydra.instance().clear()

@@ -78,13 +78,9 @@ def test_longbench_rows_have_the_official_fields(tmp_path, export):
 def test_an_official_prediction_file_comes_out_byte_for_byte(dataset, tmp_path, shared_data, export):
     official = shared_data / "golden" / "llama2-7b-chat-4k" / f"{dataset}.jsonl"
     rows = [json.loads(line) for line in official.read_bytes().splitlines()]
-    kept = ("answers", "length")
-    records = [
-        record(f"row-{number}", dataset, prediction=row["pred"], all_classes=row["all_classes"] or [],
-               **{name: row[name] for name in kept})
-        for number, row in enumerate(rows)
-    ]  # fmt: skip
-    export("longbench", make_run(tmp_path, *records))
+    for row in rows:
+        row.update(prediction=row.pop("pred"), all_classes=row["all_classes"] or [])
+    export("longbench", make_run(tmp_path, *(record(f"row-{n}", dataset, **row) for n, row in enumerate(rows))))
     assert (tmp_path / f"out/pred/tiny_model-h2o@0.35/{dataset}.jsonl").read_bytes() == official.read_bytes()
 
 
