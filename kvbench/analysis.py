@@ -68,12 +68,7 @@ def unrotated(keys: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 def kept_shares(cosines: Tensor, thresholds: Sequence[float]) -> Tensor:
     """Share of slots left if every run of neighbours above a threshold becomes one slot; nothing is protected.
 
-    Args:
-        cosines: `(H_k, T - 1)` from `adjacent_cosines`.
-        thresholds: cosine thresholds.
-
-    Returns:
-        `(H_k, thresholds)` sets over tokens, in (0, 1].
+    `(H_k, T - 1)` from `adjacent_cosines` to `(H_k, thresholds)` sets over tokens, in (0, 1].
     """
     limits = torch.tensor(thresholds, device=cosines.device)
     links = (cosines.unsqueeze(-1) > limits).sum(1)
@@ -81,10 +76,7 @@ def kept_shares(cosines: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 def attention_uniformity(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """How uniformly the last queries attend.
-
-    Args:
-        rows: `(H, W, T)` attention of the last W queries of the prompt; row w sees T - W + w + 1 keys.
+    """How uniformly the last W queries of a prompt attend: `(H, W, T)`, where row w sees T - W + w + 1 keys.
 
     Returns:
         `(H,)` mean normalised entropy, 1 for uniform attention over all visible keys and 0 for a single key, and `(H,)`
@@ -145,11 +137,7 @@ def _rounded(value: Any) -> Any:
 
 
 def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[str], folder: Path) -> Path:
-    """Measure a model on the first samples of some tasks and write `<model>.json`; returns the file.
-
-    Raises:
-        KvbenchError: if the model or data cannot be had.
-    """
+    """Measure a model on the first samples of some tasks and write `<model>.json`; returns the file."""
     more = [f"task.limit={limit}", *overrides]
     plans = [build_plan(composed([f"model={model}", f"task={task}", *more])) for task in tasks]
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before it is measured

@@ -81,11 +81,7 @@ def _between(values: NDArray[np.float64], codes: NDArray[np.int64]) -> NDArray[n
 
 
 def read_measurements(folder: Path) -> Measured:
-    """Model -> its measurements.
-
-    Raises:
-        DataError: if there are none.
-    """
+    """Model -> its measurements; `DataError` if there are none."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     if not found:
         raise DataError(f"no measurements in {folder}: run `python -m kvbench.analysis measure` first")

@@ -58,9 +58,8 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
         prompts = {key: text for run in group for key, text in read_prompts(run).items()}
         samples += browser_samples(table.records, prompts, [arm.key for arm in table.spec.arms])
     templates = resources.files("kvbench.results") / "templates"
-    page, css, script = (
-        (templates / name).read_text(encoding="utf-8") for name in ("report.html.j2", "report.css", "report.js")
-    )
+    names = ("report.html.j2", "report.css", "report.js")
+    page, css, script = ((templates / name).read_text(encoding="utf-8") for name in names)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(page).render(
         title="kvbench: " + ", ".join(by_model),

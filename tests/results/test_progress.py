@@ -40,9 +40,7 @@ def run(tmp_path) -> Path:
 
 def test_both_shards_count_and_their_rate_gives_the_time_left(run):
     seen = RunWatch(run).look(START + 60)
-    assert [tuple(arm.values()) for arm in seen["arms"]] == [
-        ("full", 3, 1, 6), ("h2o@0.5", 3, 1, 6),
-    ]  # fmt: skip
+    assert [tuple(arm.values()) for arm in seen["arms"]] == [("full", 3, 1, 6), ("h2o@0.5", 3, 1, 6)]
     assert seen["samples_per_minute"] == pytest.approx(3.0)
     assert seen["left_s"] == pytest.approx(60.0)
     assert [tuple(call.values()) for call in seen["calls"]] == [
