@@ -100,7 +100,7 @@ def bootstrap_scores(dataset: str, scores: Scores, samples: tuple[str, ...]) -> 
     parts = tuple(np.array([scores.parts[sample][name] for sample in samples], dtype=np.float64) for name in names)
     if len(samples) < 2:  # scipy refuses what has no spread
         return np.full(N_RESAMPLES, aggregate(*parts, axis=-1))
-    seed = np.random.default_rng([SEED, zlib.crc32(dataset.encode()), len(samples)])
+    seed = np.random.default_rng([SEED, zlib.crc32(dataset.encode(errors="backslashreplace")), len(samples)])
     found = bootstrap(parts, aggregate, paired=True, n_resamples=N_RESAMPLES, method="percentile", rng=seed)
     return np.asarray(found.bootstrap_distribution)
 

@@ -57,7 +57,7 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     writers = {".md": markdown, ".csv": cells_csv, "-pairs.csv": pairs_csv, ".tex": latex}
     texts = {stem.with_name(stem.name + suffix): write(table) for suffix, write in writers.items()}
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8", newline="\n")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     return list(texts)
 
 
@@ -247,7 +247,7 @@ def latex(table: Table) -> str:
         [_tex(arm.key), *(_tex_cell(column.cells.get(arm.key, Cell())) for column in columns)]
         for arm in table.spec.arms
     ]
-    frame = pd.DataFrame(rows, columns=header, dtype=object)
+    frame = pd.DataFrame(rows, columns=pd.Index(header, dtype=object), dtype=object)
     tabular = frame.to_latex(index=False, escape=False, column_format="l" + "r" * len(columns))
     return f"% {_tex(table.spec.title)}; needs \\usepackage{{booktabs}}\n{tabular}"
 

@@ -177,7 +177,9 @@ def test_numbers_without_a_model_belong_to_no_cell_but_to_an_experiment(experime
     assert markdown(table).count("Not comparable cell by cell") == bool(n)
 
 
-@pytest.mark.parametrize("name", ["=cmd|'/c calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\\input{/etc/passwd}~^"])
+@pytest.mark.parametrize(
+    "name", ["=cmd|'/c calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "=\ud800", "\\input{/etc/passwd}~^"]
+)
 def test_names_in_records_are_data_for_spreadsheets_and_latex(name, tmp_path):
     records = [make_record(arm, f"s{i}", i / 12, name) for arm in ARMS for i in range(12)]
     table = build_table(make_spec((name, make_run(tmp_path, "a", records))))
@@ -187,6 +189,7 @@ def test_names_in_records_are_data_for_spreadsheets_and_latex(name, tmp_path):
             if cell.startswith(("=", "+", "-", "@", "\t", "\r")):
                 float(cell)  # numbers stay numbers
         assert (name if name.startswith("\\") else "'" + name) in {row["dataset"] for row in rows}
+    assert len(write_table(table, tmp_path / "tables")) == 4
     assert "\\input" not in latex(table)
     if name.startswith("\\"):
         assert "\\textbackslash{}input\\{/etc/passwd\\}\\textasciitilde{}\\textasciicircum{}" in latex(table)
