@@ -65,15 +65,15 @@ def test_every_rule_has_a_mistake_that_breaks_it():
 
 
 WORDS = {
-    "undeclared": "needs declares nothing, so only that is there",
-    "per_query_head": "keys (6, 4, 16), expected (2, 4, 16)",
+    "Undeclared": "needs declares nothing, so only that is there",
+    "PerQueryHead": "keys (6, 4, 16), expected (2, 4, 16)",
     "Greedy": "MHA 4/4, 40 tokens, budget 0.1, layer 16, float32: 20 slots in all heads, expected 16",
-    "upcast": "bfloat16: values are torch.float32",
-    "scribbling": "layer.column_sums was written to",
-    "unseeded": "the global generator of torch has moved",
-    "rebinding": "slots.keys was rebound",
-    "reading_back": "__bool__",
-    "mask_indexing": "a boolean mask as index",
+    "Upcast": "bfloat16: values are torch.float32",
+    "Scribbling": "layer.column_sums was written to",
+    "Unseeded": "the global generator of torch has moved",
+    "Rebinding": "slots.keys was rebound",
+    "ReadingBack": "__bool__",
+    "MaskIndexing": "a boolean mask as index",
     "Unvalidated": "call super().__post_init__() first",
 }
 
@@ -83,14 +83,14 @@ def test_messages_name_the_case_and_the_remedy(name):
     kind = getattr(wrong_policies, name)
     (broken,) = (finding for finding in findings_of(kind) if finding.status == "broken")
     assert WORDS[name] in str(broken)
-    if name in ("Greedy", "rebinding"):  # the same in a test of one's own
+    if name in ("Greedy", "Rebinding"):  # the same in a test of one's own
         with pytest.raises(Broken) as error:
             check_policy(kind)
         assert str(error.value) == f"{kind()} breaks 1 of 26 rules\n{broken}"
 
 
 def test_a_rule_without_ground_is_not_run_and_says_what_it_needs():
-    seen = {finding.rule: finding for finding in findings_of(wrong_policies.demanding)}
+    seen = {finding.rule: finding for finding in findings_of(wrong_policies.Demanding)}
     assert seen["compress"][2:4] == ("not run", "needs needs")
     assert seen["engines"].status == "not run"
 
