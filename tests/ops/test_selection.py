@@ -1,14 +1,18 @@
-"""Selecting and copying kept slots: by hand in torch, then the kernels against torch."""
+"""Selecting and copying kept slots, and links and starts of merging sets, on small inputs worked by hand."""
 
-import dataclasses
-
-import pytest
 import torch
 from policy_inputs import make_layer
 
-from kvbench.methods.base import slot_state
-from kvbench.methods.h2o import H2O
-from kvbench.ops import selection
+from kvbench.ops import segments, selection
+from kvbench.ops.segments import (
+    anchored_links,
+    cosine_table,
+    mergeable_cosines,
+    protected_tokens,
+    segment_starts,
+    unit_keys,
+)
+from kvbench.ops.selection import largest_by_recency
 
 
 def test_positions_by_hand():
@@ -27,31 +31,50 @@ def test_kept_slots_are_copies_at_the_positions():
     assert torch.equal(scores[1], layer.column_sums[1, 1:4])
 
 
-@pytest.mark.parametrize(("n_tokens", "heavy", "recent"), [(45, 9, 8), (33, 0, 5), (33, 25, 8)])
-def test_kernels_equal_torch(triton_device, monkeypatch, n_tokens, heavy, recent):
-    from kvbench.ops import compress_triton as selection_triton
-
-    monkeypatch.setattr(selection_triton, "MAX_ROW_BLOCK", 32)  # several blocks a row
-    layer = make_layer(2, 2, n_tokens, head_dim=12)
-    ranks = layer.column_sums.round(decimals=1).to(triton_device)  # rounded: some ranks are equal
-    keys, values = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (layer.keys, layer.values))
-    arguments = (keys.to(triton_device), values.to(triton_device), ranks)
-    positions = selection.heavy_and_recent(ranks, heavy, recent)
-    assert torch.equal(selection_triton.heavy_and_recent(ranks, heavy, recent), positions)
-    kept = selection_triton.keep_slots(*arguments, positions)
-    assert all(map(torch.equal, kept, selection.keep_slots(*arguments, positions)))
+def test_largest_prefers_the_later_of_equals():
+    scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [3.0, 1.0, 1.0, 1.0, 1.0]])
+    assert largest_by_recency(scores, 2).nonzero().tolist() == [[0, 2], [0, 3], [1, 0], [1, 4]]
+    per_row = torch.tensor([[1], [3]])
+    assert largest_by_recency(scores, per_row).nonzero().tolist() == [[0, 3], [1, 0], [1, 3], [1, 4]]
+    assert not largest_by_recency(scores, 0).any()
 
 
-def test_h2o_with_kernels_equals_h2o_without(triton_device):
-    layer = make_layer(4, 2, 40)
-    moved = {name: getattr(layer, name).to(triton_device) for name in ("keys", "values", "column_sums")}
-    layer = dataclasses.replace(layer, **moved)
-    for normalise in (False, True):
-        kernel, plain = (
-            H2O(budget=0.5, normalise_by_count=normalise).compress(dataclasses.replace(layer, kernels=kernels), 20)
-            for kernels in ("triton", "torch")
-        )
-        assert torch.equal(kernel.positions, plain.positions)
-        assert torch.equal(kernel.keys, plain.keys)
-        kept, state = slot_state(kernel.state), slot_state(plain.state)
-        assert all(torch.equal(kept[name], state[name]) for name in state)
+def test_protected_tokens_are_recent_or_most_attended():
+    scores = torch.tensor([[5.0, 1.0, 4.0, 4.0, 9.0, 9.0]])
+    assert protected_tokens(scores, n_recent=2, n_top=2)[0].tolist() == [True, False, False, True, True, True]
+    assert not protected_tokens(scores, 0, 0).any()
+    assert protected_tokens(scores, 6, 0).all()
+
+
+def test_protected_tokens_cannot_be_linked():
+    units = unit_keys(torch.ones(1, 5, 3))
+    protected = torch.tensor([[False, False, True, False, False]])
+    cosines = mergeable_cosines(units, protected, share_heads=False)
+    assert cosines.isfinite()[0].tolist() == [False, True, False, False, True]
+
+
+def test_shared_cosines_are_means_over_heads():
+    keys = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    cosines = mergeable_cosines(unit_keys(keys), torch.zeros(1, 2, dtype=torch.bool), share_heads=True)
+    assert cosines.shape == (1, 2)
+    assert cosines[0, 1] == 0.5
+
+
+def test_starts_of_ragged_heads_are_padded_with_the_length():
+    links = torch.tensor([[False, True, False, True, True], [False, True, True, True, True]])
+    assert segment_starts(links, 2).tolist() == [[0, 2, 5], [0, 5, 5]]
+
+
+def test_anchored_links_without_remembered_cosines_are_the_same(monkeypatch):
+    units = unit_keys(torch.randn(2, 60, 4, generator=torch.Generator().manual_seed(3)).cumsum(1))
+    protected = torch.zeros(2, 60, dtype=torch.bool)
+    protected[:, ::13] = True
+    table = cosine_table(units, False)
+    remembered = [anchored_links(table, protected, threshold) for threshold in (0.9, 0.2, 0.9)]
+    monkeypatch.setattr(segments, "CACHED_OFFSETS", 2)
+    table = cosine_table(units, False)
+    assert all(
+        torch.equal(anchored_links(table, protected, t), r) for t, r in zip((0.9, 0.2), remembered, strict=False)
+    )
+    assert torch.equal(remembered[0], remembered[2])
+    assert 0 < remembered[0].sum() < remembered[1].sum()

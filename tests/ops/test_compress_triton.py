@@ -1,4 +1,4 @@
-"""KVMerger's kernels against their torch twins, on a GPU or under Triton's interpreter."""
+"""The kernels of selecting, dividing and merging against torch, on a GPU or under Triton's interpreter."""
 
 import dataclasses
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 from policy_inputs import make_layer, relative_rms
 
-from kvbench.methods.base import LayerStates
+from kvbench.methods.base import LayerStates, slot_state
+from kvbench.methods.h2o import H2O
 from kvbench.methods.kvmerger import KVMerger, KVMergerBias
-from kvbench.ops import merging, segments
+from kvbench.ops import merging, segments, selection
 
 
 @pytest.fixture(scope="module")
 def kernels(triton_device):
-    """The kernel module (imported late: without triton the tests skip)."""
+    """The module of kernels, imported late: without triton the tests skip."""
     from kvbench.ops import compress_triton
 
     return compress_triton
@@ -37,24 +38,22 @@ def on(layer: LayerStates, device: torch.device) -> LayerStates:
 def test_exact_chain_starts(
     kernels, triton_device, monkeypatch, n_tokens, n_recent, n_top, n_slots, share_heads, dtype
 ):
-    segments_triton = kernels
-    monkeypatch.setattr(segments_triton, "MAX_ROW_BLOCK", 32)  # several blocks a row
+    monkeypatch.setattr(kernels, "MAX_ROW_BLOCK", 32)  # several blocks a row
     layer = on(make_layer(2, 2, n_tokens, head_dim=12, seed=2, correlated=True, dtype=dtype), triton_device)
     scores = layer.column_sums.mean(0, keepdim=True) if share_heads else layer.column_sums
     arguments = (layer.keys, scores, n_recent, n_top, n_slots, share_heads)
     expected = segments.exact_chain_starts(*arguments)
-    assert torch.equal(segments_triton.exact_chain_starts(*arguments), expected)
+    assert torch.equal(kernels.exact_chain_starts(*arguments), expected)
     assert expected.shape == (2, n_slots + 1)
 
 
 def test_ties_in_scores_and_cosines_go_to_the_later(kernels, triton_device):
-    segments_triton = kernels
     keys = torch.eye(4, device=triton_device)[torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 0, 0])].unsqueeze(0)
     scores = torch.zeros(1, 11, device=triton_device)
     scores[0, [1, 4, 6]] = 1.0
     for n_top, n_slots in [(0, 8), (1, 7), (2, 7), (0, 3)]:
         arguments = (keys, scores, 0, n_top, n_slots, False)
-        assert torch.equal(segments_triton.exact_chain_starts(*arguments), segments.exact_chain_starts(*arguments))
+        assert torch.equal(kernels.exact_chain_starts(*arguments), segments.exact_chain_starts(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -92,11 +91,10 @@ def test_merge_segments(kernels, triton_device, options, half):
 
 
 def test_strided_inputs(kernels, triton_device):
-    segments_triton = kernels
     layer = on(make_layer(2, 2, 50, seed=9, correlated=True), triton_device)
     strided = [tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (layer.keys, layer.values)]
     settings = {"sigma": 5.0, "mean_distance": False, "scale_values": True, "merge": True}
-    starts = segments_triton.exact_chain_starts(strided[0], layer.column_sums, 5, 3, 20, False)
+    starts = kernels.exact_chain_starts(strided[0], layer.column_sums, 5, 3, 20, False)
     assert torch.equal(starts, segments.exact_chain_starts(layer.keys, layer.column_sums, 5, 3, 20, False))
     merged = merging.merge_segments(*strided, layer.column_sums, starts, **settings, kernels="triton")
     expected = merging.merge_segments(layer.keys, layer.values, layer.column_sums, starts, **settings)
@@ -125,3 +123,29 @@ def test_policy_with_kernels_equals_policy_without(triton_device, policy):
         assert torch.equal(kernel.positions[head, :n_sets], plain.positions[head, :n_sets])
         assert relative_rms(kernel.keys[head, :n_sets], plain.keys[head, :n_sets]) < 1e-6
         assert relative_rms(kernel.values[head, :n_sets], plain.values[head, :n_sets]) < 1e-6
+
+
+@pytest.mark.parametrize(("n_tokens", "heavy", "recent"), [(45, 9, 8), (33, 0, 5), (33, 25, 8)])
+def test_selection(kernels, triton_device, monkeypatch, n_tokens, heavy, recent):
+    monkeypatch.setattr(kernels, "MAX_ROW_BLOCK", 32)  # several blocks a row
+    layer = make_layer(2, 2, n_tokens, head_dim=12)
+    ranks = layer.column_sums.round(decimals=1).to(triton_device)  # rounded: some ranks are equal
+    keys, values = (tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (layer.keys, layer.values))
+    arguments = (keys.to(triton_device), values.to(triton_device), ranks)
+    positions = selection.heavy_and_recent(ranks, heavy, recent)
+    assert torch.equal(kernels.heavy_and_recent(ranks, heavy, recent), positions)
+    kept = kernels.keep_slots(*arguments, positions)
+    assert all(map(torch.equal, kept, selection.keep_slots(*arguments, positions)))
+
+
+def test_h2o_with_kernels_equals_h2o_without(triton_device):
+    layer = on(make_layer(4, 2, 40), triton_device)
+    for normalise in (False, True):
+        kernel, plain = (
+            H2O(budget=0.5, normalise_by_count=normalise).compress(dataclasses.replace(layer, kernels=kernels), 20)
+            for kernels in ("triton", "torch")
+        )
+        assert torch.equal(kernel.positions, plain.positions)
+        assert torch.equal(kernel.keys, plain.keys)
+        kept, state = slot_state(kernel.state), slot_state(plain.state)
+        assert all(torch.equal(kept[name], state[name]) for name in state)
