@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Hashable, Sequence
-from types import ModuleType
+from importlib import import_module
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
@@ -35,7 +35,6 @@ from transformers import Cache
 from kvbench.errors import ConfigError
 from kvbench.methods import base
 from kvbench.methods.base import CompressedLayer, Policy, slot_state
-from kvbench.ops import ragged_decode
 from kvbench.ops.dispatch import choose_backend, current_device
 from kvbench.ops.ragged_decode import Blocks, DecodePlan
 from kvbench.ops.steps import RowsStepper, StepLayer, StepRow
@@ -65,18 +64,11 @@ class _Place:
 
     def __init__(self, backend: str, table: BlockTable, device: torch.device):
         self.backend, self.table, self.device = backend, table, device
+        suffix = "_triton" if backend == "triton" else ""  # imported late: triton, which a CPU may lack
+        self.kernels: Any = import_module(f"kvbench.ops.ragged_decode{suffix}")
         self.attention = Pool((), torch.float32, device)
         self.steppers: dict[type[Policy], RowsStepper | None] = {}
         self.side = SideStream(device)
-
-    @property
-    def kernels(self) -> ModuleType:
-        """The module with the backend's `write_token` and `ragged_decode`."""
-        if self.backend == "torch":
-            return ragged_decode
-        from kvbench.ops import ragged_decode_triton  # imports triton, which a CPU may lack
-
-        return ragged_decode_triton
 
 
 class RaggedCache(Cache):
@@ -148,9 +140,8 @@ class RaggedCache(Cache):
     def reserve(self, slots_per_layer: Sequence[int]) -> None:
         """Ask for room beforehand: pools that grow row by row leave the allocator with holes.
 
-        Args:
-            slots_per_layer: for each layer the slots, summed over rows and KV heads, that keys and values will need,
-                room for new tokens included. Takes effect when the layer's device is known: at its first `write`.
+        Per layer the slots, over rows and KV heads, that keys and values will need, room for new tokens included. Takes
+        effect when the layer's device is known: at its first `write`.
         """
         self._reserved_slots = [max(pair) for pair in zip(self._reserved_slots, slots_per_layer, strict=True)]
         for layer, n_slots in zip(self._layers, self._reserved_slots, strict=True):
@@ -163,13 +154,7 @@ class RaggedCache(Cache):
         self.reserve([self.n_kv_heads * (sum(layer) + room) for layer in zip(*budgets, strict=True)])
 
     def write(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
-        """Copy what is left of one layer into the cache.
-
-        Args:
-            layer_index: the layer, from 0.
-            row: a row's index.
-            layer: the compressed layer; every tensor on the layer's device. Copied, so it may share memory.
-        """
+        """Copy what is left of one layer of a row into the cache; every tensor lies on the layer's device."""
         record, device = self._rows[row], layer.keys.device
         self._check(layer_index, row, layer)
         self._change()
@@ -193,13 +178,10 @@ class RaggedCache(Cache):
         self._rows = [self._rows[row] for row in rows]
 
     def choose(self, rows: Sequence[int], *, rewrite: bool = False) -> None:
-        """Make the batch copies of the given rows, in that order; a row may be chosen more than once.
+        """Make the batch copies of the given rows, at most `max_rows`, in that order; one may be chosen more than once.
 
-        All rows must have seen their tokens in step; those that grow get their full room again.
-
-        Args:
-            rows: indices of present rows, at most `max_rows` of them.
-            rewrite: copy even if the rows stay as they are, to give each its full room.
+        All rows must have seen their tokens in step; those that grow get their full room again, with `rewrite` even if
+        the rows stay as they are.
         """
         if len(rows) > self.max_rows or any(not 0 <= row < self.rows for row in rows):
             raise ValueError(f"rows {list(rows)} are not at most {self.max_rows} indices below {self.rows}")
