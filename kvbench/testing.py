@@ -264,7 +264,7 @@ def layer_states(case: Case, policy: Policy) -> LayerStates:
     caught: list[LayerStates] = []
     observer = Observer(
         needs=policy.needs, window_tokens=policy.window_tokens, n_layers=N_LAYERS, n_query_heads=n_query_heads,
-        seed=SEED, on_layer=caught.append, backend="torch",
+        seed=SEED, on_layer=caught.append, kernels="torch",
         config=LlamaConfig(hidden_size=n_query_heads * HEAD_DIM, num_attention_heads=n_query_heads, head_dim=HEAD_DIM),
     )  # fmt: skip
     query, keys, values = (tensor.to(case.dtype)[None] for tensor in (query, keys, values))

@@ -140,7 +140,7 @@ def check_column_sums(device: torch.device) -> Iterator[Row]:
     for dtype, (n_query_heads, n_kv_heads), n_tokens, head_dim in cases:
         query, keys, values = random_states(n_query_heads, n_kv_heads, n_tokens, head_dim, dtype, device)
         scaling = head_dim**-0.5
-        got = observe(query, keys, values, scaling, column_sums=True, window_tokens=0, backend="triton").column_sums
+        got = observe(query, keys, values, scaling, column_sums=True, window_tokens=0, kernels="triton").column_sums
         columns = torch.arange(n_tokens, device=device)
         if n_tokens > 8192:
             columns = torch.randperm(n_tokens, device=device)[:64]
@@ -158,7 +158,7 @@ def check_observe_torch(device: torch.device) -> Iterator[Row]:
     """The blockwise torch version on the GPU."""
     for n_tokens in (1, 129, 3500):
         query, keys, values = random_states(4, 2, n_tokens, 64, torch.float32, device)
-        got = observe(query, keys, values, 0.125, column_sums=True, window_tokens=0, backend="torch").column_sums
+        got = observe(query, keys, values, 0.125, column_sums=True, window_tokens=0, kernels="torch").column_sums
         expected = reference_column_sums(query, keys, 0.125, torch.arange(n_tokens, device=device))
         assert got is not None
         yield {"case": f"float32 T={n_tokens}", "error": relative_rms_error(got, expected), "limit": 3e-6}

@@ -16,12 +16,12 @@ import torch
 
 from kvbench.errors import ConfigError
 
-BACKENDS = ("auto", "torch", "triton")
+KERNELS = ("auto", "torch", "triton")
 
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(requested: str, device: torch.device | str) -> str:
+def choose_kernels(requested: str, device: torch.device | str) -> str:
     """Decide between the torch and the Triton version of an operation.
 
     Args:
@@ -35,8 +35,8 @@ def choose_backend(requested: str, device: torch.device | str) -> str:
     Raises:
         ConfigError: if `requested` is none of the three, or "triton" is requested where it cannot run.
     """
-    if requested not in BACKENDS:
-        raise ConfigError(f"kernels={requested!r} is not one of {', '.join(BACKENDS)}: choose one of these")
+    if requested not in KERNELS:
+        raise ConfigError(f"kernels={requested!r} is not one of {', '.join(KERNELS)}: choose one of these")
     on_cuda = torch.device(device).type == "cuda"
     if requested == "torch" or (requested == "auto" and not on_cuda):
         return "torch"

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kvbench.errors import ConfigError
-from kvbench.ops.dispatch import choose_backend
+from kvbench.ops.dispatch import choose_kernels
 
 # Queries a block: as many as keep the block of logits below 32 MiB, within these bounds. A layer of 9 heads x 2,048
 # tokens x 64 in fp32 takes, on two idle CPU cores, with 32, 64, 128 and 256 queries a block 61, 58, 60 and 63 ms; with
@@ -44,7 +44,7 @@ class Observation:
     """`(H, T)` fp32, attention mass each key received from all queries, or None if not asked for."""
     window_attention: Tensor | None
     """`(H, min(W, T), T)` fp32, the softmax rows of the last queries, or None if not asked for."""
-    backend: str
+    kernels: str
     """What computed it: "sdpa", "torch" or "triton"."""
 
 
@@ -57,7 +57,7 @@ def observe(
     *,
     column_sums: bool,
     window_tokens: int,
-    backend: str = "auto",
+    kernels: str = "auto",
     softcap: float | None = None,
 ) -> Observation:
     """Exact causal attention of a prompt on itself, with column sums and last rows on request.
@@ -69,23 +69,23 @@ def observe(
         scaling: factor on the logits.
         column_sums: whether to sum each key's attention over all queries.
         window_tokens: how many last rows of the attention to return; 0 for none.
-        backend: "auto", "torch" or "triton" (see `choose_backend`); concerns the column sums only.
+        kernels: "auto", "torch" or "triton" (see `choose_kernels`); concerns the column sums only.
         softcap: bound that logits are soft-capped to, which only the torch version knows (see `cap_logits`).
 
     Returns:
         The `Observation`. Accumulation is fp32 for every dtype.
 
     Raises:
-        ConfigError: if `backend` cannot run here, or is "triton" with soft-capped logits.
+        ConfigError: if `kernels` cannot run here, or is "triton" with soft-capped logits.
     """
-    if softcap is not None and backend == "triton":
+    if softcap is not None and kernels == "triton":
         raise ConfigError(f"kernels=triton do not know logits capped at {softcap}: use kernels=auto or torch")
     if softcap is None and not column_sums:
         grouped = keys.shape[0] != query.shape[0]
         states = query[None], keys[None], values[None]
         output = scaled_dot_product_attention(*states, is_causal=True, scale=scaling, enable_gqa=grouped)[0]
         return Observation(output, None, window_rows(query, keys, scaling, window_tokens), "sdpa")
-    if softcap is not None or choose_backend(backend, query.device) == "torch":
+    if softcap is not None or choose_kernels(kernels, query.device) == "torch":
         output, sums, rows = observe_torch(query, keys, values, scaling, window_tokens, softcap)
         return Observation(output, sums if column_sums else None, rows, "torch")
     from kvbench.ops.column_sums_triton import column_sums_triton

@@ -26,7 +26,7 @@ from kvbench.errors import RecordError
 from kvbench.metrics.base import scorer_versions
 from kvbench.models.config import ModelConfig
 from kvbench.models.load import PreparedModel
-from kvbench.ops.dispatch import choose_backend
+from kvbench.ops.dispatch import choose_kernels
 from kvbench.paths import cache_folder
 from kvbench.plan import Plan
 from kvbench.records.environment import describe_environment
@@ -65,7 +65,7 @@ class Making:
 
 def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jobs: Mapping[int, Request]) -> Making:
     """What a call would make its answers with; an error if the kernels asked for cannot run on this device."""
-    kernels = choose_backend(getattr(plan.engine, "kernels", "torch"), prepared.device)
+    kernels = choose_kernels(getattr(plan.engine, "kernels", "torch"), prepared.device)
     on_gpu = prepared.device.type == "cuda"
     return Making(
         call=uuid4().hex[:12],

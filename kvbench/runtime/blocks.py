@@ -184,7 +184,7 @@ def lay_out(
     """Describe rows, each given by its blocks in all layers, what it has grown by and whether it steps.
 
     Returns:
-        Tables by their names in `BlockTable`; per layer the attention weights of the rows that step, `H * (m + 1)` each,
+        Tables by their names in `BlockTable`; per layer the attention weights of rows that step, `H * (m + 1)` each,
         and the slots that the longest block can hold.
     """
 

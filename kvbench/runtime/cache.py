@@ -35,7 +35,7 @@ from transformers import Cache
 from kvbench.errors import ConfigError
 from kvbench.methods import base
 from kvbench.methods.base import CompressedLayer, Policy, slot_state
-from kvbench.ops.dispatch import choose_backend, current_device
+from kvbench.ops.dispatch import choose_kernels, current_device
 from kvbench.ops.ragged_decode import Blocks, DecodePlan
 from kvbench.ops.steps import RowsStepper, StepLayer, StepRow
 from kvbench.runtime.blocks import BlockTable, LayerPools, Pool, SideStream, lay_out
@@ -80,7 +80,7 @@ class RaggedCache(Cache):
         n_kv_heads: H_k.
         head_dim: D.
         dtype: of keys and values, the model's dtype.
-        backend: "auto", "torch" or "triton" (see `kvbench.ops.dispatch.choose_backend`).
+        backend: "auto", "torch" or "triton" (see `kvbench.ops.dispatch.choose_kernels`).
         max_rows: most rows at a time; tables of that size are allocated once.
 
     Attributes:
@@ -160,7 +160,7 @@ class RaggedCache(Cache):
         self._change()
         if device not in self._places:
             table = BlockTable(self.n_layers, self.max_rows, self.n_kv_heads, device)
-            self._places[device] = _Place(choose_backend(self.backend, device), table, device)
+            self._places[device] = _Place(choose_kernels(self.backend, device), table, device)
         pools = self._layers[layer_index]
         if pools is None:
             pools = self._layers[layer_index] = LayerPools(self.head_dim, self.dtype, device)

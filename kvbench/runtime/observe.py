@@ -15,7 +15,7 @@ from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import LayerStates
 from kvbench.methods.full import in_effect
 from kvbench.models.load import LoadedModel
-from kvbench.ops.dispatch import choose_backend
+from kvbench.ops.dispatch import choose_kernels
 from kvbench.ops.observe import observe
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.requests import Arm, Request, model_shape
@@ -36,9 +36,9 @@ class Observer:
         seed: passed on in `LayerStates.seed`.
         on_layer: called once per layer with its states, whose keys and values are views that live as long as they are
             referenced.
-        backend: "auto", "torch" or "triton"; policies are told the choice in `LayerStates.kernels`.
+        kernels: "auto", "torch" or "triton"; policies are told the choice in `LayerStates.kernels`.
         config: the model's text configuration; required with "rotary_frequencies".
-        backends: names of the implementations used so far, for the record.
+        kernels_used: names of the implementations used so far, for the record.
     """
 
     needs: frozenset[str]
@@ -47,9 +47,9 @@ class Observer:
     n_query_heads: int
     seed: int
     on_layer: Callable[[LayerStates], None]
-    backend: str = "auto"
+    kernels: str = "auto"
     config: PreTrainedConfig | None = None
-    backends: set[str] = field(default_factory=set, init=False)
+    kernels_used: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         if unknown := self.needs - OBSERVABLE:
@@ -84,9 +84,9 @@ class Observer:
         window_tokens = self.window_tokens if "window_attention" in self.needs else 0
         observation = observe(
             query[0], key[0], value[0], scaling,
-            column_sums=column_sums, window_tokens=window_tokens, backend=self.backend, softcap=softcap,
+            column_sums=column_sums, window_tokens=window_tokens, kernels=self.kernels, softcap=softcap,
         )  # fmt: skip
-        self.backends.add(observation.backend)
+        self.kernels_used.add(observation.kernels)
         extras = {"queries": query[0], "scaling": torch.tensor(scaling)} if "queries" in self.needs else {}
         if "rotary_frequencies" in self.needs and self.config is not None:
             extras["rotary_frequencies"] = rotary_frequencies(self.config, n_tokens).to(query.device)
@@ -95,7 +95,7 @@ class Observer:
                 keys=key[0], values=value[0], layer_index=layer_index, n_layers=self.n_layers,
                 n_query_heads=self.n_query_heads, seed=self.seed, column_sums=observation.column_sums,
                 window_attention=observation.window_attention, extras=extras,
-                kernels=choose_backend(self.backend, query.device),
+                kernels=choose_kernels(self.kernels, query.device),
             )
         )  # fmt: skip
         return observation.output.transpose(0, 1)[None]
@@ -146,7 +146,7 @@ def prefill(
         kernels: "auto", "torch" or "triton".
 
     Returns:
-        Logits of the last prefilled token `(V,)` fp32, and the names of the observation backends that ran.
+        Logits of the last prefilled token `(V,)` fp32, and the names of the kernels that observed it.
     """
     policies = [in_effect(arm.policy) for arm in arms]
     shape = model_shape(loaded)
@@ -157,10 +157,10 @@ def prefill(
         n_query_heads=shape["n_query_heads"],
         seed=request.seed,
         on_layer=on_layer,
-        backend=kernels,
+        kernels=kernels,
         config=loaded.model.config.get_text_config(),
     )
     input_ids = torch.tensor([request.input_ids[: request.compress_at]], device=loaded.device)
     with torch.inference_mode(), attention_implementation(loaded.model):
         output = loaded.model(input_ids=input_ids, attention_context=observer, use_cache=False, logits_to_keep=1)
-        return output.logits[0, -1].float(), observer.backends
+        return output.logits[0, -1].float(), observer.kernels_used

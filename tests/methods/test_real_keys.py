@@ -46,7 +46,7 @@ def layers(smollm2) -> dict[int, LayerStates]:
         n_query_heads=9,
         seed=1,
         on_layer=states.append,
-        backend="torch",
+        kernels="torch",
         config=smollm2.model.config,
     )
     with torch.no_grad(), attention_implementation(smollm2.model):

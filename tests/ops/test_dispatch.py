@@ -5,7 +5,7 @@ import torch
 
 from kvbench.errors import ConfigError
 from kvbench.ops import dispatch
-from kvbench.ops.dispatch import choose_backend
+from kvbench.ops.dispatch import choose_kernels
 
 
 @pytest.fixture
@@ -16,15 +16,15 @@ def installed(monkeypatch):
 @pytest.mark.usefixtures("installed")
 def test_auto_is_triton_on_cuda_and_torch_elsewhere_even_under_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose_backend("auto", "cuda:1") == "triton"
-    assert choose_backend("auto", "cpu") == choose_backend("torch", torch.device("cuda")) == "torch"
-    assert choose_backend("triton", "cpu") == "triton"
+    assert choose_kernels("auto", "cuda:1") == "triton"
+    assert choose_kernels("auto", "cpu") == choose_kernels("torch", torch.device("cuda")) == "torch"
+    assert choose_kernels("triton", "cpu") == "triton"
 
 
 def test_auto_without_triton_on_cuda_says_why_it_is_slow(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "_triton_installed", lambda: False)
     dispatch._warn_once.cache_clear()
-    assert [choose_backend("auto", "cuda") for _ in range(2)] == ["torch", "torch"]
+    assert [choose_kernels("auto", "cuda") for _ in range(2)] == ["torch", "torch"]
     assert [record.getMessage() for record in caplog.records] == [
         "kernels=auto takes the slower torch version on cuda: the package triton is not installed"
     ]
@@ -37,9 +37,9 @@ def test_triton_where_it_cannot_run_is_refused(monkeypatch, device, installed, r
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(dispatch, "_triton_installed", lambda: installed)
     with pytest.raises(ConfigError, match=rf"kernels='triton' on device '{device}': .*{reason}; use kernels=torch"):
-        choose_backend("triton", device)
+        choose_kernels("triton", device)
 
 
-def test_an_unknown_backend_names_the_choices():
+def test_an_unknown_choice_names_the_choices():
     with pytest.raises(ConfigError, match="kernels='cuda' is not one of auto, torch, triton"):
-        choose_backend("cuda", "cpu")
+        choose_kernels("cuda", "cpu")

@@ -82,8 +82,8 @@ def assert_agrees(got, expected, window_tokens, output=2e-6, column_sums=True):
 @pytest.mark.parametrize("window_tokens", [0, 1, 40, 1000])
 def test_agrees_with_softmax_in_fp32(shape, window_tokens):
     states = random_states(*shape)
-    got = observe(*states, 0.3, column_sums=True, window_tokens=window_tokens, backend="torch")
-    assert got.backend == "torch"
+    got = observe(*states, 0.3, column_sums=True, window_tokens=window_tokens, kernels="torch")
+    assert got.kernels == "torch"
     assert_agrees(got, softmax_attention(*states, 0.3), window_tokens)
     mass = torch.full((shape[0],), shape[2]).double()  # every query gives one unit
     torch.testing.assert_close(got.column_sums.double().sum(1), mass, rtol=1e-6, atol=0)
@@ -108,7 +108,7 @@ def test_without_column_sums_it_is_plain_sdpa(window_tokens, monkeypatch):
     monkeypatch.setattr(ops, "observe_torch", lambda *args: pytest.fail("column sums were not asked for"))
     states = random_states(6, 2, 129, 16)
     got = observe(*states, 0.3, column_sums=False, window_tokens=window_tokens)
-    assert got.backend == "sdpa"
+    assert got.kernels == "sdpa"
     assert_agrees(got, softmax_attention(*states, 0.3), window_tokens, column_sums=False)
 
 
@@ -120,7 +120,7 @@ def test_soft_capped_logits(column_sums):
     assert_agrees(observe(*states, 0.3, softcap=2.0, **options), expected, 20, 1e-6, column_sums)
     assert error(observe(*states, 0.3, **options).output, expected[0]) > 0.1
     with pytest.raises(ConfigError, match=r"capped at 2\.0: use kernels=auto or torch"):
-        observe(*states, 0.3, softcap=2.0, backend="triton", **options)
+        observe(*states, 0.3, softcap=2.0, kernels="triton", **options)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -176,8 +176,8 @@ def test_tile_sizes_do_not_change_the_result(triton_device, blocks):
 def test_observe_with_triton_agrees_with_softmax(triton_device):
     states = random_states(4, 2, 100, 36, device=triton_device)
     expected = softmax_attention(*states, 0.2)
-    got = observe(*states, 0.2, column_sums=True, window_tokens=8, backend="triton")
-    assert got.backend == "triton"
+    got = observe(*states, 0.2, column_sums=True, window_tokens=8, kernels="triton")
+    assert got.kernels == "triton"
     assert_agrees(got, expected, 8)
     assert error(forward_with_log_sum_exp(*states, 0.2)[1], expected[2]) < 1e-6
 

@@ -26,7 +26,7 @@ def test_each_layer_is_reported_with_views():
         assert output.is_contiguous()
         assert torch.equal(output, expected.output.transpose(0, 1)[None])
     assert [layer.layer_index for layer in layers] == [0, 1]
-    assert observer.backends == {"torch"}
+    assert observer.kernels_used == {"torch"}
     layer = layers[1]
     assert (layer.n_layers, layer.n_query_heads, layer.seed) == (2, 6, 7)
     assert (layer.keys.data_ptr(), layer.values.data_ptr()) == (keys.data_ptr(), values.data_ptr())
@@ -39,7 +39,7 @@ def test_only_what_is_needed_is_computed():
     layers = []
     observer = Observer(frozenset(), 32, 1, 6, 0, layers.append)
     observer.attend(0, *states_of(), 0.25)
-    assert (layers[0].column_sums, layers[0].window_attention, observer.backends) == (None, None, {"sdpa"})
+    assert (layers[0].column_sums, layers[0].window_attention, observer.kernels_used) == (None, None, {"sdpa"})
 
 
 def test_what_cannot_be_observed_is_refused():

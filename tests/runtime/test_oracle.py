@@ -42,7 +42,7 @@ def as_on_a_gpu(monkeypatch, triton_device):
     """Let "auto" be Triton in every module that ever asked."""
     choice = {"auto": "triton", "torch": "torch"}
     for module in (observation, observe, ragged, h2o, kvmerger):
-        monkeypatch.setattr(module, "choose_backend", lambda kernels, device: choice[kernels], raising=False)
+        monkeypatch.setattr(module, "choose_kernels", lambda kernels, device: choice[kernels], raising=False)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
