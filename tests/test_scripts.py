@@ -69,18 +69,21 @@ def test_the_speed_benchmark_prints_every_row_with_its_raw_times_and_what_follow
     assert further["value"] == pytest.approx(seconds[6]["arms"] / seconds[6]["full"] - 1)
 
 
-def test_a_row_that_cannot_be_measured_is_recorded_and_the_run_fails():
-    done = run_script("bench_speed.py", *TINY, "--rows", "5", "--arms", "full,h2o@0.001")
-    assert done.returncode == 1
-    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+def test_a_row_that_cannot_be_measured_is_recorded_and_the_run_fails(capsys):
+    import bench_speed
+
+    assert bench_speed.main([*TINY, "--rows", "5", "--arms", "full,h2o@0.001"]) == 1
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert (row["failed"], row["value"]) == (True, None)
     assert "BudgetError" in row["note"]
 
 
-def test_a_peer_without_its_environment_says_how_to_install_it():
-    done = run_script("bench_speed.py", "--peer", "--quick")
-    assert done.returncode == 2
-    assert "kvpress==0.5.5" in done.stderr
+def test_a_peer_without_its_environment_says_how_to_install_it(capsys):
+    import bench_speed
+
+    with pytest.raises(SystemExit, match="2"):
+        bench_speed.main(["--peer", "--quick"])
+    assert "kvpress==0.5.5" in capsys.readouterr().err
 
 
 def test_a_row_judges_its_value_by_its_target_and_its_spread_by_the_repeats():
