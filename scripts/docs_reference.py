@@ -1,4 +1,4 @@
-"""Write the reference part of the documentation while `mkdocs build` runs: one page per module, from its docstrings.
+"""Write two parts of the documentation while `mkdocs build` runs: every module, and every method with its options.
 
 Called by the plug-in mkdocs-gen-files. Pages exist in the build only; the navigation is `docs/SUMMARY.md`, where the
 line `* [Reference](reference/)` takes in what this script lists.
@@ -10,12 +10,29 @@ from pathlib import Path
 
 import mkdocs_gen_files
 
+from kvbench.methods.registry import load_policies
+
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = ("__main__", "_triton")  # command lines have --help; kernels are documented by their twins
 
 
+def write_methods() -> None:
+    """One page of all installed methods: a line each, then what each class says of its options."""
+    own = {name: kind for name, kind in load_policies().items() if kind.__module__.startswith("kvbench.")}
+    rows = [
+        f"| [`{name}`](#{kind.__module__}.{kind.__qualname__}) | {(kind.__doc__ or '').splitlines()[0]} |"
+        for name, kind in own.items()
+    ]
+    with mkdocs_gen_files.open("methods/index.md", "w") as file:
+        file.write("# Every method and its options\n\nAn option is a field of the class: `method.OPTION=VALUE`.\n\n")
+        file.write("\n".join(["| `method=` | in a line |", "|---|---|", *rows]) + "\n")
+        for kind in own.values():
+            file.write(f"\n::: {kind.__module__}.{kind.__qualname__}\n    options: {{members: false}}\n")
+
+
 def main() -> None:
     """One page per public module, and the list of them."""
+    write_methods()
     nav = mkdocs_gen_files.Nav()
     for path in sorted((ROOT / "kvbench").rglob("*.py")):
         module = path.relative_to(ROOT).with_suffix("")
