@@ -26,18 +26,17 @@ FETCHERS: dict[str, Callable[[], Path]] = {
     "longbench": longbench_folder,
     **{f"zeroscrolls/{task}": partial(zeroscrolls_folder, task) for task in TASKS},
 }
-GROUPS = {"zeroscrolls": tuple(name for name in FETCHERS if name.startswith("zeroscrolls/"))}
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process if none is given; returns the exit code, 2 after a mendable error."""
     parser = argparse.ArgumentParser(prog="python -m kvbench.fetch", description="Fetch benchmark data.")
-    names = [*GROUPS, *FETCHERS]
+    names = ["zeroscrolls", *FETCHERS]
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     chosen = parser.parse_args(arguments).names
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    wanted = dict.fromkeys(single for word in chosen for single in GROUPS.get(word, (word,)))
+    wanted = dict.fromkeys(name for word in chosen for name in FETCHERS if name == word or name.startswith(f"{word}/"))
     print(json.dumps({name: str(FETCHERS[name]()) for name in wanted}))
     return 0
 

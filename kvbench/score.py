@@ -24,44 +24,24 @@ from kvbench import strict_json
 from kvbench.commands import command
 from kvbench.errors import DataError
 from kvbench.metrics.base import check_environment, get_metric
-from kvbench.metrics.longbench import (
-    DATASETS,
-    LENGTH_BUCKETS,
-    Average,
-    averages,
-    base_dataset,
-    bucket_mean,
-    length_buckets,
-)
+from kvbench.metrics.longbench import DATASETS, LENGTH_BUCKETS, averages, base_dataset, bucket_mean, length_buckets
 from kvbench.tasks.data import read_jsonl
 
 CODE_METRICS = {"difflib": "code_sim", "levenshtein": "code_sim_levenshtein"}
-
-
 WHOLE = "score"  # the only part of a file unless it is scored by length
 
 
 class DatasetScore(NamedTuple):
-    """Score of one file, in parts: `WHOLE`, or the length buckets of LongBench-E.
-
-    Attributes:
-        dataset: name of the data set.
-        metric: name of the metric.
-        rows: number of scored rows.
-        scores: on the 0..100 scale, unrounded; NaN for an empty bucket, in JSON null.
-        official: the same as the official script rounds them.
-    """
+    """Score of one file, in parts: `WHOLE`, or the length buckets of LongBench-E."""
 
     dataset: str
     metric: str
     rows: dict[str, int]
-    scores: dict[str, float]
-    official: dict[str, float]
+    scores: dict[str, float]  # on the 0..100 scale, unrounded; NaN for an empty bucket, in JSON null
+    official: dict[str, float]  # the same as the official script rounds them
 
 
 def _row_problem(row: dict[str, Any], needs_length: bool, needs_classes: bool) -> str | None:
-    """What is wrong with a row, or None."""
-
     def is_strings(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -82,16 +62,10 @@ def _row_problem(row: dict[str, Any], needs_length: bool, needs_classes: bool) -
 
 
 def score_file(path: Path, by_length: bool = False, code_metric: str = "difflib") -> DatasetScore:
-    """Score one file of predictions in the official format.
+    """Score `<dataset>.jsonl`; `DataError` names file and line of a malformed row.
 
-    Args:
-        path: `<dataset>.jsonl`.
-        by_length: score every length bucket by itself (LongBench-E).
-        code_metric: "difflib" (the official requirements) or "levenshtein" (what fuzzywuzzy computes where
-            python-Levenshtein is installed); only lcc and repobench-p depend on it.
-
-    Raises:
-        DataError: if the data set is unknown, the file is empty or a row is malformed; names file and line.
+    `by_length` scores every length bucket by itself (LongBench-E). `code_metric`, for lcc and repobench-p, is "difflib"
+    (the official requirements) or "levenshtein" (what fuzzywuzzy computes where python-Levenshtein is installed).
     """
     dataset = path.name.split(".")[0]
     if base_dataset(dataset) not in DATASETS:
@@ -116,12 +90,7 @@ def score_file(path: Path, by_length: bool = False, code_metric: str = "difflib"
 
 
 def score_folder(folder: Path, by_length: bool = False, code_metric: str = "difflib") -> list[DatasetScore]:
-    """Score every prediction file of a folder, in the order of their names; other files are ignored.
-
-    Raises:
-        DataError: if there is no such folder, no file in it, or a malformed row.
-        MetricError: if the environment cannot be trusted (`check_environment`).
-    """
+    """Score every prediction file of a folder in the order of their names, after `check_environment`."""
     check_environment()
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; name the one that holds the <dataset>.jsonl files")
@@ -131,7 +100,7 @@ def score_folder(folder: Path, by_length: bool = False, code_metric: str = "diff
     return [score_file(path, by_length, code_metric) for path in paths]
 
 
-def _score_table(scores: Sequence[DatasetScore], by_length: bool) -> Table:
+def _print_tables(scores: Sequence[DatasetScore], by_length: bool) -> None:
     numbers = (Column(heading, justify="right") for heading in (*(LENGTH_BUCKETS if by_length else (WHOLE,)), "n"))
     names = (Column(heading, overflow="fold") for heading in ("data set", "metric"))
     table = Table(*names, *numbers, title="LongBench-E" if by_length else "LongBench")
@@ -140,17 +109,17 @@ def _score_table(scores: Sequence[DatasetScore], by_length: bool) -> Table:
         note = "" if by_length or score.rows[WHOLE] == official else f" (official {official})"
         cells = (f"{value:.2f}" for value in score.official.values())
         table.add_row(score.dataset, score.metric, *cells, " / ".join(map(str, score.rows.values())) + note)
-    return table
-
-
-def _average_table(found: Sequence[Average]) -> Table:
+    console = Console(soft_wrap=False)
+    console.print(table)
+    if by_length:
+        return
     title = "Averages (unweighted, of unrounded scores)"
     table = Table("average", Column("score", justify="right"), "mean of", title=title)
-    for average in found:
+    for average in averages({score.dataset: score.scores[WHOLE] for score in scores}):
         if average.value is not None:
             missing = f"; INCOMPLETE, missing {', '.join(average.missing)}" if average.missing else ""
             table.add_row(average.name, f"{average.value:.2f}", f"{', '.join(average.parts)}{missing}")
-    return table
+    console.print(table)
 
 
 @command
@@ -170,12 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             path.write_text(strict_json.dumps(result, ensure_ascii=False, indent=4), encoding="utf-8")
         except OSError as error:
-            remedy = "leave out --write or copy the folder"
-            raise DataError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
-    console = Console(soft_wrap=False)
-    console.print(_score_table(scores, options.e))
-    if not options.e:
-        console.print(_average_table(averages({score.dataset: score.scores[WHOLE] for score in scores})))
+            problem = f"{path} cannot be written ({error.strerror})"
+            raise DataError(f"{problem}; leave out --write or copy the folder") from error
+    _print_tables(scores, options.e)
     print(strict_json.dumps(result, ensure_ascii=False))
     return 0
 

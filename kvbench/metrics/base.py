@@ -28,7 +28,8 @@ from typing import Protocol, runtime_checkable
 
 from kvbench.errors import ConfigError, MetricError
 
-ENTRY_POINT_GROUP = "kvbench.metrics"
+Scores = dict[str, float]
+"""Of one prediction: "score" in [0, 1], and further parts in [0, 1] where the metric has some."""
 
 
 @runtime_checkable
@@ -38,32 +39,19 @@ class Metric(Protocol):
     @property
     def name(self) -> str:
         """Name in configuration, records and tables."""
-        ...
 
     @property
     def definition(self) -> str:
         """One line saying what exactly is computed, and after which official scorer."""
-        ...
 
-    def score(
-        self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str
-    ) -> dict[str, float]:
-        """Score one prediction.
+    def score(self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str) -> Scores:
+        """Score a generated text, unstripped, against the answer that suits it best.
 
-        Args:
-            prediction: generated text, unstripped.
-            answers: reference answers; the best one counts.
-            all_classes: label set of classification data sets, else empty.
-            dataset: name of the data set, for rules that depend on it.
-
-        Returns:
-            "score" in [0, 1], and further parts in [0, 1] where the metric has some.
+        `all_classes` is the label set of classification data sets, else empty; rules may depend on `dataset`'s name.
         """
-        ...
 
     def aggregate(self, scores: Sequence[Mapping[str, float]]) -> float:
         """Score of a data set on the 0..100 scale; `MetricError` if there are no scores."""
-        ...
 
 
 def mean_times_100(scores: Sequence[Mapping[str, float]], part: str = "score") -> float:
@@ -75,23 +63,14 @@ def mean_times_100(scores: Sequence[Mapping[str, float]], part: str = "score") -
 
 @dataclass(frozen=True)
 class BestAnswerMetric:
-    """A metric that compares the prediction with every answer and keeps the best result.
-
-    Attributes:
-        name: name in configuration, records and tables.
-        definition: one line saying what exactly is computed.
-        compare: (prediction, answer, all_classes) -> score in [0, 1].
-        prepare: (prediction, dataset) -> the text that is scored.
-    """
+    """A metric that compares the prediction with every answer and keeps the best result."""
 
     name: str
     definition: str
-    compare: Callable[[str, str, Sequence[str]], float]
-    prepare: Callable[[str, str], str] = lambda prediction, dataset: prediction
+    compare: Callable[[str, str, Sequence[str]], float]  # (prediction, answer, all_classes) -> score in [0, 1]
+    prepare: Callable[[str, str], str] = lambda prediction, dataset: prediction  # -> the text that is scored
 
-    def score(
-        self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str
-    ) -> dict[str, float]:
+    def score(self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str) -> Scores:
         """Best score over the answers; 0 without answers, NaN if any comparison gives NaN."""
         prepared = self.prepare(prediction, dataset)
         scores = [self.compare(prepared, answer, all_classes) for answer in answers]
@@ -107,10 +86,8 @@ class BestAnswerMetric:
 def _metrics() -> dict[str, Metric]:
     package = importlib.import_module(__package__)
     modules = [importlib.import_module(f"{__package__}.{found.name}") for found in iter_modules(package.__path__)]
-    metrics: dict[str, Metric] = {
-        metric.name: metric for module in modules for metric in getattr(module, "METRICS", ())
-    }
-    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+    metrics: dict[str, Metric] = {m.name: m for module in modules for m in getattr(module, "METRICS", ())}
+    for entry_point in entry_points(group="kvbench.metrics"):
         origin = f"entry point {entry_point.name} = {entry_point.value}"
         try:
             metric = entry_point.load()
@@ -130,10 +107,9 @@ def metric_names() -> tuple[str, ...]:
 
 def get_metric(name: str) -> Metric:
     """The metric of this name, one object per name; `ConfigError` if there is none."""
-    metrics = _metrics()
-    if name not in metrics:
-        raise ConfigError(f"metric {name!r} is unknown; known are {', '.join(metrics)}")
-    return metrics[name]
+    if name not in _metrics():
+        raise ConfigError(f"metric {name!r} is unknown; known are {', '.join(_metrics())}")
+    return _metrics()[name]
 
 
 def check_environment(search_path: list[str] | None = None) -> None:

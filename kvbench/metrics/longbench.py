@@ -1,9 +1,8 @@
 """LongBench v1: the table of its data sets, its scorers, and averages over data sets.
 
-Scorers equal LongBench/metrics.py and eval.py of THUDM/LongBench at commit 2e00731f. Upstream oddities are kept where
-they change published numbers (the classification list that shrinks while it is walked, whitespace-only code lines, two
-empty answers that score 0); they are named at the function that has them. Where upstream would crash on a malformed
-reference the score is 0.0.
+Scorers equal LongBench/metrics.py and eval.py of THUDM/LongBench at commit 2e00731f. Upstream oddities that change
+published numbers are kept, and named at the function that has them. Where upstream would crash on a malformed reference
+the score is 0.0.
 """
 
 from __future__ import annotations
@@ -22,24 +21,17 @@ from kvbench.metrics.rouge_l import check_pairs, lcs_length, rouge_l
 from kvbench.metrics.text import chinese_words, first_line, multiset_f1, normalize_answer, normalize_chinese_token
 
 CATEGORIES = ("single-document QA", "multi-document QA", "summarization", "few-shot", "synthetic", "code")
+"""Those of the leaderboard."""
 
 
 class DataSet(NamedTuple):
-    """What is the same for all rows of a data set; its prompt and length are in the official files (`tasks.longbench`).
-
-    Attributes:
-        category: one of `CATEGORIES`, those of the leaderboard.
-        language: "en" or "zh"; code is "en" and counts in the averages of both.
-        metric: name of its metric (eval.py, dataset2metric).
-        rows: rows of the official test split.
-        rows_e: rows of its LongBench-E sample, 0 where there is none.
-    """
+    """What all rows of a data set share; its prompt and length are in the official files (`tasks.longbench`)."""
 
     category: str
-    language: str
-    metric: str
-    rows: int
-    rows_e: int = 0
+    language: str  # "en" or "zh"; code is "en" and counts in the averages of both
+    metric: str  # eval.py, dataset2metric
+    rows: int  # of the official test split
+    rows_e: int = 0  # of its LongBench-E sample
 
     @property
     def first_line_only(self) -> bool:
@@ -103,24 +95,16 @@ def prepare_prediction(prediction: str, dataset: str) -> str:
 
 
 class Average(NamedTuple):
-    """One average and what it is an average of: papers average 21, 16 or 9 data sets, or categories, points apart.
-
-    Attributes:
-        name: short name for a table's column.
-        value: the mean on the 0..100 scale over those parts that are there, unrounded; None if none is.
-        parts: names of the averaged parts that are there.
-        missing: names of the data sets that should be in and are not; if empty, it compares with published ones.
-    """
+    """One average and what it is an average of: papers average 21, 16 or 9 data sets, or categories, points apart."""
 
     name: str
-    value: float | None
+    value: float | None  # over those parts that are there
     parts: tuple[str, ...]
-    missing: tuple[str, ...]
+    missing: tuple[str, ...]  # data sets that should be in and are not; if empty, it compares with published ones
 
 
 def _mean_of(name: str, scores: Mapping[str, float], datasets: Sequence[str]) -> Average:
-    present = tuple(dataset for dataset in datasets if dataset in scores)
-    missing = tuple(dataset for dataset in datasets if dataset not in scores)
+    present, missing = (tuple(d for d in datasets if (d in scores) is there) for there in (True, False))
     value = sum(scores[dataset] for dataset in present) / len(present) if present else None
     return Average(name, value, present, missing)
 
@@ -128,9 +112,8 @@ def _mean_of(name: str, scores: Mapping[str, float], datasets: Sequence[str]) ->
 def averages(scores: Mapping[str, float]) -> tuple[Average, ...]:
     """The LongBench leaderboard's averages, English then Chinese, then the mean of the KVMerger paper's nine data sets.
 
-    They are of unrounded scores on the 0..100 scale. A category is the unweighted mean of its data sets, a language's
-    overall score the unweighted mean of its six categories. Languages without any data set of their own (code counts in
-    both) are left out.
+    Of scores on the 0..100 scale, unrounded. A category is the unweighted mean of its data sets, a language's overall
+    score that of its six categories; a language without any data set of its own (code counts in both) is left out.
     """
     found: list[Average] = []
     for language, code in (("English", "en"), ("Chinese", "zh")):
@@ -147,7 +130,7 @@ def averages(scores: Mapping[str, float]) -> tuple[Average, ...]:
 
 def length_buckets(lengths: Sequence[int], scores: Sequence[float]) -> dict[str, list[float]]:
     """LongBench-E: scores in [0, 1] by the length (words or characters) of their rows."""
-    buckets: dict[str, list[float]] = {bucket: [] for bucket in LENGTH_BUCKETS}
+    buckets = {bucket: list[float]() for bucket in LENGTH_BUCKETS}
     for length, score in zip(lengths, scores, strict=True):
         buckets[LENGTH_BUCKETS[(length >= 4000) + (length >= 8000)]].append(score)
     return buckets
@@ -165,11 +148,8 @@ def qa_f1(prediction: str, answer: str) -> float:
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
     """F1 over jieba's words of the raw texts, each normalised afterwards; words that vanish are dropped."""
-    predicted, referenced = (
-        [token for word in chinese_words(text) if (token := normalize_chinese_token(word))]
-        for text in (prediction, answer)
-    )
-    return multiset_f1(predicted, referenced)
+    words = (map(normalize_chinese_token, chinese_words(text)) for text in (prediction, answer))
+    return multiset_f1(*(list(filter(None, normalized)) for normalized in words))
 
 
 def rouge_l_zh(prediction: str, answer: str) -> float:
@@ -217,9 +197,8 @@ def _fuzz_ratio(line: str, answer: str, measure: Callable[[str, str], float]) ->
 def code_sim(prediction: str, answer: str) -> float:
     """Similarity of the first code line in whole percent by `difflib`, as fuzzywuzzy without python-Levenshtein has it.
 
-    Pinned to `difflib`: fuzzywuzzy itself switches to another measure when python-Levenshtein can be imported, which
-    moves lcc and repobench-p by about two points. Asymmetric, and its junk heuristic acts on answers of 200 characters
-    and more.
+    fuzzywuzzy itself switches to another measure when python-Levenshtein can be imported, which moves lcc and
+    repobench-p by about two points. Asymmetric; its junk heuristic acts on answers of 200 characters and more.
     """
     line = _first_code_line(prediction)
     check_pairs(len(line) * len(answer))  # difflib looks at up to so many, and again in the gaps of what it finds
@@ -229,8 +208,7 @@ def code_sim(prediction: str, answer: str) -> float:
 def code_sim_levenshtein(prediction: str, answer: str) -> float:
     """Similarity of the first code line as fuzzywuzzy computes it with python-Levenshtein 0.27.
 
-    The indel ratio: 1 - (deletions and insertions) / (both lengths) = 2 LCS / (both lengths); the first form is the one
-    that package rounds.
+    1 - (deletions and insertions) / (both lengths) = 2 LCS / (both lengths); that package rounds the first form.
     """
     total = len(line := _first_code_line(prediction)) + len(answer)
     return _fuzz_ratio(line, answer, lambda a, b: 1.0 - (total - 2 * lcs_length(a, b)) / total)

@@ -100,7 +100,6 @@ def _next_row(row: int, matches: int, everything: int) -> int:
 
 
 def _bits(places: Iterable[int], width: int) -> int:
-    """The integer that has these bits set."""
     octets = bytearray(width // 8 + 1)
     for place in places:
         octets[place >> 3] |= 1 << (place & 7)
@@ -123,10 +122,7 @@ def _sentences(text: str) -> list[list[str]]:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """F-measure of the words in any longest common subsequence of a sentence of each, counted in distinct words.
-
-    It is in [0, 1); equal texts score 0.999999995, as the package adds 1e-8 to the denominator. See `check_pairs`.
-    """
+    """F-measure of `lcs_words`, counted in distinct words; equal texts score 0.999999995 (see the last line)."""
     predicted, referenced = _sentences(prediction), _sentences(reference)
     if not predicted or not referenced:
         return 0.0

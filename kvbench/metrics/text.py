@@ -25,10 +25,7 @@ _EDGES = string.punctuation + string.whitespace
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normalisation: lower case, ASCII punctuation deleted, articles blanked, white space collapsed.
-
-    Non-ASCII punctuation (curly quotes, dashes) stays.
-    """
+    """SQuAD's normalisation: lower case, ASCII punctuation alone deleted, articles blanked, spaces collapsed."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_DELETE_ASCII)).split())
 
 
@@ -64,8 +61,7 @@ def multiset_f1(predicted: Sequence[str], referenced: Sequence[str]) -> float:
     common = sum((Counter(predicted) & Counter(referenced)).values())
     if common == 0:
         return 0.0
-    precision = common / len(predicted)
-    recall = common / len(referenced)
+    precision, recall = common / len(predicted), common / len(referenced)
     return (2 * precision * recall) / (precision + recall)
 
 

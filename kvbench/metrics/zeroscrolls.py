@@ -1,9 +1,8 @@
 """ZeroSCROLLS: the table of its tasks, and its scorers.
 
-They equal the metric files of tau/zero_scrolls on the Hugging Face hub. ROUGE is Google's `rouge_score` without
-stemming, F1 is SQuAD's followed by transliteration, and the summarisation score is the geometric mean of three means
-(the code), not the mean of geometric means (the paper's text). Where upstream would crash on a malformed reference the
-score is 0.0.
+They equal the metric files of tau/zero_scrolls on the Hugging Face hub, where the summarisation score is the geometric
+mean of three means, not the mean of geometric means (the paper's text). Where upstream would crash on a malformed
+reference the score is 0.0.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import math
 import re
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from kvbench.metrics.base import BestAnswerMetric, Metric, mean_times_100
+from kvbench.metrics.base import BestAnswerMetric, Metric, Scores, mean_times_100
 from kvbench.metrics.rouge_l import lcs_length
 from kvbench.metrics.text import multiset_f1, normalize_answer
 
@@ -49,22 +47,17 @@ PREFIX = "zeroscrolls_"
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 _CHOICE = re.compile(r"\b[A-D]\b")
-_PERCENTAGE = re.compile(r"(?<!\d)(\d++(?:\.\d*+)?)%")
-"""Finds what upstream's `(\\d+\\.?\\d*)%` finds; that one takes cubic time on digits without a sign."""
+_PERCENTAGE = re.compile(
+    r"(?<!\d)(\d++(?:\.\d*+)?)%"
+)  # as upstream's (\d+\.?\d*)%, which takes cubic time on digits alone
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def f1(prediction: str, answer: str) -> float:
-    """F1 over normalised words, transliterated to ASCII after the normalisation.
-
-    So a curly apostrophe becomes an ASCII one that stays, and transliteration can bring capitals back.
-    """
+    """F1 over normalised words, transliterated afterwards: curly apostrophes stay as ASCII, capitals can come back."""
     from unidecode import unidecode  # on first use: no other scorer needs it
 
-    predicted, referenced = (
-        unidecode(_SURROGATES.sub("", normalize_answer(text))).split() for text in (prediction, answer)
-    )
-    return multiset_f1(predicted, referenced)
+    return multiset_f1(*(unidecode(_SURROGATES.sub("", normalize_answer(t))).split() for t in (prediction, answer)))
 
 
 def accuracy(prediction: str, answer: str) -> float:
@@ -74,10 +67,7 @@ def accuracy(prediction: str, answer: str) -> float:
 
 
 def exp_similarity(prediction: str, answer: str) -> float:
-    """Similarity of the first percentages: halved by every ten points of distance; 0 if either text has none.
-
-    A percentage needs its sign right after the number; a minus is ignored and values above 100 are allowed.
-    """
+    """Similarity of the first percentages: halved by every ten points of distance; 0 if either text has none."""
     predicted, gold = _PERCENTAGE.search(prediction), _PERCENTAGE.search(answer)
     if predicted is None or gold is None:
         return 0.0
@@ -108,13 +98,6 @@ def concordance(prediction: str, answer: str) -> float:
     return n_concordant / n_pairs if n_pairs else 1.0
 
 
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: on first use
-
-    return RougeScorer(["rouge1", "rouge2"], use_stemmer=False)
-
-
 def _rouge_l(answer: str, prediction: str) -> float:
     """`rouge_score`'s ROUGE-L without its table of Python lists: the same number from bit-parallel rows."""
     from rouge_score.tokenize import tokenize
@@ -133,15 +116,14 @@ class GeometricRouge:
     name = "zs_rouge"
     definition = "geometric mean of mean ROUGE-1, -2, -L, rouge_score without stemming (tau/zero_scrolls)"
 
-    def score(
-        self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str
-    ) -> dict[str, float]:
+    def score(self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str) -> Scores:
         """Best F-measure over the answers, for every ROUGE type by itself.
 
         "score" is the geometric mean of this example's three values: for comparing examples, not used by `aggregate`.
         """
-        del all_classes, dataset
-        scorer = _rouge_scorer()
+        from rouge_score.rouge_scorer import RougeScorer  # imports nltk: on first use
+
+        scorer = RougeScorer(ROUGE_TYPES[:2])
         results = [scorer.score(answer, prediction) for answer in answers]
         parts = {kind: max([0.0, *(float(result[kind].fmeasure) for result in results)]) for kind in ROUGE_TYPES[:2]}
         parts["rougeL"] = max([0.0, *(_rouge_l(answer, prediction) for answer in answers)])

@@ -25,9 +25,6 @@ class Sample:
         dataset: name used in records and tables ("qasper", "passkey").
         prompt: the whole user message, before truncation and chat wrapper.
         answers: reference answers; the first one is the gold text of the likelihood and KL measurements.
-        metric: name of a metric in `kvbench.metrics`.
-        max_new_tokens: generation limit in tokens.
-        chat: whether the model's chat wrapper goes around the prompt.
         answer_prefix: text that opens the assistant's turn (part of the prompt, never scored).
         question_start: character index in `prompt` from which the question (not the context) runs to the end, or None
             where a task cannot tell; needed for `protocol.compress=before_question`.
@@ -70,7 +67,6 @@ class Task(ABC):
     limit: Annotated[int, Within(1)] | None = None
 
     def __post_init__(self) -> None:
-        """Check all fields against their annotations (`ConfigError`); subclasses extend this."""
         check_fields(self, "task")
 
     @abstractmethod
@@ -78,19 +74,13 @@ class Task(ABC):
         """All samples in their fixed order; `DataError` if data is missing or malformed."""
 
     def samples(self) -> list[Sample]:
-        """The samples to run: all of them, or the first `limit`.
-
-        Raises:
-            ConfigError: if two of all samples share data set and id: their records could not be told apart.
-        """
+        """The samples to run; `ConfigError` if two of all share data set and id, as their records would."""
         samples = self.all_samples()
         seen: set[tuple[str, str]] = set()
         for sample in samples:
             if (sample.dataset, sample.id) in seen:
-                raise ConfigError(
-                    f"sample {sample.id} occurs twice in task {self.name}: give other parameters (or, in a mixture, "
-                    "other names)"
-                )
+                remedy = "give other parameters (or, in a mixture, other names)"
+                raise ConfigError(f"sample {sample.id} occurs twice in task {self.name}: {remedy}")
             seen.add((sample.dataset, sample.id))
         return samples[: self.limit]
 
@@ -98,8 +88,6 @@ class Task(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Mix(Task):
     """The samples of several tasks, one of each in turn, so that a `limit` keeps the mixture.
-
-    Each sample is scored by its own metric under its own data set name.
 
     Attributes:
         tasks: the parts by any key (the key makes them addressable on the command line); a part's own `limit` holds.

@@ -34,9 +34,10 @@ from typing import IO, Any, BinaryIO
 
 from kvbench.errors import DataError
 from kvbench.metrics.longbench import ROWS
-from kvbench.paths import cache_folder, ensure_folder
+from kvbench.paths import cache_folder, ensure_folder, user_path
 
 logger = logging.getLogger(__name__)
+Source = dict[str, Any]  # what the manifest keeps of where data came from
 
 LONGBENCH_REPO = "THUDM/LongBench"
 LONGBENCH_REVISION = "5e628be450b7e67fb7ae6e201bd6d8f7056f7672"
@@ -65,7 +66,7 @@ def longbench_folder() -> Path:
     """
     identity = {"repo": LONGBENCH_REPO, "revision": LONGBENCH_REVISION, "official": OFFICIAL_SHA256}
 
-    def write(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> Source:
         base = os.environ.get("KVBENCH_OFFICIAL_URL", OFFICIAL_URL).rstrip("/")
         (folder / "config").mkdir()
         for name, sha256 in OFFICIAL_SHA256.items():
@@ -73,25 +74,23 @@ def longbench_folder() -> Path:
         wanted = [f"data/{dataset}.jsonl" for dataset in ROWS]
         return _unpack_hub_file(LONGBENCH_REPO, LONGBENCH_REVISION, "data.zip", folder, wanted)
 
-    folder = cache_folder() / "data" / "longbench"
-    return _fetched(folder, identity, write, "longbench", "data.root=DIR data.official=DIR")
+    return _fetched(identity, write, "longbench", "data.root=DIR data.official=DIR")
 
 
 def zeroscrolls_folder(task: str) -> Path:
     """Folder with `<task>/{validation,test}.jsonl` of one of the ten tasks, likewise."""
     identity = {"repo": ZEROSCROLLS_REPO, "revision": ZEROSCROLLS_REVISION, "task": task}
 
-    def write(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> Source:
         wanted = [f"{task}/{split}.jsonl" for split in ("validation", "test")]
         return _unpack_hub_file(ZEROSCROLLS_REPO, ZEROSCROLLS_REVISION, f"{task}.zip", folder, wanted)
 
-    folder = cache_folder() / "data" / "zeroscrolls" / task
-    return _fetched(folder, identity, write, f"zeroscrolls/{task}", "data.root=DIR")
+    return _fetched(identity, write, f"zeroscrolls/{task}", "data.root=DIR")
 
 
-def _fetched(
-    folder: Path, identity: dict[str, Any], write: Callable[[Path], dict[str, Any]], what: str, settings: str
-) -> Path:
+def _fetched(identity: Source, write: Callable[[Path], Source], what: str, settings: str) -> Path:
+    folder = cache_folder() / "data" / what
+
     def waiting() -> None:
         logger.warning("another process is fetching %s; waiting for it", what)
 
@@ -104,8 +103,7 @@ def _fetched(
         ) from None
 
 
-def _unpack_hub_file(repo_id: str, revision: str, filename: str, folder: Path, wanted: list[str]) -> dict[str, Any]:
-    """Unpack a zip of the hub into `folder`; returns what the manifest keeps about it."""
+def _unpack_hub_file(repo_id: str, revision: str, filename: str, folder: Path, wanted: list[str]) -> Source:
     with _hub_file(repo_id, revision, filename) as (archive, source):
         if missing := sorted(set(wanted) - set(unpack(archive, folder, ".jsonl"))):
             raise DataError(f"{source['url']} lacks {', '.join(missing[:5])}: has its layout changed?")
@@ -113,11 +111,11 @@ def _unpack_hub_file(repo_id: str, revision: str, filename: str, folder: Path, w
 
 
 @contextmanager
-def _hub_file(repo_id: str, revision: str, filename: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _hub_file(repo_id: str, revision: str, filename: str) -> Iterator[tuple[Path, Source]]:
     """A file of a data set repository, from the hub's cache or the network, with its url, commit and SHA-256.
 
     Where the server names the SHA-256, as the hub does for large files, the content is compared with it. What was
-    downloaded is deleted after use, and if it was refused, so that the next call fetches it anew.
+    downloaded is deleted after use, also if it was refused.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
@@ -151,11 +149,10 @@ def _download(url: str, partial: Path, size_bytes: int | None) -> Path:
         had = f"{partial.stat().st_size} of {size_bytes or 'unknown'} bytes"
         return f"{url} could be fetched only in part ({had}; the same command goes on from there)"
 
-    with partial.open("ab") as file:
+    with partial.open("ab") as file, _network_errors(so_far):
         if size_bytes is not None and file.tell() > size_bytes:
             file.truncate(0)
-        with _network_errors(so_far):
-            _get(url, file, resume_size=file.tell(), expected_size=size_bytes)
+        _get(url, file, resume_size=file.tell(), expected_size=size_bytes)
     return partial
 
 
@@ -171,8 +168,7 @@ def web_file(url: str, sha256: str) -> bytes:
     content = SmallFile()
     with _network_errors(lambda: f"{url} cannot be had"):
         _get(url, content)
-    found = hashlib.sha256(content.getvalue()).hexdigest()
-    if found != sha256:
+    if (found := hashlib.sha256(content.getvalue()).hexdigest()) != sha256:
         raise DataError(f"{url} has SHA-256 {found}, expected {sha256}: this is not the pinned file")
     return content.getvalue()
 
@@ -208,11 +204,8 @@ def _file_sha256(path: Path) -> str:
 def unpack(archive: Path, folder: Path, suffix: str) -> list[str]:
     """Unpack the files of a zip whose names end in `suffix` into an empty folder; returns their names, in its order.
 
-    `zipfile` checks every member's CRC-32 when it is read to the end, so what was unpacked is intact.
-
-    Raises:
-        DataError: if the archive is damaged, a name points outside of the folder, a member is no plain file, or a limit
-            is exceeded. Nothing is written in the last three cases.
+    `DataError` if the archive is damaged (`zipfile` checks every member's CRC-32), or, before anything is written, if a
+    member is refused or a limit exceeded.
     """
     with _opened(archive) as file:
         members = [member for member in _checked(file, archive) if member.filename.endswith(suffix)]
@@ -229,11 +222,9 @@ def open_member(archive: Path, names: tuple[str, ...]) -> Iterator[tuple[IO[byte
     """Open the first file of these names inside of a zip, as safely; yields it with the name found."""
     with _opened(archive) as file:
         present = {member.filename: member for member in _checked(file, archive)}
-        found = next((name for name in names if name in present), None)
-        if found is None:
-            raise DataError(
-                f"{archive} has no {' or '.join(names)}; it has {', '.join(list(present)[:8]) or 'no files'}"
-            )
+        if (found := next((name for name in names if name in present), None)) is None:
+            files = ", ".join(list(present)[:8]) or "no files"
+            raise DataError(f"{archive} has no {' or '.join(names)}; it has {files}")
         with file.open(present[found]) as member:
             yield member, found
 
@@ -303,10 +294,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    r"""Yield (line number from 1, row) for every line of a UTF-8 file; lines end at "\n" alone, as their writers meant.
+    r"""Yield (line number from 1, row) for every line of a UTF-8 file; `DataError` at the first that is no JSON object.
 
-    Raises:
-        DataError: if the file cannot be read or is empty, or at the first line that is not a JSON object in UTF-8.
+    Lines end at "\n" alone, as their writers meant.
     """
     try:
         with path.open("rb") as file:
@@ -321,10 +311,8 @@ def parse_jsonl(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any
     while line := file.readline(MAX_LINE_BYTES + 1):
         line_number += 1
         if len(line) > MAX_LINE_BYTES:  # refused before it fills the memory
-            raise DataError(
-                f"{name}:{line_number}: the line is longer than {MAX_LINE_BYTES} bytes; "
-                "is this a JSONL file (one row per line)?"
-            )
+            problem = f"the line is longer than {MAX_LINE_BYTES} bytes"
+            raise DataError(f"{name}:{line_number}: {problem}; is this a JSONL file (one row per line)?")
         yield line_number, _parse(line, f"{name}:{line_number}")
     if line_number == 0:
         raise DataError(f"{name} is empty; fetch it again")
@@ -346,6 +334,12 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be a JSON object, this is a {type(row).__name__}")
     return row
+
+
+def named_folder(root: str | None) -> Path | None:
+    """The folder that `data.root` or else `KVBENCH_DATA` names, if any."""
+    named = root or os.environ.get("KVBENCH_DATA")
+    return user_path(named) if named else None
 
 
 @dataclass(frozen=True)
@@ -381,9 +375,10 @@ class Row:
 
     def count(self, field: str) -> int:
         """A non-negative integer."""
-        value, wanted = self.any(field), "must be a non-negative integer"
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise DataError(f"{self.where}: field {field!r} {wanted}, this is {str(value)[:40]!r}")
+        value = self.any(field)
+        if type(value) is not int or value < 0:
+            wanted = f"field {field!r} must be a non-negative integer"
+            raise DataError(f"{self.where}: {wanted}, this is {str(value)[:40]!r}")
         return value
 
     def _check_encodable(self, field: str, value: str) -> None:

@@ -2,9 +2,8 @@
 
     python -m kvbench task=longbench/qasper data.root=DIR data.official=DIR
 
-Rows are the official JSONL files, or the same rows as Parquet. What differs between the data sets is in
-`kvbench.metrics.longbench.DATASETS`. Prompt templates and generation lengths are the official configuration files,
-checked against pinned SHA-256 sums and never retyped, so their oddities (typos, trailing spaces) survive.
+What differs between the data sets is in `kvbench.metrics.longbench.DATASETS`. Prompt templates and generation lengths
+are the official configuration files, checked against pinned SHA-256 sums and never retyped, so their oddities survive.
 
 Source: THUDM/LongBench at `OFFICIAL_COMMIT`, LongBench/pred.py; Bai et al. 2024, arXiv:2308.14508.
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,36 +20,25 @@ from kvbench.errors import ConfigError, DataError
 from kvbench.metrics.longbench import DATASETS, ROWS, base_dataset
 from kvbench.paths import user_path
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.data import OFFICIAL_COMMIT, OFFICIAL_SHA256, Row, longbench_folder, read_rows
+from kvbench.tasks.data import OFFICIAL_COMMIT, OFFICIAL_SHA256, Row, longbench_folder, named_folder, read_rows
 
-MAX_OFFICIAL_BYTES = 2**20  # the official files have a few thousand
 FETCH = "python -m kvbench.fetch longbench"
 
 
 def config_nodes() -> dict[str, dict[str, Any]]:
     """What Hydra composes for each data set; "_base" is what all of them share."""
-    base = {
-        "_target_": f"{LongBench.__module__}.LongBench",
-        "name": "${.dataset}",
-        "limit": None,
-        "root": "${data.root}",
-        "official": "${data.official}",
-    }
+    base = {"_target_": f"{__name__}.LongBench", "name": "${.dataset}", "limit": None}
+    base |= {"root": "${data.root}", "official": "${data.official}"}
     return {"_base": base} | {dataset: {**base, **dataset_fields(dataset)} for dataset in ROWS}
 
 
 def dataset_fields(dataset: str) -> dict[str, Any]:
     """The fields of `LongBench` that the table decides."""
-    known = DATASETS[base_dataset(dataset)]
+    known = DATASETS[base := base_dataset(dataset)]
     return {
-        "dataset": dataset,
-        "language": known.language,
-        "category": known.category,
-        "metric": known.metric,
-        "chat": known.chat,
-        "first_line_only": known.first_line_only,
-        "stop_newline": base_dataset(dataset) == "samsum",
-    }
+        "dataset": dataset, "language": known.language, "category": known.category, "metric": known.metric,
+        "chat": known.chat, "first_line_only": known.first_line_only, "stop_newline": base == "samsum",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +47,7 @@ class LongBench(Task):
 
     Attributes:
         dataset: official id, with `_e` for the LongBench-E sample of it.
-        language: "en" or "zh"; decides nothing here, groups tables.
-        category: one of the six official categories; groups tables.
-        metric: name of a metric in `kvbench.metrics`.
-        chat: whether the model's chat wrapper goes around the prompt.
+        language: "en" or "zh"; decides nothing here, groups tables, as does `category`.
         first_line_only: only the first line of a prediction is scored; the metrics apply the rule by data set name.
         stop_newline: generation also stops at a newline token, after at least one token (samsum).
         root: folder with the rows, `<dataset>.jsonl` or .parquet, or a folder `data` of them; None for `$KVBENCH_DATA`,
@@ -83,7 +67,7 @@ class LongBench(Task):
     official: str | None = None
 
     def all_samples(self) -> list[Sample]:
-        """All rows of the data set in file order; `ConfigError` if LongBench has no such data set."""
+        """All rows of the data set in file order."""
         if self.first_line_only != (self.category == "few-shot"):
             raise ConfigError(
                 f"first_line_only={self.first_line_only} for {self.dataset}, category {self.category!r}: the official "
@@ -100,24 +84,20 @@ class LongBench(Task):
             sample = self._sample(row, prompts[base], lengths[base])
             if sample.id in samples:
                 line = list(samples).index(sample.id) + 1
-                raise DataError(
-                    f"{row.where}: _id {sample.id!r} was seen in line {line}; every row needs its own (were two files "
-                    "joined?)"
-                )
+                problem = f"{row.where}: _id {sample.id!r} was seen in line {line}"
+                raise DataError(f"{problem}; every row needs its own (were two files joined?)")
             samples[sample.id] = sample
         return list(samples.values())
 
     def _sample(self, row: Row, template: str, max_new_tokens: int) -> Sample:
-        context, question = row.text("context"), row.text("input")
-        answers = row.texts("answers")
+        context, question, answers = row.text("context"), row.text("input"), row.texts("answers")
         classes = () if row.any("all_classes") is None else row.texts("all_classes")
         row_dataset = row.text("dataset")
         if not answers:
             raise DataError(f"{row.where}: field 'answers' is empty; a row without a reference cannot be scored")
         if self.metric == "classification" and not classes:
-            raise DataError(
-                f"{row.where}: field 'all_classes' is empty, but {self.dataset} is scored by classification"
-            )
+            problem = f"field 'all_classes' is empty, but {self.dataset} is scored by classification"
+            raise DataError(f"{row.where}: {problem}")
         if base_dataset(row_dataset) != base_dataset(self.dataset):
             raise DataError(f"{row.where}: this is a row of {row_dataset!r}, expected {self.dataset!r}")
         prompt, question_start = render(template, context, question)
@@ -132,15 +112,10 @@ class LongBench(Task):
             },
         )  # fmt: skip
 
-    def _named_folder(self) -> Path | None:
-        named = self.root or os.environ.get("KVBENCH_DATA")
-        return user_path(named) if named else None
-
     def _rows_file(self) -> Path:
-        folder = self._named_folder() or longbench_folder()
-        candidates = [
-            folder / place / f"{self.dataset}{ending}" for ending in (".jsonl", ".parquet") for place in ("", "data")
-        ]
+        folder = named_folder(self.root) or longbench_folder()
+        names = f"{self.dataset}.jsonl", f"{self.dataset}.parquet"
+        candidates = [folder / place / name for name in names for place in ("", "data")]
         if (found := next((path for path in candidates if path.is_file()), None)) is None:
             raise DataError(
                 f"neither {candidates[0]} nor {candidates[1]} exists; set data.root=DIR (or KVBENCH_DATA) to the "
@@ -151,24 +126,20 @@ class LongBench(Task):
     def _official_folder(self) -> Path:
         if self.official is not None:
             return user_path(self.official)
-        named = self._named_folder()
+        named = named_folder(self.root)
         beside = (named, named / "config") if named else ()
         found = next((folder for folder in beside if (folder / "dataset2prompt.json").is_file()), None)
         return found or longbench_folder() / "config"
 
 
 def official_config(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """Prompt template and generation limit in tokens of every LongBench data set, by id without `_e`.
-
-    Raises:
-        DataError: if one of the two official files is missing in `folder`, or is not byte for byte the official one.
-    """
+    """Prompt template and generation limit in tokens of every LongBench data set, by id without `_e`."""
     found = []
     for file in ("dataset2prompt.json", "dataset2maxlen.json"):
         path = folder / file
         try:
             with path.open("rb") as opened:
-                content = opened.read(MAX_OFFICIAL_BYTES)  # the checksum tells if there is more
+                content = opened.read(2**20)  # they have a few thousand; the checksum tells if there is more
         except OSError as error:
             raise DataError(
                 f"{path} cannot be read ({error.strerror}); set data.official=DIR to the folder of LongBench's "
@@ -185,11 +156,9 @@ def official_config(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def render(template: str, context: str, question: str) -> tuple[str, int | None]:
-    """Fill a template as the official code does (`str.format`, so braces in the data are safe).
+    """The template filled as officially (by `str.format`, so braces in the data are safe), and `question_start`.
 
-    Returns:
-        The prompt and the character index right after the context, from where the question runs to the end; None where
-        the row has no question or the template asks it before the context.
+    That is right after the context; None where the row has no question or the template asks it before the context.
     """
     before, _, after = template.partition("{context}")
     prompt = template.format(context=context, input=question)

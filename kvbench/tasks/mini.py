@@ -21,12 +21,6 @@ from typing import Any, Literal
 from kvbench.tasks.base import Sample, Task
 from kvbench.tasks.data import read_jsonl
 
-DATA = Path(__file__).parent / "mini.jsonl"
-WORKED = "Question: {question}\nAnswer: {answer}\n\n"
-QUESTION = "Question: {question}\n"
-ANSWER_PREFIX = "Answer:"
-SUMMARY_REQUEST = "Summarise the text in four short sentences."
-
 
 @dataclass(frozen=True, kw_only=True)
 class Mini(Task):
@@ -53,15 +47,15 @@ class Mini(Task):
 
 def rows() -> Iterator[dict[str, Any]]:
     """The bundled rows in LongBench's format."""
-    return (row for _, row in read_jsonl(DATA))
+    return (row for _, row in read_jsonl(Path(__file__).with_suffix(".jsonl")))
 
 
 def _question(row: dict[str, Any], worked: list[dict[str, Any]]) -> Sample:
-    examples = "".join(WORKED.format(question=other["input"], answer=other["answers"][0]) for other in worked)
-    context = f"{row['context']}\n\n{examples}"
+    examples = (f"Question: {other['input']}\nAnswer: {other['answers'][0]}\n\n" for other in worked)
+    context = f"{row['context']}\n\n{''.join(examples)}"
     return Sample(
-        id=row["_id"], dataset=row["dataset"], prompt=context + QUESTION.format(question=row["input"]),
-        answers=tuple(row["answers"]), metric="qa_f1", max_new_tokens=20, chat=False, answer_prefix=ANSWER_PREFIX,
+        id=row["_id"], dataset=row["dataset"], prompt=f"{context}Question: {row['input']}\n",
+        answers=tuple(row["answers"]), metric="qa_f1", max_new_tokens=20, chat=False, answer_prefix="Answer:",
         question_start=len(context), stop_newline=True, length=row["length"],
     )  # fmt: skip
 
@@ -69,6 +63,7 @@ def _question(row: dict[str, Any], worked: list[dict[str, Any]]) -> Sample:
 def _summary(row: dict[str, Any]) -> Sample:
     context = f"Read this text.\n\n{row['context']}\n\n"
     return Sample(
-        id=row["_id"], dataset=row["dataset"], prompt=context + SUMMARY_REQUEST, answers=tuple(row["answers"]),
-        metric="rouge_l", max_new_tokens=96, question_start=len(context), length=row["length"],
+        id=row["_id"], dataset=row["dataset"], prompt=f"{context}Summarise the text in four short sentences.",
+        answers=tuple(row["answers"]), metric="rouge_l", max_new_tokens=96, question_start=len(context),
+        length=row["length"],
     )  # fmt: skip

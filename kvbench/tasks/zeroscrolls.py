@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Annotated, Any, Literal
@@ -23,9 +22,8 @@ from typing import IO, Annotated, Any, Literal
 from kvbench.errors import ConfigError, DataError, printable
 from kvbench.fields import Within
 from kvbench.metrics.zeroscrolls import PREFIX, TASKS
-from kvbench.paths import user_path
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.data import Row, open_member, parse_jsonl, zeroscrolls_folder
+from kvbench.tasks.data import Row, named_folder, open_member, parse_jsonl, zeroscrolls_folder
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +34,9 @@ INDICES = ("document_start_index", "document_end_index", "query_start_index", "q
 def config_nodes() -> dict[str, dict[str, Any]]:
     """What Hydra composes for each task; "_base" is what all of them share."""
     base = {
-        "_target_": f"{ZeroScrolls.__module__}.ZeroScrolls",
-        "name": f"{PREFIX}${{.task}}",
-        "limit": None,
-        "split": "validation",
-        "export_only": False,
-        "chat": True,
-        "root": "${data.root}",
-    }
+        "_target_": f"{__name__}.ZeroScrolls", "name": f"{PREFIX}${{.task}}", "limit": None, "split": "validation",
+        "export_only": False, "chat": True, "root": "${data.root}",
+    }  # fmt: skip
     own = {name: {"task": name, "metric": t.metric, "max_new_tokens": t.max_new_tokens} for name, t in TASKS.items()}
     return {"_base": base} | {name: {**base, **fields} for name, fields in own.items()}
 
@@ -53,12 +46,9 @@ class ZeroScrolls(Task):
     """One ZeroSCROLLS task.
 
     Attributes:
-        task: official name.
-        metric: name of a metric in `kvbench.metrics`.
         max_new_tokens: generation limit in tokens; the official runners reserve as much for the output.
         split: "validation" (about 20 rows, meant for a look) or "test".
         export_only: take rows without references too; they are asked and exported, never scored.
-        chat: whether the model's chat wrapper goes around the prompt.
         root: folder with `<task>/<split>.jsonl` or `<task>.zip`; None for `$KVBENCH_DATA`, else the fetched data.
     """
 
@@ -76,12 +66,7 @@ class ZeroScrolls(Task):
         return f"{PREFIX}{self.task}"
 
     def all_samples(self) -> list[Sample]:
-        """The split's questions in first-seen order; several rows with one id are one question with several references.
-
-        Raises:
-            ConfigError: if the task is unknown.
-            DataError: also if a row has no reference and `export_only` is off.
-        """
+        """The split's questions in first-seen order; rows with one id are one question with several references."""
         if self.task not in TASKS:
             raise ConfigError(f"ZeroSCROLLS has no task.task={self.task!r}: give one of {', '.join(TASKS)}")
         self._check_splits()
@@ -96,8 +81,7 @@ class ZeroScrolls(Task):
                     where, known = f"{name}:{line_number}", printable(sample.id)
                     logger.warning("%s: id %s again with another input; the first counts", where, known)
                 samples[sample.id] = replace(first, answers=(*first.answers, *sample.answers))
-        n_unscored = sum(not sample.answers for sample in samples.values())
-        if n_unscored and not self.export_only:
+        if (n_unscored := sum(not sample.answers for sample in samples.values())) and not self.export_only:
             raise DataError(
                 f"{name}: {n_unscored} of {len(samples)} rows have no output to score against; set "
                 "task.split=validation, or task.export_only=true to make leaderboard predictions without scoring them"
@@ -125,8 +109,7 @@ class ZeroScrolls(Task):
     @contextlib.contextmanager
     def _open(self, split: str) -> Iterator[tuple[IO[bytes], str]]:
         """The split's rows, open for reading, and what errors call them."""
-        named = self.root or os.environ.get("KVBENCH_DATA")
-        folder = user_path(named) if named else zeroscrolls_folder(self.task)
+        folder = named_folder(self.root) or zeroscrolls_folder(self.task)
         path, archive = folder / self.task / f"{split}.jsonl", folder / f"{self.task}.zip"
         if archive.is_file() and not path.is_file():
             with open_member(archive, (f"{self.task}/{split}.jsonl", f"{split}.jsonl")) as (member, name):
@@ -150,7 +133,7 @@ class ZeroScrolls(Task):
             try:
                 with self._open(split) as (file, _):
                     digest = hashlib.sha256()
-                    while piece := file.read(1 << 20):
+                    while piece := file.read(2**20):
                         digest.update(piece)
                     digests.add(digest.digest())
             except DataError:

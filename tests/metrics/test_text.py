@@ -22,7 +22,6 @@ from kvbench.metrics.text import (
         (needle, " 4711. It is", "4711", 1.0),
         (needle, "\nthe number 4711", "4711", 1.0),
         (needle, "47112", "4711", 0.0),
-        (needle, "4711x", "4711", 0.0),
         (needle, "14711", "4711", 0.0),
         (needle, "I forgot.\n4711", "4711", 0.0),
         (needle, "", "4711", 0.0),
@@ -67,9 +66,7 @@ def test_rouge_l_to_full():
 def test_normalisation_is_upstream_s_with_its_gaps():
     assert normalize_answer(" The  cat's\tan hat, A.") == "cats hat"
     assert normalize_answer("theatre") == "theatre"
-    assert "》" in CHINESE_PUNCTUATION
-    assert "《" not in CHINESE_PUNCTUATION
-    assert "·" not in CHINESE_PUNCTUATION
+    assert [mark in CHINESE_PUNCTUATION for mark in "》《·"] == [True, False, False]
 
 
 def test_chinese_words_concatenate_to_the_text():

@@ -45,35 +45,28 @@ def serve() -> Iterator[HubServer]:
         def do_GET(self) -> None:
             self.answer(body=True)
 
+        def head(self, status: int, length: int, headers: dict[str, object]) -> None:
+            self.send_response(status)
+            for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": length, **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+
         def answer(self, body: bool) -> None:
             path = self.path.split("?")[0]
             wanted = self.headers.get("Range")
             hub.requests.append((self.command, path, wanted))
             if path in hub.redirects:
                 target = hub.files[hub.redirects[path]]
-                self.send_response(302)
-                self.send_header("Location", f"{hub.url}{hub.redirects[path]}")
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("X-Linked-Size", str(len(target)))
-                self.send_header("X-Linked-Etag", f'"{hashlib.sha256(target).hexdigest()}"')
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
+                linked = {"X-Linked-Size": len(target), "X-Linked-Etag": f'"{hashlib.sha256(target).hexdigest()}"'}
+                return self.head(302, 0, {"Location": f"{hub.url}{hub.redirects[path]}", **linked})
             content = hub.files.get(path)
             if content is None:
-                self.send_response(404)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
+                return self.head(404, 0, {})
             match = re.fullmatch(r"bytes=(\d+)-", wanted or "")
             start = int(match[1]) if match and not hub.ignore_range else 0
-            self.send_response(206 if start else 200)
-            self.send_header("ETag", f'"{hub.etags.get(path, hashlib.sha256(content).hexdigest())}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(content) - start))
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            self.end_headers()
+            place = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+            etag = {"ETag": f'"{hub.etags.get(path, hashlib.sha256(content).hexdigest())}"'}
+            self.head(206 if start else 200, len(content) - start, etag | place)
             if not body:
                 return
             if hub.stall_after_bytes is not None:
@@ -86,8 +79,7 @@ def serve() -> Iterator[HubServer]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
         yield hub
@@ -95,4 +87,3 @@ def serve() -> Iterator[HubServer]:
         hub.release.set()
         server.shutdown()
         server.server_close()
-        thread.join(5)

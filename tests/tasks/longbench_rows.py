@@ -21,15 +21,10 @@ LENGTHS = {"qasper": 128, "gov_report": 512, "trec": 64, "samsum": 128}
 def row(number: int = 1, **fields: Any) -> dict[str, Any]:
     """A valid qasper row with some fields replaced; a field set to `...` is left out."""
     valid = {
-        "input": f"What is claim {number}?",
-        "context": f"Claim {number} is that braces {{like}} {{0}} are {{input}} safe.",
-        "answers": [f"answer {number}", "another"],
-        "length": 10 * number,
-        "dataset": "qasper",
-        "language": "en",
-        "all_classes": None,
-        "_id": f"id-{number}",
-    }
+        "_id": f"id-{number}", "context": f"Claim {number} is that braces {{like}} {{0}} are {{input}} safe.",
+        "input": f"What is claim {number}?", "answers": [f"answer {number}", "another"], "length": 10 * number,
+        "dataset": "qasper", "language": "en", "all_classes": None,
+    }  # fmt: skip
     return {name: value for name, value in {**valid, **fields}.items() if value is not ...}
 
 

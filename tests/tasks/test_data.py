@@ -44,19 +44,22 @@ def test_only_the_wanted_files_are_unpacked(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "target").rglob("*")] == ["data", "a.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../a.jsonl", "/a.jsonl", "data/../../a.jsonl", "..\\a.jsonl", "C:\\a.jsonl", "C:a.jsonl", "\\\\host\\a.jsonl"],
-)
+@pytest.mark.parametrize("name", [r"../a", r"/a", r"data/../../a", r"..\a", r"C:\a", r"C:a", r"\\host\a"])
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    refused(tmp_path, make_zip(tmp_path / "x.zip", ("fine.jsonl", b"{}"), (name, b"{}")), "leaves the folder")
+    refused(
+        tmp_path, make_zip(tmp_path / "x.zip", ("fine.jsonl", b"{}"), (f"{name}.jsonl", b"{}")), "leaves the folder"
+    )
 
 
-@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR])
-def test_links_and_special_files_are_refused(tmp_path: Path, kind: int) -> None:
-    info = zipfile.ZipInfo("link.jsonl")
-    info.create_system, info.external_attr = 3, (kind | 0o777) << 16
-    refused(tmp_path, make_zip(tmp_path / "x.zip", (info, b"/etc/passwd")), "link or a special file")
+def test_links_special_encrypted_and_namesake_files_are_refused(tmp_path: Path) -> None:
+    for kind in (stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR):
+        info = zipfile.ZipInfo("link.jsonl")
+        info.create_system, info.external_attr = 3, (kind | 0o777) << 16
+        refused(tmp_path, make_zip(tmp_path / "x.zip", (info, b"/etc/passwd")), "link or a special file")
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        archive = make_zip(tmp_path / "x.zip", ("a.jsonl", b"1"), ("a.jsonl", b"2"))
+    refused(tmp_path, archive, "two files named")
+    refused(tmp_path, patched(make_zip(tmp_path / "y.zip", ("a.jsonl", b"{}")), 8, b"\1"), "encrypted")
 
 
 def test_limits_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +86,6 @@ def test_damage_is_found(tmp_path: Path) -> None:
         folder = tmp_path / str(damage["offset"])
         with pytest.raises(DataError, match="damaged"):
             unpack(patched(tmp_path / "x.zip", **damage), folder, ".jsonl")
-
-
-def test_namesakes_and_encrypted_members_are_refused(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="Duplicate name"):
-        archive = make_zip(tmp_path / "x.zip", ("a.jsonl", b"1"), ("a.jsonl", b"2"))
-    refused(tmp_path, archive, "two files named")
-    refused(tmp_path, patched(make_zip(tmp_path / "y.zip", ("a.jsonl", b"{}")), 8, b"\1"), "encrypted")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, 99])
@@ -120,9 +116,8 @@ def rows(path: Path, content: bytes) -> list[tuple[int, dict]]:
 
 
 def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
-    content = '{"a": "one\u2028still one\x85"}\n{"a": "二"}'.encode()
+    content = '{"a": "one\u2028still one\x85"}\r\n{"a": "二"}'.encode()
     assert rows(tmp_path / "x.jsonl", content) == [(1, {"a": "one\u2028still one\x85"}), (2, {"a": "二"})]
-    assert rows(tmp_path / "x.jsonl", b'{"a": 1}\r\n{"a": 2}\r\n') == [(1, {"a": 1}), (2, {"a": 2})]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +126,6 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
         (b'{"a": ', "malformed JSON"),
         (b"", "the line is empty"),
         (b"   ", "the line is empty"),
-        (b"[1]", "must be a JSON object, this is a list"),
         (b"null", "must be a JSON object, this is a NoneType"),
         (b'{"a": "\xff"}', "byte 8 is not UTF-8"),
         ("﻿{}".encode(), "malformed JSON"),
@@ -139,7 +133,7 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
         (b'{"a": ' + b"9" * 5000 + b"}", "malformed JSON"),
         (b'{"a": "' + b"x" * 1_000_000 + b'"}', "longer than 999999 bytes"),
     ],
-    ids=["cut", "empty", "blank", "list", "null", "latin-1", "byte order mark", "deep", "digits", "long"],
+    ids=["cut", "empty", "blank", "null", "latin-1", "byte order mark", "deep", "digits", "long"],
 )
 def test_a_bad_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, problem: str) -> None:
     monkeypatch.setattr(data, "MAX_LINE_BYTES", 999_999)
@@ -164,7 +158,6 @@ def test_no_file_an_empty_file_and_a_folder(tmp_path: Path) -> None:
         ("any", ..., "f:1: field 'x' is missing"),
         ("text", 3, "must be a string, this is a int"),
         ("text", "\ud800", "lone surrogate at character 0"),
-        ("texts", "a", "must be a list of strings"),
         ("texts", ["a", 1], "must be a list of strings"),
         ("texts", ["a", "b\ud800"], "lone surrogate at character 1"),
         ("count", True, "non-negative integer"),

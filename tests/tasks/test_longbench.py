@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ def test_the_official_rules_of_each_data_set() -> None:
     no_chat = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
     for dataset in ROWS:
         values, base = dataset_fields(dataset), dataset.removesuffix("_e")
-        assert values["dataset"] == dataset
-        assert values["chat"] == (base not in no_chat)
+        assert (values["dataset"], values["chat"]) == (dataset, base not in no_chat)
         assert values["first_line_only"] == (base in {"trec", "triviaqa", "samsum", "lsht"})  # eval.py
         assert values["stop_newline"] == (base == "samsum")
         chinese = base.endswith("_zh") or base in {"dureader", "vcsum", "lsht"}
@@ -50,33 +50,28 @@ def test_real_rows_render_as_the_official_code_does(dataset: str, shared_data: P
     limit = json.loads((official / "dataset2maxlen.json").read_text())[dataset]
     assert len(samples) == len(rows) >= 4
     for sample, fields in zip(samples, rows, strict=True):
-        assert sample.prompt == template.format(**fields)
-        assert sample.id == fields["_id"]
+        assert (sample.id, sample.prompt) == (fields["_id"], template.format(**fields))
         assert sample.answers == tuple(fields["answers"])
         assert sample.all_classes == tuple(fields["all_classes"] or ())
         assert (sample.length, sample.max_new_tokens) == (fields["length"], limit)
         assert (sample.truncation, sample.answer_prefix) == ("middle", "")
+        assert (sample.question_start is not None) == bool(fields["input"])
         if fields["input"]:
-            assert sample.question_start is not None
             before, after = sample.prompt[: sample.question_start], sample.prompt[sample.question_start :]
             assert before.endswith(fields["context"])
             assert fields["input"] in after
-        else:
-            assert sample.question_start is None
 
 
 @pytest.mark.shared
 def test_official_oddities_survive(shared_data: Path) -> None:
-    root, official = str(shared_data / "longbench_samples"), str(shared_data / "longbench_official")
-
-    def prompt(dataset: str) -> str:
-        return task(dataset, root=root, official=official).samples()[0].prompt
-
-    assert len(re.findall(r"\bas(?=concisely\b)", prompt("narrativeqa"))) == 2  # the missing space is official
-    assert prompt("passage_count").endswith("The final answer is: ")
-    assert prompt("lcc").endswith("Next line of code:\n")
-    assert "NEWLINE_CHAR" in prompt("multi_news")
-    samples = task("samsum", root=root, official=official).samples()
+    places = {"root": str(shared_data / "longbench_samples"), "official": str(shared_data / "longbench_official")}
+    names = ("narrativeqa", "passage_count", "lcc", "multi_news")
+    narrative, count, code, news = (task(name, **places).samples()[0].prompt for name in names)
+    assert len(re.findall(r"\bas(?=concisely\b)", narrative)) == 2  # the missing space is official
+    assert count.endswith("The final answer is: ")
+    assert code.endswith("Next line of code:\n")
+    assert "NEWLINE_CHAR" in news
+    samples = task("samsum", **places).samples()
     assert all(sample.stop_newline and sample.min_new_tokens == 1 and not sample.chat for sample in samples)
 
 
@@ -104,7 +99,7 @@ def test_rows_may_come_as_parquet(qasper: LongBench, tmp_path: Path) -> None:
 
 def test_longbench_e_rows_use_the_prompts_of_the_plain_id(qasper: LongBench, tmp_path: Path) -> None:
     write_rows(tmp_path / "qasper_e.jsonl", row(1), row(2, dataset="qasper_e"))
-    samples = task("qasper_e", root=qasper.root, official=qasper.official).samples()
+    samples = replace(qasper, dataset="qasper_e").samples()
     assert [(sample.dataset, sample.max_new_tokens) for sample in samples] == [("qasper_e", 128)] * 2
 
 
@@ -113,7 +108,6 @@ def test_longbench_e_rows_use_the_prompts_of_the_plain_id(qasper: LongBench, tmp
     [
         *((row(2, **{field: ...}), f"field '{field}' is missing") for field in row()),
         (row(2, input=None), "'input' must be a string"),
-        (row(2, context=["a"]), "'context' must be a string"),
         (row(2, answers="a"), "'answers' must be a list of strings"),
         (row(2, answers=[]), "'answers' is empty"),
         (row(2, length="10"), "'length' must be a non-negative integer"),
@@ -121,7 +115,6 @@ def test_longbench_e_rows_use_the_prompts_of_the_plain_id(qasper: LongBench, tmp
         (row(2, dataset="hotpotqa"), "a row of 'hotpotqa', expected 'qasper'"),
         (row(1), "_id 'id-1' was seen in line 1"),
         (json.dumps(row(2)).replace("What", "\\ud800"), "lone surrogate"),
-        ('{"input": "cut', "malformed JSON"),
     ],
 )
 def test_a_bad_row_is_named(qasper: LongBench, tmp_path: Path, bad: Any, problem: str) -> None:
@@ -149,9 +142,8 @@ def test_a_changed_official_file_is_refused(qasper: LongBench, tmp_path: Path) -
 def test_no_data_says_where_it_looked(qasper: LongBench, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"qasper\.jsonl nor .*data/qasper\.jsonl exists; set data.root=DIR"):
         qasper.samples()
-    elsewhere = task("qasper", root=str(tmp_path), official=str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"set data\.official=DIR"):
-        elsewhere.samples()
+        replace(qasper, official=str(tmp_path / "none")).samples()
 
 
 def test_other_places_of_the_data(qasper: LongBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +159,6 @@ def test_other_places_of_the_data(qasper: LongBench, tmp_path: Path, monkeypatch
 
 def test_rules_that_the_scorer_fixes_cannot_be_configured_away(qasper: LongBench) -> None:
     with pytest.raises(ConfigError, match="first_line_only=True for qasper"):
-        task("qasper", root=qasper.root, official=qasper.official, first_line_only=True).samples()
+        replace(qasper, first_line_only=True).samples()
     with pytest.raises(ConfigError, match="no data set 'nq'"):
-        task("qasper", root=qasper.root, official=qasper.official, dataset="nq").samples()
+        replace(qasper, dataset="nq").samples()

@@ -12,15 +12,7 @@ from kvbench.errors import ConfigError, DataError
 from kvbench.metrics import metric_names
 from kvbench.tasks import synthetic
 from kvbench.tasks.mini import Mini, rows
-from kvbench.tasks.synthetic import (
-    CATEGORIES,
-    FACTS,
-    FewShot,
-    NeedleInHaystack,
-    PassKey,
-    generator_for,
-    hide,
-)
+from kvbench.tasks.synthetic import CATEGORIES, FACTS, FewShot, NeedleInHaystack, PassKey, generator_for, hide
 
 GOLDEN = {  # a change here changes what every recorded run was asked
     PassKey(): "ce9dcbdc31ea4271",
@@ -105,14 +97,11 @@ def test_fewshot_examples_imply_the_answer_without_showing_it(labels):
         assert len(set(sample.meta["labels"])) == 6
 
 
-def test_every_word_is_in_one_category():
+def test_every_word_is_in_one_category_and_hidden_texts_keep_their_order_and_place():
+    assert hide(["a.", "b."], [(0.0, "X"), (1.0, "Z"), (0.5, "Y"), (0.0, "W")]) == "X W a. Y b. Z"
     words = [word for listed in CATEGORIES.values() for word in listed]
     assert len(set(words)) == len(words)
     assert min(len(listed) for listed in CATEGORIES.values()) >= 30
-
-
-def test_hidden_texts_keep_their_order_and_place():
-    assert hide(["a.", "b."], [(0.0, "X"), (1.0, "Z"), (0.5, "Y"), (0.0, "W")]) == "X W a. Y b. Z"
 
 
 @pytest.mark.parametrize(
@@ -123,13 +112,10 @@ def test_hidden_texts_keep_their_order_and_place():
         (lambda: PassKey(lengths="abc"), "lengths='abc' is not a list"),
         (lambda: PassKey(lengths=[10**6] * 270), "5,400 samples with 5,400,000,000 tokens in all are more than"),
         (lambda: PassKey(digits=1), "digits=1 is not an integer from 2 to 100: give one, e.g. digits=6"),
-        (lambda: PassKey(digits=100_000), "digits=100000 is not an integer from 2 to 100"),
-        (lambda: PassKey(limit="abc"), "limit='abc' is not an integer of at least 1 or null"),
-        (lambda: PassKey(limit=True), "limit=True"),
+        (lambda: PassKey(limit=True), "limit=True is not an integer of at least 1 or null"),
         (lambda: PassKey(seed=2**64), "seed=18446744073709551616"),
         (lambda: PassKey(name="a\ud800"), r"name='a\\ud800' is not printable text"),
         (lambda: PassKey(samples_per_cell=0), "samples_per_cell=0"),
-        (lambda: PassKey(depths=[0.5, 0.5]).samples(), "sample passkey-1024-0.5-0-0 occurs twice"),
         (lambda: PassKey(depths=[0.5, 0.5000001]).samples(), "sample passkey-1024-0.5-0-0 occurs twice"),
         (lambda: NeedleInHaystack(n_facts=0), "n_facts=0 is not an integer from 1 to 12"),
         (lambda: FewShot(n_classes=7), "n_classes=7 is not an integer from 2 to 6"),

@@ -9,18 +9,12 @@ def test_parts_take_turns_and_keep_their_limits():
     mix = Mix(tasks={"a": PassKey(limit=2), "b": FewShot(limit=4)})
     assert [s.dataset for s in mix.samples()] == ["passkey", "fewshot", "passkey", "fewshot", "fewshot", "fewshot"]
     assert [s for s in mix.samples() if s.dataset == "fewshot"] == FewShot(limit=4).samples()
-
-
-def test_a_limit_on_the_mixture_keeps_both_parts():
     mix = Mix(tasks={"a": PassKey(), "b": FewShot()}, limit=4)
     assert [s.dataset for s in mix.samples()] == ["passkey", "fewshot"] * 2
 
 
-def test_a_sample_that_occurs_twice_is_refused():
+def test_no_parts_and_a_sample_that_occurs_twice_are_refused():
     with pytest.raises(ConfigError, match=r"sample passkey-1024-0\.1-0-0 occurs twice"):
         Mix(tasks={"a": PassKey(), "b": PassKey(limit=1)}).samples()
-
-
-def test_no_parts_is_refused():
     with pytest.raises(ConfigError, match="mixes 0 tasks"):
         Mix().samples()

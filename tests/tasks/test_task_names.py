@@ -17,8 +17,6 @@ from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.synthetic import NeedleInHaystack
 
 LONG_NAMES = [*(f"longbench/{name}" for name in ROWS), *(f"zeroscrolls/{name}" for name in TASKS)]
-
-
 ROOT = "defaults: [{task: vcsum}, _self_]\ndata: {root: null, official: null}\n"  # like ours, where tasks touch it
 
 
