@@ -18,10 +18,11 @@ import base64
 import hashlib
 import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import Distribution, PackageNotFoundError, distributions, entry_points, version
+from importlib.metadata import PackageNotFoundError, distributions, entry_points, version
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Protocol, runtime_checkable
@@ -119,12 +120,8 @@ def check_environment(search_path: list[str] | None = None) -> None:
     it (gov_report 26.63 becomes 15.77 on the same predictions). Our own ROUGE-L does not use the package, but no other
     tool can reproduce published scores in such an environment. `search_path` replaces `sys.path`.
     """
-
-    def find(name: str) -> Distribution | None:
-        found = distributions(name=name) if search_path is None else distributions(name=name, path=search_path)
-        return next(iter(found), None)
-
-    rouge = find("rouge")
+    places = sys.path if search_path is None else search_path
+    rouge, chinese = (next(iter(distributions(name=name, path=places)), None) for name in ("rouge", "rouge-chinese"))
     for file in (rouge and rouge.files) or []:
         if file.parts[0] != "rouge" or file.suffix != ".py" or file.hash is None:
             continue
@@ -133,7 +130,7 @@ def check_environment(search_path: list[str] | None = None) -> None:
             digest = base64.urlsafe_b64encode(hashlib.new(file.hash.mode, path.read_bytes()).digest()).rstrip(b"=")
             if digest.decode() == file.hash.value:
                 continue
-            state = "overwritten by rouge-chinese" if find("rouge-chinese") else "overwritten"
+            state = "overwritten by rouge-chinese" if chinese else "overwritten"
         remedy = "pip uninstall -y rouge rouge-chinese && pip install rouge==1.0.1"
         raise MetricError(f"{file} of the installed package rouge is {state}; run: {remedy}")
 

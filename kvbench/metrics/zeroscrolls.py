@@ -103,11 +103,10 @@ def _rouge_l(answer: str, prediction: str) -> float:
     from rouge_score.tokenize import tokenize
 
     first, second = tokenize(answer, None), tokenize(prediction, None)
-    if not first or not second:
+    if not (common := lcs_length(first, second)):
         return 0.0
-    common = lcs_length(first, second)
     precision, recall = common / len(second), common / len(first)
-    return 2 * precision * recall / (precision + recall) if common else 0.0
+    return 2 * precision * recall / (precision + recall)
 
 
 class GeometricRouge:

@@ -11,10 +11,7 @@ def register_benchmarks(task_folder: Path) -> None:
     """Put the benchmarks' tasks into Hydra's store, each from its row in the benchmark's table.
 
     A LongBench task also goes by its short name (`task=qasper` for `task=longbench/qasper`); ZeroSCROLLS shares names
-    with LongBench and is always written out. Call it before Hydra composes; may be called repeatedly.
-
-    Args:
-        task_folder: `configs/task`; a file there wins over a task of its name.
+    with LongBench and is always written out. A file in `task_folder` (`configs/task`) wins over a task of its name.
     """
     from hydra.core.config_store import ConfigStore
 

@@ -143,8 +143,6 @@ def _hub_file(repo_id: str, revision: str, filename: str) -> Iterator[tuple[Path
 
 
 def _download(url: str, partial: Path, size_bytes: int | None) -> Path:
-    """Append to `partial` what is missing of it."""
-
     def so_far() -> str:
         had = f"{partial.stat().st_size} of {size_bytes or 'unknown'} bytes"
         return f"{url} could be fetched only in part ({had}; the same command goes on from there)"
@@ -231,7 +229,6 @@ def open_member(archive: Path, names: tuple[str, ...]) -> Iterator[tuple[IO[byte
 
 @contextmanager
 def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
-    """The open archive; every way in which zipfile says "damaged" becomes one error."""
     try:
         with zipfile.ZipFile(archive) as file:
             yield file
@@ -245,7 +242,6 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _checked(file: zipfile.ZipFile, archive: Path) -> list[zipfile.ZipInfo]:
-    """The archive's plain files, after all checks that need no unpacking."""
     members = [member for member in file.infolist() if not member.filename.endswith("/")]  # is_dir trips over ""
     total_bytes = sum(member.file_size for member in members)
     if len(members) > MAX_MEMBERS:
@@ -320,13 +316,11 @@ def parse_jsonl(file: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8")
+        if not (text := line.decode("utf-8")).strip():
+            raise DataError(f"{where}: the line is empty; remove it")
+        row = json.loads(text)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-    if not text.strip():
-        raise DataError(f"{where}: the line is empty; remove it")
-    try:
-        row = json.loads(text)
     except RecursionError:
         raise DataError(f"{where}: JSON is nested too deeply to be a data row") from None
     except ValueError as error:  # JSONDecodeError, or an integer with too many digits

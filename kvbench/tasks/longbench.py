@@ -69,10 +69,9 @@ class LongBench(Task):
     def all_samples(self) -> list[Sample]:
         """All rows of the data set in file order."""
         if self.first_line_only != (self.category == "few-shot"):
-            raise ConfigError(
-                f"first_line_only={self.first_line_only} for {self.dataset}, category {self.category!r}: the official "
-                "scorer takes the first line on few-shot data sets and on no others"
-            )
+            problem = f"first_line_only={self.first_line_only} for {self.dataset}, category {self.category!r}"
+            rule = "the official scorer takes the first line on few-shot data sets and on no others"
+            raise ConfigError(f"{problem}: {rule}")
         prompts, lengths = official_config(self._official_folder())
         base = base_dataset(self.dataset)
         if base not in prompts:
@@ -145,8 +144,7 @@ def official_config(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
                 f"{path} cannot be read ({error.strerror}); set data.official=DIR to the folder of LongBench's "
                 f"official configuration, or run `{FETCH}`"
             ) from None
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != OFFICIAL_SHA256[file]:
+        if (digest := hashlib.sha256(content).hexdigest()) != OFFICIAL_SHA256[file]:
             raise DataError(
                 f"{path} has SHA-256 {digest[:12]}..., expected {OFFICIAL_SHA256[file][:12]}... (LongBench at "
                 f"{OFFICIAL_COMMIT[:12]}); scores with other prompts are not comparable: run `{FETCH}`"

