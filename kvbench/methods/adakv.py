@@ -86,11 +86,7 @@ class AdaKV(Policy):
         return take_slots(layer, positions, lengths)
 
     def head_slots(self, scores: Tensor, average: int) -> Tensor:
-        """Divide `H_k * average` slots among heads by the `(H_k, n)` scores of the tokens that compete.
-
-        Returns:
-            `(H_k,)` int64, at most n each.
-        """
+        """Divide `H_k * average` slots among heads by `(H_k, n)` scores of competing tokens; `(H_k,)` int64, <= n."""
         n_heads = scores.shape[0]
         total = n_heads * average
         floor = floor_share(self.floor_share, average)

@@ -103,12 +103,9 @@ class LayerStates:
 
 
 def reduce_groups(scores: Tensor, n_kv_heads: int, reduce: str) -> Tensor:
-    """Reduce query-head scores `(H, ...)` to KV heads `(H_k, ...)`.
+    """Reduce query-head scores `(H, ...)` to KV heads `(H_k, ...)`, by "mean", "max", "sum" or "first".
 
-    Args:
-        scores: returned as they are where every KV head has one query head.
-        n_kv_heads: H_k.
-        reduce: "mean", "max", "sum" or "first" (first query head of each group, as in llama-recipes' H2O).
+    "first" takes the first query head of each group, as in llama-recipes' H2O.
     """
     if reduce not in (*GROUP_REDUCTIONS, "sum"):
         raise ConfigError(f"group_reduce={reduce!r} is not one of {', '.join(GROUP_REDUCTIONS)}")
@@ -279,8 +276,7 @@ class Policy(ABC):
     def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
         """Slots per KV head for each layer, at most T each; their sum is `n_layers * budget_tokens(n_tokens)`.
 
-        Raises:
-            BudgetError: if the method cannot run with so few slots; names the slots, the limit and the remedy.
+        `BudgetError` if the method cannot run with so few slots; it names the slots, the limit and the remedy.
         """
         slots = self.budget_tokens(n_tokens)
         if slots < self.minimum_tokens:
@@ -296,20 +292,14 @@ class Policy(ABC):
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Compress one layer once, at the end of the prompt.
 
-        Args:
-            layer: the layer's states; not to be modified.
-            budget_tokens: this layer's entry of `layer_budgets`: slots per KV head, averaged over the heads.
-
-        Returns:
-            The kept slots. May share memory with `layer` (callers copy before they write).
+        The layer is not to be modified; what is returned may share memory with it (callers copy before they write).
+        `budget_tokens` is the layer's entry of `layer_budgets`: slots per KV head, averaged over the heads.
         """
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:
         """Update one row of one layer in place after one new token; called only if `steps` is true.
 
-        Args:
-            slots: the row's cache with the new token in the scratch slot (see `DecodeSlots`).
-            attention: `(H, m + 1)` fp32, the new token's softmax attention over the slots.
+        The new token is in the scratch slot; `attention`, `(H, m + 1)` fp32, is its softmax over the slots.
         """
         raise RuntimeError(f"{self.name} declares no decoding step")
 
@@ -335,8 +325,7 @@ def floor_share(share: float, n_tokens: int) -> int:
 def with_whole_layers(policy: Policy, n_tokens: int, n_layers: int, n_first: int, n_last: int) -> list[int]:
     """Layer budgets with the first and last layers whole; what is left is spread evenly over the others.
 
-    Raises:
-        BudgetError: if the whole layers leave the others fewer than the method's `minimum_tokens` each.
+    `BudgetError` if that leaves the others fewer than the method's `minimum_tokens` each.
     """
     others = [index for index in range(n_layers) if n_first <= index < n_layers - n_last]
     n_whole = n_layers - len(others)

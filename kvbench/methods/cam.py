@@ -21,28 +21,15 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import (
-    CONSTANT,
-    CompressedLayer,
-    DecodeSlots,
-    LayerStates,
-    Policy,
-    RowsStepper,
-    floor_share,
-    reduce_groups,
-)  # fmt: skip
+from kvbench.methods.base import CONSTANT, CompressedLayer, DecodeSlots, LayerStates, Policy, floor_share, reduce_groups
 from kvbench.methods.options import Positive, WithinExcept
 from kvbench.ops.counter_rng import absorb_word, counter_hash, hash_to_uniform
+from kvbench.ops.steps import RowsStepper
 
 
 @dataclass
 class CaMState:
-    """What a step remembers.
-
-    Attributes:
-        scores: `(H_k, m)` fp32, attention mass over all queries so far (mean over the query heads of a group).
-        head_hashes: `(H_k, 1)` int64, hashes of (seed, layer, KV head), to which a step adds its number.
-    """
+    """Attention mass over all queries so far, `(H_k, m)` fp32 (mean over a group), and `head_hashes`, `(H_k, 1)`."""
 
     scores: Tensor
     head_hashes: Tensor = field(metadata=CONSTANT)
@@ -69,11 +56,7 @@ class CaM(Policy):
     name: ClassVar[str] = "cam"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
     steps: ClassVar[bool] = True
-
-    @property
-    def minimum_tokens(self) -> int:
-        """Four: two start and two recent slots at the default shares."""
-        return 4
+    minimum_tokens: ClassVar[int] = 4  # two start and two recent slots at the default shares
 
     def split(self, n_slots: int) -> tuple[int, int]:
         """Divide a layer's slots into (start, recent); start is the floor of its share and leaves at least 1 recent."""

@@ -17,17 +17,10 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import (
-    CompressedLayer,
-    DecodeSlots,
-    LayerStates,
-    Policy,
-    RowsStepper,
-    floor_share,
-    reduce_groups,
-)  # fmt: skip
+from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy, floor_share, reduce_groups
 from kvbench.methods.options import GroupReduction, WithinExcept
 from kvbench.ops.selection import heavy_and_recent, keep_slots
+from kvbench.ops.steps import RowsStepper
 
 
 @dataclass
@@ -61,11 +54,7 @@ class H2O(Policy):
     name: ClassVar[str] = "h2o"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
     steps: ClassVar[bool] = True
-
-    @property
-    def minimum_tokens(self) -> int:
-        """Four: below that, one of the halves holds a single token."""
-        return 4
+    minimum_tokens: ClassVar[int] = 4  # below that, one of the halves holds a single token
 
     def split(self, n_slots: int) -> tuple[int, int]:
         """Divide a layer's slots into (heavy, recent); recent is the floor of its share, but at least 1."""

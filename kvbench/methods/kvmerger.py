@@ -125,16 +125,10 @@ class KVMerger(Policy):
         return CompressedLayer(merged.keys, merged.values, merged.pivots, lengths=lengths, bias=bias)
 
     def sets(self, layer: LayerStates, scores: Tensor, budget_tokens: int) -> tuple[Tensor, Tensor | None]:
-        """Divide the tokens of every head into sets of neighbours (exact chains, the default, have a kernel).
+        """Divide the tokens of every head into sets of neighbours by `(H_k, T)` fp32 aggregated attention.
 
-        Args:
-            layer: the layer's states.
-            scores: `(H_k, T)` fp32, aggregated attention.
-            budget_tokens: sets per head; not used in threshold mode.
-
-        Returns:
-            `(H_k, m + 1)` int64, where the sets begin (see `segments.segment_starts`), and the sets per head `(H_k,)`
-            int64 if they differ, else None.
+        Gives `(H_k, m + 1)` int64, where the sets begin (see `segments.segment_starts`), and the sets per head `(H_k,)`
+        int64 if they differ, else None. Exact chains, the default, have a kernel.
         """
         share = self.scope == "layer"
         if share:

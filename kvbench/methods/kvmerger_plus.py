@@ -60,16 +60,12 @@ class KVMergerPlus(Policy):
 
     name: ClassVar[str] = "kvmerger_plus"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums", "window_attention"})
+    minimum_tokens: ClassVar[int] = 4  # below that, one of the three parts may hold nothing
 
     @property
     def window_tokens(self) -> int:
         """The widest of the three windows."""
         return max(self.question_queries, self.text_queries, self.refit_queries)
-
-    @property
-    def minimum_tokens(self) -> int:
-        """Four: below that, one of the three parts may hold nothing."""
-        return 4
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Choose slots and refit them; with a bias if `refit` is "both". A budget of T leaves the layer whole."""

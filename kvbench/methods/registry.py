@@ -34,14 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_policies() -> dict[str, type[Policy]]:
-    """Load all methods: those of this package, and what other distributions register as entry points.
-
-    Returns:
-        Class by method name, sorted by name.
-
-    Raises:
-        ConfigError: if an entry point cannot be imported, is no `Policy`, or two packages claim one name.
-    """
+    """All methods by name, sorted: those of this package, and what other distributions register as entry points."""
     policies = dict(_own_policies())
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
         origin = f"entry point {entry_point.name} = {entry_point.value}"
@@ -99,21 +92,12 @@ def _own_policies() -> dict[str, type[Policy]]:
 
 
 def build_policy(name: str, options: Mapping[str, object] | None = None) -> Policy:
-    """Build a policy from its method name and options.
-
-    Args:
-        name: method name, e.g. "kvmerger".
-        options: field values, `budget` among them; fields left out keep their defaults.
-
-    Raises:
-        ConfigError: for an unknown method or option (the message lists the choices), or a value the method refuses.
-    """
+    """Build a policy from its method name and its options, `budget` among them; what is left out has its default."""
     policies = load_policies()
     if name not in policies:
         raise ConfigError(f"unknown method {name!r}: choose one of {', '.join(policies)}")
     policy = policies[name]
-    given = dict(options or {})
-    known = [field.name for field in dataclasses.fields(policy)]
+    given, known = dict(options or {}), [field.name for field in dataclasses.fields(policy)]
     if "backend" in given and "backend" not in known:
         pass_over_backend(given.pop("backend"))
     unknown = [option for option in given if option not in known]
@@ -123,11 +107,7 @@ def build_policy(name: str, options: Mapping[str, object] | None = None) -> Poli
 
 
 def pass_over_backend(value: object) -> None:
-    """Say what has become of an option that three methods once had; "auto", its default, may still be given.
-
-    Raises:
-        ConfigError: for any other value, which nobody would obey.
-    """
+    """Say what has become of an option of three methods: "auto", its default, is taken, what nobody obeys refused."""
     if value != "auto":
         raise ConfigError(f"backend={value}{BACKEND_HAS_GONE}")
     logger.warning("backend=%s%s", value, BACKEND_HAS_GONE)

@@ -85,14 +85,7 @@ class EvictAndMerge(Policy):
 
     @abstractmethod
     def merged(self, layer: LayerStates, kept: CompressedLayer, positions: Tensor, evicted: Tensor) -> CompressedLayer:
-        """Merge the evicted tokens into the kept slots.
-
-        Args:
-            layer: the layer's states; not to be modified.
-            kept: the kept slots, copies.
-            positions: `(H_k, m)` int64, where they were in the prompt.
-            evicted: `(H_k, T - m)` int64, ascending positions of the evicted tokens.
-        """
+        """Merge the tokens at `(H_k, T - m)` evicted positions, ascending, into copies of the `(H_k, m)` kept."""
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Keep, then merge. A budget of T leaves the layer whole."""
@@ -119,8 +112,5 @@ def take_slots(layer: LayerStates, positions: Tensor, lengths: Tensor | None = N
 
 
 def window_votes(layer: LayerStates, window_tokens: int) -> Tensor:
-    """Attention each key receives from the last `window_tokens` queries, `(H, T)` fp32 sums.
-
-    The prefill may have observed more rows than this method asked for; only its own count.
-    """
+    """Attention each key receives from the last queries, `(H, T)` fp32; the prefill may have observed more of them."""
     return layer.observed("window_attention")[:, -window_tokens:].sum(1, dtype=torch.float32)

@@ -34,12 +34,8 @@ class TOVA(Policy):
 
     name: ClassVar[str] = "tova"
     needs: ClassVar[frozenset[str]] = frozenset({"window_attention"})
+    window_tokens: ClassVar[int] = 1  # the last query
     steps: ClassVar[bool] = True
-
-    @property
-    def window_tokens(self) -> int:
-        """One: the last query."""
-        return 1
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Keep what the last prompt query attends to most (ties: the more recent token), the same in every head."""

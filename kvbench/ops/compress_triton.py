@@ -82,10 +82,7 @@ def largest(row, n, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _chain_starts_kernel(
-    cosines, scores, starts, n_tokens, n_recent, n_top, n_slots,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _chain_starts_kernel(cosines, scores, starts, n_tokens, n_recent, n_top, n_slots, BLOCK: tl.constexpr):
     """One head: protected tokens, closest pairs, first token of every set."""
     head = tl.program_id(0).to(tl.int64)
     cosines += head * n_tokens
@@ -132,18 +129,13 @@ def exact_chain_starts(
     scores = scores.contiguous()
     starts = torch.empty(scores.shape[0], n_slots + 1, dtype=torch.int64, device=keys.device)
     block = min(triton.next_power_of_2(n_tokens), MAX_ROW_BLOCK)
-    _chain_starts_kernel[(scores.shape[0],)](
-        cosines, scores, starts, n_tokens, n_recent, n_top, n_slots,
-        BLOCK=block, num_warps=16 if block >= 4096 else 4,
-    )  # fmt: skip
+    sizes = {"BLOCK": block, "num_warps": 16 if block >= 4096 else 4}
+    _chain_starts_kernel[(scores.shape[0],)](cosines, scores, starts, n_tokens, n_recent, n_top, n_slots, **sizes)
     return starts.expand(n_heads, -1)
 
 
 @triton.jit
-def _select_kernel(
-    ranks, positions, n_tokens, heavy, recent,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _select_kernel(ranks, positions, n_tokens, heavy, recent, BLOCK: tl.constexpr):
     """One head: positions of the `heavy` best of the older tokens, then of the last `recent`."""
     head = tl.program_id(0).to(tl.int64)
     ranks += head * n_tokens
@@ -189,9 +181,8 @@ def heavy_and_recent(ranks: Tensor, heavy: int, recent: int) -> Tensor:
     ranks = ranks.contiguous()
     positions = torch.empty(n_heads, heavy + recent, dtype=torch.int64, device=ranks.device)
     block = min(triton.next_power_of_2(n_tokens), MAX_ROW_BLOCK)
-    _select_kernel[(n_heads,)](
-        ranks, positions, n_tokens, heavy, recent, BLOCK=block, num_warps=16 if block >= 4096 else 4
-    )
+    n_warps = 16 if block >= 4096 else 4
+    _select_kernel[(n_heads,)](ranks, positions, n_tokens, heavy, recent, BLOCK=block, num_warps=n_warps)
     return positions
 
 

@@ -35,11 +35,7 @@ def absorb_word(state: Word, word: Word) -> Word:
 
 
 def counter_hash(seed: Word, *counters: Word) -> Word:
-    """Hash a seed (64 bits) and counters (32 bits each), integers or int64 tensors that broadcast, to 32 bits.
-
-    Returns:
-        Values in 0 .. 2^32 - 1: an int64 tensor of the broadcast shape, or an integer if no argument is a tensor.
-    """
+    """Hash a seed (64 bits) and counters (32 bits each), integers or int64 tensors that broadcast, to 32 bits."""
     state: Word = 0
     for word in (seed, seed >> 32, *counters):
         state = absorb_word(state, word)

@@ -57,11 +57,8 @@ def merge_segments(
     if kernels == "triton":
         from kvbench.ops import compress_triton  # imports triton, which a CPU may lack
 
-        return MergedSegments(
-            *compress_triton.merge_segments(
-                keys, values, pivot_scores, starts, sigma, mean_distance, scale_values, merge
-            )
-        )
+        arguments = (keys, values, pivot_scores, starts, sigma, mean_distance, scale_values, merge)
+        return MergedSegments(*compress_triton.merge_segments(*arguments))
     n_heads, n_tokens, head_dim = keys.shape
     counts = starts.diff(dim=1)
     marks = torch.zeros(n_heads, n_tokens + 1, dtype=torch.int64, device=keys.device).scatter_(1, starts, 1)
@@ -102,15 +99,9 @@ def tokens_at(states: Tensor, positions: Tensor) -> Tensor:
 
 
 def nearest_kept(keys: Tensor, kept: Tensor, evicted: Tensor) -> tuple[Tensor, Tensor]:
-    """For every evicted token, the kept token whose key has the highest cosine.
+    """For every token at `(H, n)` evicted positions, the kept one, of `(H, m)`, whose key has the highest cosine.
 
-    Args:
-        keys: `(H, T, D)`.
-        kept: `(H, m)` int64 positions.
-        evicted: `(H, n)` int64 positions.
-
-    Returns:
-        The cosines `(H, n)` fp32, and the slots `(H, n)` int64, in 0 .. m - 1.
+    The cosines `(H, n)` fp32, and the slots `(H, n)` int64, in 0 .. m - 1.
     """
     units = unit_keys(keys)
     kept_units = tokens_at(units, kept).transpose(1, 2)

@@ -112,15 +112,10 @@ def exact_anchored_links(units: Tensor, protected: Tensor, n_slots: int, share_h
 
 
 def segment_starts(links: Tensor, n_slots: int) -> Tensor:
-    """Index of the first token of every set.
+    """Index of the first token of every set, from `(H, T)` bool links, false in column 0.
 
-    Args:
-        links: `(H, T)` bool, false in column 0.
-        n_slots: sets of the head that has most.
-
-    Returns:
-        `(H, n_slots + 1)` int64, ascending; set s of a head is the tokens `starts[s] .. starts[s + 1] - 1`; columns
-        beyond the last set of a head hold T, so that its missing sets are empty.
+    `(H, n_slots + 1)` int64, ascending, `n_slots` being the sets of the head that has most; set s of a head is the
+    tokens `starts[s] .. starts[s + 1] - 1`; columns beyond its last set hold T, so that missing sets are empty.
     """
     n_heads, n_tokens = links.shape
     tokens = torch.arange(n_tokens, device=links.device)
@@ -141,10 +136,7 @@ def exact_chain_starts(
         n_top: protected tokens of highest score among the older ones.
         n_slots: sets per head; at least `n_recent + 2 n_top + 1`, or T, so that enough pairs may be linked.
         share_heads: one division for all heads, from cosines averaged over them.
-        kernels: "torch" or "triton".
-
-    Returns:
-        `(H, n_slots + 1)` int64, as from `segment_starts`.
+        kernels: "torch" or "triton"; both give `(H, n_slots + 1)` int64, as from `segment_starts`.
     """
     if kernels == "triton":
         from kvbench.ops import compress_triton  # imports triton, which a CPU may lack

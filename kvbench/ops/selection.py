@@ -18,16 +18,9 @@ def largest_by_recency(scores: Tensor, n_largest: int | Tensor) -> Tensor:
 
 
 def heavy_and_recent(ranks: Tensor, heavy: int, recent: int, kernels: str = "torch") -> Tensor:
-    """Positions of the best older tokens and of the last tokens.
+    """Positions of the last `recent` tokens and of the `heavy` best of the older ones by `(H, T)` fp32 ranks.
 
-    Args:
-        ranks: `(H, T)` fp32; higher is better.
-        heavy: tokens kept for their rank, among all but the last `recent`.
-        recent: last tokens kept.
-        kernels: "torch" or "triton".
-
-    Returns:
-        `(H, heavy + recent)` int64, ascending.
+    `(H, heavy + recent)` int64, ascending.
     """
     if kernels == "triton":
         from kvbench.ops import compress_triton  # imports triton, which a CPU may lack

@@ -100,25 +100,10 @@ def reference_kvmerger(
     n_slots: int | None = None, epsilon: float = 0.75, linkage: str = "chain", scope: str = "head",
     pivot_scores: Tensor | None = None, sigma: float | None = 5.0, value_scale: str = "count", merge: bool = True,
 ) -> list[list[ReferenceSlot]]:  # fmt: skip
-    """Merge one layer.
+    """Merge one layer, keys and values `(H_k, T, D)`, by attention `a` `(H_k, T)`; the slots of each head, in order.
 
-    Args:
-        keys: `(H_k, T, D)`.
-        values: `(H_k, T, D)`.
-        a: `(H_k, T)`, aggregated attention per KV head.
-        n_recent: protected last tokens.
-        n_top: protected most-attended tokens.
-        n_slots: sets per head; None uses the fixed threshold `epsilon`.
-        epsilon: similarity threshold.
-        linkage: "chain" or "anchor".
-        scope: "head" or "layer".
-        pivot_scores: `(H_k, T)` whose maximum is the pivot (ties: the latest); None uses `a`.
-        sigma: width of the Gaussian, None for the mean distance / sqrt(2).
-        value_scale: "count", or anything else for the plain average.
-        merge: false keeps the pivot alone.
-
-    Returns:
-        The slots of each head, in order.
+    `n_slots` None uses the fixed threshold `epsilon`, `pivot_scores` `(H_k, T)` None uses `a` (ties: the latest token),
+    `sigma` None the mean distance / sqrt(2); a `value_scale` other than "count" is the plain average.
     """
     keys, values, pivot_scores = keys.float(), values.float(), a if pivot_scores is None else pivot_scores
     layer = []

@@ -91,19 +91,8 @@ def reference_keepkv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """KeepKV merge by merge: the slot of c has the votes and the s of those that joined before.
 
-    Args:
-        keys: `(H_k, T, D)`.
-        values: `(H_k, T, D)`.
-        window: `(H_k, W, T)`, attention of the last W queries, one row per KV head.
-        n_slots: slots per head.
-        n_start: first tokens kept.
-        recent_share: share of the slots for the most recent tokens.
-        T_sim: similarity threshold.
-        distance_weight: weight of the last query in the scores.
-        merge_keys: whether keys are mixed.
-
-    Returns:
-        Keys `(H_k, m, D)`, values `(H_k, m, D)`, positions `(H_k, m)` and biases log p `(H_k, m)`.
+    `window` is `(H_k, W, T)`, attention of the last W queries, `T_sim` the similarity threshold. Gives keys
+    `(H_k, m, D)`, values `(H_k, m, D)`, positions `(H_k, m)` and biases log p `(H_k, m)`.
     """
     n_kv_heads, W, n_tokens = window.shape
     layer = []
