@@ -1,60 +1,28 @@
-"""KVMerger Plus against its loop twin, and what its refit is for."""
+"""How KVMerger Plus chooses, and what its refit is for."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer, relative_rms
+from twins import plus_positions
 
 from kvbench.methods.kvmerger_plus import KVMergerPlus
-from kvbench.reference.kvmerger_plus import reference_positions, reference_refit
 
-SHAPES = [(4, 4, 61), (6, 2, 97), (4, 1, 130)]
 SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
 EVEN = {**SHORT, "question_share": 0.5}
 
 
-def expected_positions(policy: KVMergerPlus, layer, n_slots: int) -> list[list[int]]:
-    return reference_positions(
-        layer.column_sums, layer.window_attention, layer.n_kv_heads, n_slots,
-        recent=policy.split(n_slots)[0], question_share=policy.question_share,
-        question_queries=policy.question_queries, kernel=policy.kernel_tokens, text_queries=policy.text_queries,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("refit", ["both", "values", "none"])
-@pytest.mark.parametrize("correlated", [False, True])
-@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SHAPES)
-def test_matches_reference(n_query_heads, n_kv_heads, n_tokens, correlated, refit):
-    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=3, correlated=correlated)
-    policy = KVMergerPlus(budget=0.4, refit=refit, **SHORT)
-    n_slots = policy.layer_budgets(n_tokens, 2)[0]
-    compressed = policy.compress(layer, n_slots)
-    positions = expected_positions(policy, layer, n_slots)
-    assert compressed.positions.tolist() == positions
-    assert torch.equal(compressed.keys, torch.stack([k[p] for k, p in zip(layer.keys, positions, strict=True)]))
-    assert (compressed.bias is not None) == (refit == "both")
-    values, bias = reference_refit(layer.window_attention, layer.values, positions, 8, policy.ridge, refit == "both")
-    if refit == "none":
-        values = torch.stack([v[p] for v, p in zip(layer.values, positions, strict=True)])
-    assert relative_rms(compressed.values, values) < 1e-4
-    if compressed.bias is not None:
-        assert relative_rms(compressed.bias, bias) < 1e-4
-
-
 @settings(max_examples=20, deadline=None)
 @given(
-    n_tokens=st.integers(24, 70),
-    budget=st.floats(0.4, 0.99),
-    share=st.floats(0.0, 1.0),
-    kernel=st.sampled_from([1, 3, 13, 41]),
-    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
-)
+    n_tokens=st.integers(24, 70), budget=st.floats(0.4, 0.99), share=st.floats(0.0, 1.0),
+    kernel=st.sampled_from([1, 3, 13, 41]), heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+)  # fmt: skip
 def test_chooses_as_the_reference_for_any_length_share_and_kernel(n_tokens, budget, share, kernel, heads):
     policy = KVMergerPlus(budget=budget, **{**SHORT, "kernel_tokens": kernel, "question_share": share})
     n_slots = policy.layer_budgets(n_tokens, 2)[0]
     layer = make_layer(*heads, n_tokens, seed=n_tokens)
-    assert policy.positions(layer, n_slots).tolist() == expected_positions(policy, layer, n_slots)
+    assert policy.positions(layer, n_slots).tolist() == plus_positions(policy, layer, n_slots)
 
 
 def output_error(layer, compressed, n_queries: int) -> float:
@@ -66,7 +34,7 @@ def output_error(layer, compressed, n_queries: int) -> float:
     return relative_rms(mass / mass.sum(-1, keepdim=True) @ compressed.values, wanted)
 
 
-@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SHAPES)
+@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), [(4, 4, 61), (6, 2, 97), (4, 1, 130)])
 def test_refit_brings_the_last_queries_closer_to_their_output(n_query_heads, n_kv_heads, n_tokens):
     layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=5, correlated=True)
     errors = {}

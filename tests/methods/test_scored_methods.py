@@ -1,4 +1,4 @@
-"""Methods that keep the best-scored tokens against their loop twins, and their line of budgets."""
+"""Methods that score keys: what their parts do, by hand or for any length; budgets of layers and heads."""
 
 from fractions import Fraction
 
@@ -7,51 +7,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer, relative_rms
+from twins import assert_as_twin
 
 from kvbench.errors import BudgetError
+from kvbench.methods.adakv import AdaKV
+from kvbench.methods.expected_attention import ExpectedAttention, turn
 from kvbench.methods.knorm import Knorm
 from kvbench.methods.pyramidkv import PyramidKV
 from kvbench.methods.snapkv import SnapKV
-from kvbench.reference.scored import budget_line, pooled_votes, reference_knorm, reference_snapkv
-
-SNAPKV_SHAPES = [(4, 4, 61), (6, 2, 97), (4, 1, 130)]
-SNAPKV_OPTIONS = [
-    {},
-    {"pooling": "avg", "kernel_tokens": 5},
-    {"kernel_tokens": 1},
-    {"group_reduce": "max"},
-    {"group_reduce": "first", "pooling": "avg"},
-    {"observation_tokens": 1},
-]
-
-
-def snapkv_reference(policy: SnapKV, layer, m: int) -> list[list[int]]:
-    options = (policy.observation_tokens, policy.kernel_tokens, policy.pooling, policy.group_reduce)
-    return reference_snapkv(layer.window_attention, layer.n_kv_heads, m, *options)
-
-
-@pytest.mark.parametrize("options", SNAPKV_OPTIONS, ids=str)
-@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), SNAPKV_SHAPES)
-def test_snapkv_matches_reference(n_query_heads, n_kv_heads, n_tokens, options):
-    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=3)
-    policy = SnapKV(budget=0.5, **{"observation_tokens": 16, **options})
-    m = policy.layer_budgets(n_tokens, 2)[0]
-    compressed = policy.compress(layer, m)
-    expected = torch.tensor(snapkv_reference(policy, layer, m))
-    assert torch.equal(compressed.positions, expected)
-    for head, positions in enumerate(expected):
-        assert torch.equal(compressed.keys[head], layer.keys[head, positions])
-        assert torch.equal(compressed.values[head], layer.values[head, positions])
+from kvbench.reference.expected_attention import rope
+from kvbench.reference.scored import budget_line, head_budgets, pooled_votes
+from kvbench.runtime.requests import Arm
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    n_tokens=st.integers(20, 90),
-    budget=st.floats(0.2, 1.0),
-    window=st.integers(1, 6),
-    kernel=st.sampled_from([1, 3, 9, 41]),
-    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
-)
+    n_tokens=st.integers(20, 90), budget=st.floats(0.2, 1.0), window=st.integers(1, 6),
+    kernel=st.sampled_from([1, 3, 9, 41]), heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+)  # fmt: skip
 def test_snapkv_matches_reference_for_any_length_and_window(n_tokens, budget, window, kernel, heads):
     policy = SnapKV(budget=budget, observation_tokens=window, kernel_tokens=kernel)
     m = policy.budget_tokens(n_tokens)
@@ -60,7 +33,7 @@ def test_snapkv_matches_reference_for_any_length_and_window(n_tokens, budget, wi
             policy.layer_budgets(n_tokens, 2)
         return
     layer = make_layer(*heads, n_tokens, seed=n_tokens, window_tokens=6)
-    assert policy.compress(layer, m).positions.tolist() == snapkv_reference(policy, layer, m)
+    assert_as_twin(policy, layer, m)
 
 
 @pytest.mark.parametrize("pooling", ["max", "avg"])
@@ -81,12 +54,9 @@ def test_a_looked_at_token_brings_its_neighbours():
 
 @settings(max_examples=300, deadline=None)
 @given(
-    n_tokens=st.integers(20, 5000),
-    n_layers=st.integers(1, 40),
-    budget=st.floats(0.01, 1.0),
-    window=st.integers(1, 64),
-    beta=st.integers(1, 40),
-)
+    n_tokens=st.integers(20, 5000), n_layers=st.integers(1, 40), budget=st.floats(0.01, 1.0),
+    window=st.integers(1, 64), beta=st.integers(1, 40),
+)  # fmt: skip
 def test_budgets_lie_on_the_line_and_sum_exactly(n_tokens, n_layers, budget, window, beta):
     policy = PyramidKV(budget=budget, observation_tokens=window, beta=beta)
     average = policy.budget_tokens(n_tokens)
@@ -118,32 +88,6 @@ def test_a_pyramid_worked_by_hand():
     assert PyramidKV(budget=0.508, beta=1000).layer_budgets(1000, 3) == [1000, 508, 16]
 
 
-@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), [(4, 4, 61), (6, 2, 97)])
-def test_each_layer_keeps_what_snapkv_would(n_query_heads, n_kv_heads, n_tokens):
-    policy = PyramidKV(budget=0.4)
-    budgets = policy.layer_budgets(n_tokens, 6)
-    assert len(set(budgets)) == 6
-    for index, slots in enumerate(budgets):
-        layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=index, layer_index=index, n_layers=6)
-        expected = reference_snapkv(layer.window_attention, n_kv_heads, slots, 8)
-        assert policy.compress(layer, slots).positions.tolist() == expected
-
-
-@pytest.mark.parametrize("recent_tokens", [0, 7])
-@pytest.mark.parametrize("correlated", [False, True])
-@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), [(4, 4, 61), (6, 2, 97), (3, 1, 20)])
-def test_knorm_matches_reference(n_query_heads, n_kv_heads, n_tokens, correlated, recent_tokens):
-    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=2, correlated=correlated)
-    policy = Knorm(budget=0.4, recent_tokens=recent_tokens)
-    m = policy.layer_budgets(n_tokens, 2)[0]
-    compressed = policy.compress(layer, m)
-    expected = reference_knorm(layer.keys, m, recent_tokens)
-    assert compressed.positions.tolist() == expected
-    for head, positions in enumerate(expected):
-        assert torch.equal(compressed.keys[head], layer.keys[head, positions])
-        assert torch.equal(compressed.values[head], layer.values[head, positions])
-
-
 def test_the_smallest_keys_stay():
     layer = make_layer(1, 1, 10)
     layer.keys = torch.arange(10.0, 0.0, -1.0).reshape(1, 10, 1).expand(1, 10, 16)
@@ -156,3 +100,57 @@ def test_knorm_whole_layers_are_paid_for_by_the_others():
     budgets = Knorm(budget=0.5, whole_first_layers=2).layer_budgets(100, 7)
     assert budgets == [100, 100, 30, 30, 30, 30, 30]
     assert sum(Knorm(budget=0.5, whole_first_layers=2).layer_budgets(101, 9)) == 9 * 50
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_heads=st.integers(1, 5), n_tokens=st.integers(1, 30), share=st.floats(0.0, 1.0),
+    alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]), levels=st.integers(1, 50), seed=st.integers(0, 9999),
+)  # fmt: skip
+def test_slots_are_divided_exactly_even_among_equal_scores(n_heads, n_tokens, share, alpha, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (n_heads, n_tokens), generator=generator).float()
+    average = int(share * n_tokens)
+    slots = AdaKV(floor_share=alpha).head_slots(scores, average).tolist()
+    assert slots == head_budgets(scores.tolist(), average, alpha)
+    assert sum(slots) == n_heads * average
+    assert all(int(alpha * average + 1e-9) <= n <= n_tokens for n in slots)
+
+
+def test_the_head_with_the_high_scores_gets_the_slots():
+    scores = torch.zeros(3, 20)
+    scores[1, :12] = 1.0
+    assert AdaKV(floor_share=0.0).head_slots(scores, 4).tolist() == [0, 12, 0]
+    # a quarter of 4 slots is certain for everyone; of the other 9, all go where the 12 best scores are
+    assert AdaKV(floor_share=0.25).head_slots(scores, 4).tolist() == [1, 10, 1]
+
+
+def test_adakv_s_needs_window_and_layer_budgets_are_the_base_method_s():
+    policy = AdaKV(budget=0.4, base=PyramidKV())
+    assert (policy.needs, policy.window_tokens) == (frozenset({"window_attention"}), 8)
+    assert policy.layer_budgets(500, 6) == PyramidKV(budget=0.4).layer_budgets(500, 6)
+    assert AdaKV(base=Knorm()).needs == frozenset()
+    assert Arm.of(AdaKV(budget=0.4, base=Knorm(recent_tokens=3))).key == "adakv@0.4,base=knorm(recent_tokens=3)"
+    assert Arm.of(AdaKV(budget=0.4)).key == "adakv@0.4"
+
+
+def test_the_expected_logit_is_the_mean_over_gaussian_queries():
+    """With one future position the formula is log E[exp(q.k)] of Gaussian queries: sampled, it comes out the same."""
+    layer = make_layer(1, 1, 4000, seed=2, head_dim=4)
+    layer.keys = layer.keys[:, :20].repeat(1, 200, 1) / 2
+    layer.values = torch.ones_like(layer.values)
+    policy = ExpectedAttention(future_tokens=1, start_tokens=0)
+    scores = policy.scores(layer)[0, :20]
+    frequencies, scaling = layer.extras["rotary_frequencies"], layer.extras["scaling"]
+    before = torch.stack([rope(q, -t, frequencies) for t, q in enumerate(layer.extras["queries"][0])])
+    coming = torch.stack([rope(q, 4000, frequencies) for q in before])
+    sampled = (coming @ layer.keys[0, :20].T * scaling).exp().mean(0)
+    assert relative_rms(scores / scores.sum(), sampled / sampled.sum()) < 0.01
+
+
+def test_turning_back_and_forth_changes_nothing():
+    layer = make_layer(3, 3, 50)
+    angles = torch.arange(50).unsqueeze(-1) * layer.extras["rotary_frequencies"][:6]
+    back = turn(turn(layer.keys, angles.cos(), angles.sin()), angles.cos(), -angles.sin())
+    assert relative_rms(back, layer.keys) < 1e-6
+    assert torch.equal(back[..., 12:], layer.keys[..., 12:])

@@ -1,0 +1,149 @@
+"""Every method against its loop twin: on random keys, on keys like a model's, and on those of the default model."""
+
+import dataclasses
+
+import pytest
+import torch
+from policy_inputs import make_layer, relative_rms
+from twins import TWINS, assert_as_twin
+
+from kvbench.methods.adakv import AdaKV
+from kvbench.methods.base import LayerStates
+from kvbench.methods.cam import CaM
+from kvbench.methods.d2o import D2O
+from kvbench.methods.expected_attention import ExpectedAttention
+from kvbench.methods.h2o import H2O
+from kvbench.methods.keepkv import KeepKV
+from kvbench.methods.knorm import Knorm
+from kvbench.methods.kvmerger import KVMerger, KVMergerBias
+from kvbench.methods.kvmerger_plus import KVMergerPlus
+from kvbench.methods.pyramidkv import PyramidKV
+from kvbench.methods.registry import load_policies
+from kvbench.methods.scored import EvictAndMerge
+from kvbench.methods.snapkv import SnapKV
+from kvbench.methods.streaming_llm import StreamingLLM
+from kvbench.methods.tova import TOVA
+from kvbench.methods.weightedkv import WeightedKV
+from kvbench.ops.segments import cosines_at, unit_keys
+from kvbench.runtime.attention import attention_implementation
+from kvbench.runtime.observe import Observer
+
+EXPECTED = [
+    {}, {"use_covariance": False}, {"use_value_norm": False}, {"epsilon": 0.05}, {"start_tokens": 9},
+    {"start_tokens": 0, "future_tokens": 1},
+]  # fmt: skip
+MERGING = [
+    {}, {"linkage": "anchor"}, {"scope": "layer"}, {"scope": "layer", "linkage": "anchor"}, {"pivot": "last"},
+    {"pivot": "random"}, {"sigma": 1.5}, {"sigma_mode": "mean_distance"}, {"value_scale": "mean"},
+    {"value_scale": "log_bias"}, {"merge": False}, {"recent_fraction": 0.05, "topk_fraction": 0.0},
+    {"group_reduce": "max"},
+]  # fmt: skip
+EVICTING = [{}, {"start_tokens": 0}, {"recent_share": 0.1}, {"group_reduce": "max"}, {"merge": False}]
+KEEPING = [
+    {}, {"threshold": 0.5}, {"threshold": -1.0}, {"threshold": 1.0}, {"merge_keys": False}, {"group_reduce": "max"},
+    {"distance_weight": 3.0, "observation_tokens": 5}, {"start_tokens": 0, "recent_share": 0.2},
+]  # fmt: skip
+VOTING = [
+    {}, {"pooling": "avg", "kernel_tokens": 5}, {"kernel_tokens": 1}, {"group_reduce": "max"},
+    {"group_reduce": "first", "pooling": "avg"}, {"observation_tokens": 1},
+]  # fmt: skip
+BASES = [
+    SnapKV(observation_tokens=12), SnapKV(observation_tokens=5, pooling="avg"), PyramidKV(), Knorm(),
+    Knorm(recent_tokens=6), ExpectedAttention(future_tokens=20),
+]  # fmt: skip
+SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
+POLICIES = [
+    *(H2O(budget=0.35, recent_share=0.4, group_reduce=reduce, normalise_by_count=by_count)
+      for reduce in ("mean", "max", "first") for by_count in (False, True)),
+    H2O(budget=0.35), CaM(budget=0.35), CaM(budget=0.35, start_share=0.1),
+    *(StreamingLLM(budget=0.35, start_tokens=start) for start in (0, 4, 9)),
+    *(TOVA(budget=0.35, keep_newest=keep) for keep in (False, True)),
+    *(SnapKV(budget=0.5, **{"observation_tokens": 16, **options}) for options in VOTING),
+    PyramidKV(budget=0.4), Knorm(budget=0.4), Knorm(budget=0.4, recent_tokens=7),
+    *(ExpectedAttention(budget=0.4, **{"future_tokens": 20, **options}) for options in EXPECTED),
+    *(AdaKV(budget=0.4, base=base, floor_share=share) for base in BASES for share in (0.0, 0.2, 1.0)),
+    *(KVMerger(budget=0.5, **options) for options in MERGING),
+    *(KVMerger(budget=0.35, budget_mode="threshold", threshold=0.8, **options) for options in MERGING),
+    KVMergerBias(budget=0.35),
+    *(KVMergerPlus(budget=0.4, refit=refit, **SHORT) for refit in ("both", "values", "none")),
+    *(D2O(budget=0.6, **options) for options in EVICTING),
+    *(WeightedKV(budget=budget, **options) for options in EVICTING for budget in (0.15, 0.5)),
+    *(KeepKV(budget=0.4, **options) for options in KEEPING),
+]  # fmt: skip
+LAYERS = [(4, 4, 61, False), (4, 4, 61, True), (6, 2, 97, False), (6, 2, 97, True), (3, 1, 41, True)]
+
+
+def named(policy) -> str:
+    return f"{policy.name} {policy.budget} {' '.join(f'{name}={value}' for name, value in policy.options().items())}"
+
+
+def test_every_method_has_a_twin():
+    assert set(TWINS) == {policy.name for policy in POLICIES} == load_policies().keys() - {"full"}
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=named)
+@pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens", "correlated"), LAYERS)
+def test_a_method_is_its_twin(n_query_heads, n_kv_heads, n_tokens, correlated, policy):
+    layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=11, correlated=correlated)
+    layer.keys *= torch.linspace(0.5, 2.0, n_kv_heads).reshape(-1, 1, 1)  # heads of different norm
+    layer.extras["queries"] += 1.5  # a mean, so that the rotation of the mean matters
+    layer.extras["rotary_frequencies"] = layer.extras["rotary_frequencies"][: 8 if n_kv_heads == 4 else 6]
+    m = policy.layer_budgets(n_tokens, layer.n_layers)[layer.layer_index]
+    expected = assert_as_twin(policy, layer, m)
+    slots = sum(len(positions) for positions, *_ in expected)
+    if policy.exact_budget:
+        assert slots == n_kv_heads * m
+    elif correlated:
+        assert slots < 0.9 * n_kv_heads * m  # something merged
+    if isinstance(policy, KVMerger | EvictAndMerge) and policy.merge and correlated:
+        change = relative_rms(
+            torch.cat([values for _, _, values, _ in expected]),
+            torch.cat([layer.values[h, positions] for h, (positions, *_) in enumerate(expected)]),
+        )
+        assert change == 0.0 if getattr(policy, "threshold", 0.0) == 1.0 else change > 0.01
+    if isinstance(policy, AdaKV) and policy.floor_share == 1.0:
+        alone = policy.base.compress(layer, m).positions.tolist()
+        assert [positions for positions, *_ in expected] == alone
+
+
+TEXT = " ".join(
+    f"On day {day} the harbour master wrote down {day * 37 % 101} ships, a {wind} wind and nothing else of note."
+    for day, wind in enumerate(["north", "warm", "steady", "cold", "western", "rising"] * 3)
+)
+REAL = [
+    H2O(budget=0.35), CaM(budget=0.35), SnapKV(budget=0.35), Knorm(budget=0.35), TOVA(budget=0.35),
+    ExpectedAttention(budget=0.35, future_tokens=16), D2O(budget=0.4), WeightedKV(budget=0.35), KeepKV(budget=0.35),
+    KVMerger(budget=0.5), KVMerger(budget=0.35), KVMergerBias(budget=0.35), KVMerger(budget=0.35, linkage="anchor"),
+    KVMerger(budget=0.35, scope="layer", sigma_mode="mean_distance"), KVMerger(budget=0.5, budget_mode="threshold"),
+    KVMerger(budget=0.5, budget_mode="threshold", linkage="anchor"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def layers(smollm2) -> dict[int, LayerStates]:
+    input_ids = smollm2.tokenizer(TEXT, return_tensors="pt").input_ids[:, :201]  # odd length
+    states: list[LayerStates] = []
+    observer = Observer(
+        needs=frozenset({"column_sums", "window_attention", "queries", "rotary_frequencies"}), window_tokens=32,
+        n_layers=30, n_query_heads=9, seed=1, on_layer=states.append, kernels="torch", config=smollm2.model.config,
+    )  # fmt: skip
+    with torch.no_grad(), attention_implementation(smollm2.model):
+        smollm2.model(input_ids=input_ids, use_cache=False, logits_to_keep=1, attention_context=observer)
+    assert len(states) == 30
+    return {index: states[index] for index in (1, 8, 20)}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("index", [1, 8, 20])
+@pytest.mark.parametrize("policy", REAL, ids=named)
+def test_a_method_is_its_twin_on_real_keys(layers, index, policy):
+    layer = layers[index]
+    if index < getattr(policy, "whole_first_layers", 0):
+        policy = dataclasses.replace(policy, whole_first_layers=0)
+    assert_as_twin(policy, layer, policy.layer_budgets(layer.n_tokens, layer.n_layers)[index])
+
+
+@pytest.mark.model
+def test_the_keys_are_as_similar_as_reported(layers):
+    cosines = torch.cat([cosines_at(unit_keys(states.keys), 1, False).flatten() for states in layers.values()])
+    assert 0.7 < float(cosines.mean()) < 0.95

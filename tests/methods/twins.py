@@ -1,0 +1,159 @@
+"""What the loop twins of `kvbench.reference` say `compress` should give, by the method's name, and how to compare."""
+
+import torch
+from policy_inputs import relative_rms
+
+from kvbench.methods.base import reduce_groups
+from kvbench.methods.expected_attention import ExpectedAttention
+from kvbench.reference.expected_attention import reference_scores
+from kvbench.reference.kvmerger import reference_kvmerger
+from kvbench.reference.kvmerger_plus import reference_positions, reference_refit
+from kvbench.reference.merged import keep_and_evict, reference_d2o, reference_keepkv, reference_weightedkv
+from kvbench.reference.scored import keep_best, reference_adakv, reference_knorm, reference_snapkv
+from kvbench.reference.stepped import ReferenceCaM, ReferenceH2O, ReferenceStreamingLLM, ReferenceTOVA
+
+Head = tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]  # positions, keys, values, bias
+
+
+def chosen(layer, positions) -> list[Head]:
+    return [(kept, layer.keys[h, kept], layer.values[h, kept], None) for h, kept in enumerate(positions)]
+
+
+def grouped_sums(policy, layer):
+    return reduce_groups(layer.column_sums, layer.n_kv_heads, policy.group_reduce)
+
+
+def stepped_twin(policy, layer, m):
+    states = (layer.keys, layer.values)
+    if policy.name == "h2o":
+        options = (policy.recent_share, policy.normalise_by_count, policy.group_reduce)
+        return ReferenceH2O(*states, layer.column_sums, m, *options)
+    if policy.name == "cam":
+        return ReferenceCaM(*states, layer.column_sums, m, policy.start_share, policy.merge_tokens, policy.merge)
+    if policy.name == "tova":
+        return ReferenceTOVA(*states, layer.window_attention[:, -1], m, policy.keep_newest)
+    return ReferenceStreamingLLM(*states, m, policy.start_tokens)
+
+
+def stepped(policy, layer, m) -> list[Head]:
+    keys, values, positions = stepped_twin(policy, layer, m).stacked()
+    positions = torch.as_tensor(positions).expand(layer.n_kv_heads, -1).tolist()
+    return [(kept, keys[h], values[h], None) for h, kept in enumerate(positions)]
+
+
+def snapkv(policy, layer, m) -> list[Head]:
+    options = (policy.observation_tokens, policy.kernel_tokens, policy.pooling, policy.group_reduce)
+    return chosen(layer, reference_snapkv(layer.window_attention, layer.n_kv_heads, m, *options))
+
+
+def knorm(policy, layer, m) -> list[Head]:
+    return chosen(layer, reference_knorm(layer.keys, m, policy.recent_tokens))
+
+
+def expected_scores(policy, layer) -> list[list[float]]:
+    extras = layer.extras
+    scores = reference_scores(
+        extras["queries"], layer.keys, layer.values, extras["rotary_frequencies"], float(extras["scaling"]),
+        n_future=policy.future_tokens, n_sink=policy.start_tokens, use_covariance=policy.use_covariance,
+        use_vnorm=policy.use_value_norm, epsilon=policy.epsilon,
+    )  # fmt: skip
+    assert relative_rms(policy.scores(layer)[:, policy.start_tokens :], scores) < 1e-5
+    return [[0.0] * policy.start_tokens + head for head in scores.tolist()]
+
+
+def expected_attention(policy, layer, m) -> list[Head]:
+    return chosen(layer, keep_best(expected_scores(policy, layer), layer.n_tokens, m, policy.start_tokens, 0))
+
+
+def adakv(policy, layer, m) -> list[Head]:
+    base = policy.base
+    scores = expected_scores(base, layer) if isinstance(base, ExpectedAttention) else base.scores(layer).tolist()
+    return chosen(layer, reference_adakv(scores, m, base.first_tokens, base.last_tokens, policy.floor_share))
+
+
+def kvmerger(policy, layer, m) -> list[Head]:
+    a, n_slots = grouped_sums(policy, layer), m if policy.exact_budget else None
+    pivot_scores = {"attention": a, "last": torch.zeros_like(a), "random": policy.pivot_scores(a, layer)}[policy.pivot]
+    heads = reference_kvmerger(
+        layer.keys, layer.values, a, *policy.protected_counts(layer.n_tokens, n_slots), n_slots=n_slots,
+        epsilon=policy.threshold, linkage=policy.linkage, scope=policy.scope, pivot_scores=pivot_scores,
+        sigma=policy.sigma if policy.sigma_mode == "fixed" else None, value_scale=policy.value_scale,
+        merge=policy.merge,
+    )  # fmt: skip
+    expected: list[Head] = []
+    for slots in heads:
+        sizes = torch.tensor([len(slot.S) for slot in slots]).float()
+        bias = sizes.log() if policy.value_scale == "log_bias" and policy.merge else None
+        keys, values = (torch.stack([getattr(slot, name) for slot in slots]) for name in ("key", "value"))
+        expected.append(([slot.p for slot in slots], keys, values, bias))
+    return expected
+
+
+def plus_positions(policy, layer, m) -> list[list[int]]:
+    return reference_positions(
+        layer.column_sums, layer.window_attention, layer.n_kv_heads, m, recent=policy.split(m)[0],
+        question_share=policy.question_share, question_queries=policy.question_queries, kernel=policy.kernel_tokens,
+        text_queries=policy.text_queries,
+    )  # fmt: skip
+
+
+def kvmerger_plus(policy, layer, m) -> list[Head]:
+    positions, biased = plus_positions(policy, layer, m), policy.refit == "both"
+    if policy.refit == "none":
+        return chosen(layer, positions)
+    arguments = (layer.window_attention, layer.values, positions, policy.refit_queries, policy.ridge, biased)
+    values, bias = reference_refit(*arguments)
+    kept = enumerate(chosen(layer, positions))
+    return [(head, keys, values[h], bias[h] if biased else None) for h, (head, keys, _, _) in kept]
+
+
+def evicted_and_merged(policy, layer, m) -> list[Head]:
+    protected, bias = (policy.start_tokens, policy.recent_share), None
+    if not policy.merge:
+        return chosen(layer, [keep_and_evict(head, m, *protected)[0] for head in policy.scores(layer).tolist()])
+    if policy.name == "d2o":
+        positions, keys, values = reference_d2o(layer.keys, layer.values, grouped_sums(policy, layer), m, *protected)
+    elif policy.name == "weightedkv":
+        positions, values = reference_weightedkv(layer.values, grouped_sums(policy, layer), m, *protected)
+        keys = [layer.keys[h, kept] for h, kept in enumerate(positions)]  # keys are never mixed
+    else:
+        keys, values, positions, bias = reference_keepkv(
+            layer.keys, layer.values, policy.window(layer), m, n_start=protected[0], recent_share=protected[1],
+            T_sim=policy.threshold, distance_weight=policy.distance_weight, merge_keys=policy.merge_keys,
+        )  # fmt: skip
+        positions = positions.tolist()
+    return [(kept, keys[h], values[h], bias[h] if bias is not None else None) for h, kept in enumerate(positions)]
+
+
+TWINS = {  # with the relative RMS within which keys, values and biases have to agree
+    "h2o": (stepped, 0.0, 0.0, 0.0),
+    "cam": (stepped, 0.0, 0.0, 0.0),
+    "streaming_llm": (stepped, 0.0, 0.0, 0.0),
+    "tova": (stepped, 0.0, 0.0, 0.0),
+    "snapkv": (snapkv, 0.0, 0.0, 0.0),
+    "pyramidkv": (snapkv, 0.0, 0.0, 0.0),
+    "knorm": (knorm, 0.0, 0.0, 0.0),
+    "expected_attention": (expected_attention, 0.0, 0.0, 0.0),
+    "adakv": (adakv, 0.0, 0.0, 0.0),
+    "kvmerger": (kvmerger, 1e-5, 1e-5, 1e-6),
+    "kvmerger_bias": (kvmerger, 1e-5, 1e-5, 1e-6),
+    "kvmerger_plus": (kvmerger_plus, 0.0, 1e-4, 1e-4),
+    "d2o": (evicted_and_merged, 1e-6, 1e-6, 0.0),
+    "weightedkv": (evicted_and_merged, 0.0, 1e-6, 0.0),
+    "keepkv": (evicted_and_merged, 1e-6, 1e-6, 1e-6),
+}
+
+
+def assert_as_twin(policy, layer, m) -> list[Head]:
+    """Same slots in every head, in order; keys, values and biases within the limits of `TWINS`."""
+    twin, *limits = TWINS[policy.name]
+    expected, got = twin(policy, layer, m), policy.compress(layer, m)
+    lengths = [got.keys.shape[1]] * layer.n_kv_heads if got.lengths is None else got.lengths.tolist()
+    assert lengths == [len(positions) for positions, *_ in expected]
+    assert got.n_slots == sum(lengths)
+    for h, (positions, *tensors) in enumerate(expected):
+        assert got.positions[h, : lengths[h]].tolist() == positions
+        for ours, theirs, limit in zip((got.keys, got.values, got.bias), tensors, limits, strict=True):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or relative_rms(ours[h, : lengths[h]], theirs) <= limit
+    return expected
