@@ -21,18 +21,9 @@ def causal_attention(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def make_layer(
-    n_query_heads: int,
-    n_kv_heads: int,
-    n_tokens: int,
-    *,
-    head_dim: int = 16,
-    seed: int = 0,
-    correlated: bool = False,
-    layer_index: int = 3,
-    n_layers: int = 8,
-    window_tokens: int = 40,
-    dtype: torch.dtype = torch.float32,
-) -> LayerStates:
+    n_query_heads: int, n_kv_heads: int, n_tokens: int, *, head_dim: int = 16, seed: int = 0, correlated: bool = False,
+    layer_index: int = 3, n_layers: int = 8, window_tokens: int = 40, dtype: torch.dtype = torch.float32,
+) -> LayerStates:  # fmt: skip
     """Independent Gaussian keys, or keys like a model's: a shared mean plus a slow walk (adjacent cosine ~0.85).
 
     The window has more rows than most methods ask for, as when another arm of the prefill asks for more.
@@ -50,21 +41,12 @@ def make_layer(
     values = normal(n_kv_heads, n_tokens, head_dim)
     queries = normal(n_query_heads, n_tokens, head_dim)
     attention = causal_attention(queries, keys)
+    extras = {"queries": queries.to(dtype), "scaling": torch.tensor(head_dim**-0.5)}
+    extras["rotary_frequencies"] = 100.0 ** -torch.linspace(0, 1, head_dim // 2)
     return LayerStates(
-        keys.to(dtype),
-        values.to(dtype),
-        layer_index,
-        n_layers,
-        n_query_heads,
-        seed=seed,
-        column_sums=attention.sum(1),
-        window_attention=attention[:, -window_tokens:],
-        extras={
-            "queries": queries.to(dtype),
-            "scaling": torch.tensor(head_dim**-0.5),
-            "rotary_frequencies": 100.0 ** -torch.linspace(0, 1, head_dim // 2),
-        },
-    )
+        keys.to(dtype), values.to(dtype), layer_index, n_layers, n_query_heads, seed=seed,
+        column_sums=attention.sum(1), window_attention=attention[:, -window_tokens:], extras=extras,
+    )  # fmt: skip
 
 
 def new_tokens(
@@ -72,11 +54,9 @@ def new_tokens(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Keys, values and peaked attention rows over slots + 1 for `n_steps` new tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(n_kv_heads, head_dim, generator=generator),
-            torch.randn(n_kv_heads, head_dim, generator=generator),
-            (4.0 * torch.randn(n_query_heads, n_slots + 1, generator=generator)).softmax(-1),
-        )
-        for _ in range(n_steps)
-    ]
+    tokens = []
+    for _ in range(n_steps):
+        key, value = (torch.randn(n_kv_heads, head_dim, generator=generator) for _ in range(2))
+        attention = (4.0 * torch.randn(n_query_heads, n_slots + 1, generator=generator)).softmax(-1)
+        tokens.append((key, value, attention))
+    return tokens

@@ -24,20 +24,25 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
     "expected_attention": {"future_tokens": 16},
 }
 COMPRESSED = [name for name in load_policies() if name != "full"]
+WITH_OPTIONS = [
+    *((name, SHORT_PROMPTS.get(name, {})) for name in COMPRESSED),
+    ("kvmerger", {**SHORT_PROMPTS["kvmerger"], "linkage": "anchor"}),
+]
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
+@pytest.mark.parametrize(("name", "options"), WITH_OPTIONS, ids=str)
 @settings(max_examples=8, deadline=None)
 @given(
     n_tokens=st.integers(41, 75), budget=st.floats(0.35, 1.0), heads=st.sampled_from([(2, 2), (4, 2), (3, 1), (6, 3)])
 )
-def test_the_slots_kept_are_the_budget_to_the_last_one(name, n_tokens, budget, heads):
-    policy = build_policy(name, {"budget": budget, **SHORT_PROMPTS.get(name, {})})
+def test_the_slots_kept_are_the_budget_to_the_last_one(name, options, n_tokens, budget, heads):
+    policy = build_policy(name, {"budget": budget, **options})
     total = 0
     for index, slots in enumerate(policy.layer_budgets(n_tokens, N_LAYERS)):
         shape = {"layer_index": index, "n_layers": N_LAYERS, "head_dim": 8}
         layer = policy.compress(make_layer(*heads, n_tokens, seed=index, correlated=True, **shape), slots)
         total += layer.n_slots
+        assert layer.keys.isfinite().all()
         lengths = [layer.keys.shape[1]] * heads[1] if layer.lengths is None else layer.lengths.tolist()
         assert max(lengths) == layer.keys.shape[1]
         for head, length in enumerate(lengths):
@@ -58,6 +63,7 @@ def test_what_a_refused_budget_is_told_helps(name):
         except BudgetError as error:
             message = str(error)
             if larger := re.search(r"raise the budget to (0\.\d+)", message):
+                assert float(larger[1]) > budget
                 dataclasses.replace(policy, budget=float(larger[1])).layer_budgets(n_tokens, n_layers)
             else:
                 assert "set budget=1, which keeps everything" in message

@@ -71,35 +71,6 @@ def test_exact_ties_go_to_the_later_pair():
     assert compressed.positions[0].tolist() == [0, 1, 3]
 
 
-@pytest.mark.parametrize("linkage", ["chain", "anchor"])
-def test_exact_budget_on_200_random_shapes(linkage):
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (), generator=generator))
-
-    for case in range(200):
-        n_kv_heads, group, n_tokens, n_layers = draw(1, 4), draw(1, 4), draw(8, 60), draw(4, 12)
-        policy = KVMerger(
-            budget=draw(8, 101) / 100, whole_first_layers=draw(0, 2), whole_last_layers=draw(0, 2), linkage=linkage
-        )
-        try:
-            budgets = policy.layer_budgets(n_tokens, n_layers)
-        except BudgetError:
-            n_whole = policy.whole_first_layers + policy.whole_last_layers
-            assert n_layers * policy.budget_tokens(n_tokens) < n_whole * n_tokens + n_layers - n_whole
-            continue
-        assert sum(budgets) == n_layers * policy.budget_tokens(n_tokens)
-        index = min(range(n_layers), key=budgets.__getitem__)  # the tightest layer
-        shape = {"head_dim": 4, "layer_index": index, "n_layers": n_layers}
-        layer = make_layer(n_kv_heads * group, n_kv_heads, n_tokens, seed=case, correlated=case % 2 == 0, **shape)
-        compressed = policy.compress(layer, budgets[index])
-        assert compressed.lengths is None
-        assert compressed.keys.shape == (n_kv_heads, budgets[index], 4)
-        assert compressed.keys.isfinite().all()
-        assert (compressed.positions.diff(dim=1) > 0).all()
-
-
 def test_protected_tokens_survive_unmerged():
     layer = make_layer(2, 2, 100, correlated=True)
     compressed = KVMerger(budget=0.5, whole_first_layers=0, whole_last_layers=0).compress(layer, 50)

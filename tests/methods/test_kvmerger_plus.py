@@ -10,7 +10,6 @@ from twins import plus_positions
 from kvbench.methods.kvmerger_plus import KVMergerPlus
 
 SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
-EVEN = {**SHORT, "question_share": 0.5}
 
 
 @settings(max_examples=20, deadline=None)
@@ -25,13 +24,17 @@ def test_chooses_as_the_reference_for_any_length_share_and_kernel(n_tokens, budg
     assert policy.positions(layer, n_slots).tolist() == plus_positions(policy, layer, n_slots)
 
 
-def output_error(layer, compressed, n_queries: int) -> float:
-    rows = layer.window_attention[:, -n_queries:].unflatten(0, (layer.n_kv_heads, -1)).flatten(1, 2)
-    wanted = rows @ layer.values
-    mass = rows.gather(2, compressed.positions.unsqueeze(1).expand(-1, rows.shape[1], -1))
+def rows_and_mass(layer, compressed):
+    """Attention of the last 8 queries, and what of it the kept slots get without their bias."""
+    rows = layer.window_attention[:, -8:].unflatten(0, (layer.n_kv_heads, -1)).flatten(1, 2)
+    return rows, rows.gather(2, compressed.positions.unsqueeze(1).expand(-1, rows.shape[1], -1))
+
+
+def output_error(layer, compressed) -> float:
+    rows, mass = rows_and_mass(layer, compressed)
     if compressed.bias is not None:
         mass = mass * compressed.bias.exp().unsqueeze(1)
-    return relative_rms(mass / mass.sum(-1, keepdim=True) @ compressed.values, wanted)
+    return relative_rms(mass / mass.sum(-1, keepdim=True) @ compressed.values, rows @ layer.values)
 
 
 @pytest.mark.parametrize(("n_query_heads", "n_kv_heads", "n_tokens"), [(4, 4, 61), (6, 2, 97), (4, 1, 130)])
@@ -40,7 +43,7 @@ def test_refit_brings_the_last_queries_closer_to_their_output(n_query_heads, n_k
     errors = {}
     for refit, ridge in [("none", 0.1), ("values", 0.1), ("both", 0.1), ("values", 1e-3), ("values", 1e4)]:
         policy = KVMergerPlus(budget=0.4, **SHORT, refit=refit, ridge=ridge)
-        errors[refit, ridge] = output_error(layer, policy.compress(layer, int(0.4 * n_tokens)), 8)
+        errors[refit, ridge] = output_error(layer, policy.compress(layer, int(0.4 * n_tokens)))
     assert errors["values", 1e-3] < errors["values", 0.1] < errors["none", 0.1]
     assert errors["both", 0.1] < errors["none", 0.1]
     assert errors["values", 1e4] == pytest.approx(errors["none", 0.1], rel=1e-2)
@@ -50,8 +53,7 @@ def test_bias_gives_back_the_mass_that_was_dropped():
     layer = make_layer(4, 2, 80, seed=2)
     policy = KVMergerPlus(budget=0.4, **SHORT, refit="both", ridge=1e-4)
     compressed = policy.compress(layer, 32)
-    rows = layer.window_attention[:, -8:].unflatten(0, (2, -1)).flatten(1, 2)
-    mass = rows.gather(2, compressed.positions.unsqueeze(1).expand(-1, 16, -1))
+    _, mass = rows_and_mass(layer, compressed)
     before = (1.0 - mass.sum(-1)).abs().mean()
     after = (1.0 - (mass * compressed.bias.exp().unsqueeze(1)).sum(-1)).abs().mean()
     assert before > 0.3
@@ -64,6 +66,6 @@ def test_half_of_the_slots_follow_the_question_and_half_the_text():
     layer.window_attention[:, -4:, 25] = 1.0  # the question's queries look here
     layer.window_attention[:, :-4, 40:45] = 1.0  # those before it there
     layer.column_sums = torch.zeros(2, 60)
-    options = {**EVEN, "recent_share": 0.23, "kernel_tokens": 7}
+    options = {**SHORT, "question_share": 0.5, "recent_share": 0.23, "kernel_tokens": 7}
     compressed = KVMergerPlus(budget=0.3, **options, refit="none").compress(layer, 18)
     assert compressed.positions[0].tolist() == [22, 23, 24, 25, 26, 27, 28, *range(40, 45), *range(54, 60)]

@@ -5,7 +5,6 @@ import torch
 from policy_inputs import causal_attention, make_layer, relative_rms
 from twins import assert_as_twin
 
-from kvbench.errors import BudgetError
 from kvbench.methods.d2o import D2O
 from kvbench.methods.keepkv import KeepKV
 from kvbench.methods.weightedkv import WeightedKV
@@ -58,13 +57,6 @@ def test_a_token_below_the_mean_cosine_is_dropped_and_one_above_is_averaged_by_i
     # nearest cosines: token 2 0.8 (to 1), token 3 0.8 (to 0), token 4 0.6 (to 1); their mean is 0.733
     torch.testing.assert_close(compressed.values[0, :, 0], torch.tensor([(0 + 0.8 * 3) / 2, (1 + 0.8 * 2) / 2, 5.0]))
     torch.testing.assert_close(compressed.keys[0], torch.tensor([[0.82, 0.24], [0.24, 0.82], [0.0, -1.0]]))
-
-
-def test_d2o_whole_layers_are_paid_for_by_the_others():
-    budgets = D2O(budget=0.5).layer_budgets(100, 8)
-    assert budgets == [100, 100, 20, 20, 20, 20, 20, 100]
-    with pytest.raises(BudgetError, match=r"140 slots per KV head; d2o needs 300 for 3 whole layers"):
-        D2O(budget=0.35).layer_budgets(100, 4)
 
 
 def test_values_go_forwards_by_their_weight():

@@ -13,7 +13,7 @@ from kvbench.methods.tova import TOVA
 from kvbench.ops.counter_rng import counter_hash, counter_uniform
 from kvbench.testing import decode_slots
 
-H2O_OPTIONS = [{}, {"normalise_by_count": True}, {"group_reduce": "max"}, {"recent_share": 0.2}]
+H2O_OPTIONS = [{}, {"normalise_by_count": True}, {"group_reduce": "max"}, {"recent_share": 0.2}, {"recent_share": 1.0}]
 CAM_OPTIONS = [{}, {"merge_tokens": 3}, {"merge": False}, {"start_share": 0.1}]
 STEPPING = [
     *(H2O(budget=budget, **options) for options in H2O_OPTIONS for budget in (0.35, 1.0)),
@@ -78,31 +78,11 @@ def test_fifty_steps_match_the_twin(n_query_heads, n_kv_heads, n_tokens, policy)
         if slots.state is not None:
             assert relative_rms(slots.state.scores.gather(1, order), twin.scores()) < 1e-5
     if policy.name == "h2o":
-        assert moved  # some leaving token became a heavy hitter, so the test saw both branches
+        assert moved == (policy.recent_share < 1)  # some leaving token became a heavy hitter; at 1 it is a ring
     if policy.name == "cam":
         assert any(merges) == policy.merge
         assert not all(merges)  # the gate closed at least once
     assert survived == 50 if policy != TOVA(budget=policy.budget) else 0 < survived <= 50
-
-
-def test_h2o_with_a_recent_share_of_one_is_a_sliding_window():
-    layer = make_layer(2, 2, 40)
-    policy = H2O(budget=0.25, recent_share=1.0)
-    compressed = policy.compress(layer, 10)
-    assert torch.equal(compressed.positions, torch.arange(30, 40).expand(2, -1))
-    slots = decode_slots(compressed)
-    ((key, value, attention),) = new_tokens(1, 2, 2, 10)
-    slots.keys[:, 10], slots.values[:, 10] = key, value
-    policy.step(slots, attention)
-    assert torch.equal(slots.keys[:, 0], key)
-    assert torch.equal(slots.keys[:, 1:10], layer.keys[:, 31:])
-
-
-def test_cam_keeps_start_and_recent_of_the_prompt_without_merging():
-    layer = make_layer(4, 2, 41)
-    compressed = CaM(budget=0.25).compress(layer, 11)
-    assert compressed.positions[0].tolist() == [0, 1, 2, 3, 4, 35, 36, 37, 38, 39, 40]
-    assert torch.equal(compressed.values, layer.values[:, compressed.positions[0]])
 
 
 def test_cam_s_gate_depends_on_seed_layer_head_and_step_only():
@@ -145,10 +125,3 @@ def test_tova_may_drop_the_newest_token_unless_it_is_kept():
         policy.step(slots, torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).expand(2, 5))
         changed = [s for s in range(4) if not torch.equal(slots.keys[:, s], before[:, s])]
         assert changed == ([] if place is None else [place])
-
-
-def test_all_query_heads_vote_for_one_set_in_tova():
-    layer = make_layer(4, 2, 30, seed=1)
-    positions = TOVA(budget=0.5).compress(layer, 15).positions
-    mean = layer.window_attention[:, -1].mean(0)
-    assert positions[0].tolist() == positions[1].tolist() == sorted(mean.topk(15).indices.tolist())

@@ -125,18 +125,14 @@ def evicted_and_merged(policy, layer, m) -> list[Head]:
     return [(kept, keys[h], values[h], bias[h] if bias is not None else None) for h, kept in enumerate(positions)]
 
 
+EXACT = (0.0, 0.0, 0.0)
 TWINS = {  # with the relative RMS within which keys, values and biases have to agree
-    "h2o": (stepped, 0.0, 0.0, 0.0),
-    "cam": (stepped, 0.0, 0.0, 0.0),
-    "streaming_llm": (stepped, 0.0, 0.0, 0.0),
-    "tova": (stepped, 0.0, 0.0, 0.0),
-    "snapkv": (snapkv, 0.0, 0.0, 0.0),
-    "pyramidkv": (snapkv, 0.0, 0.0, 0.0),
-    "knorm": (knorm, 0.0, 0.0, 0.0),
-    "expected_attention": (expected_attention, 0.0, 0.0, 0.0),
-    "adakv": (adakv, 0.0, 0.0, 0.0),
-    "kvmerger": (kvmerger, 1e-5, 1e-5, 1e-6),
-    "kvmerger_bias": (kvmerger, 1e-5, 1e-5, 1e-6),
+    **dict.fromkeys(("h2o", "cam", "streaming_llm", "tova"), (stepped, *EXACT)),
+    **dict.fromkeys(("snapkv", "pyramidkv"), (snapkv, *EXACT)),
+    "knorm": (knorm, *EXACT),
+    "expected_attention": (expected_attention, *EXACT),
+    "adakv": (adakv, *EXACT),
+    **dict.fromkeys(("kvmerger", "kvmerger_bias"), (kvmerger, 1e-5, 1e-5, 1e-6)),
     "kvmerger_plus": (kvmerger_plus, 0.0, 1e-4, 1e-4),
     "d2o": (evicted_and_merged, 1e-6, 1e-6, 0.0),
     "weightedkv": (evicted_and_merged, 0.0, 1e-6, 0.0),
