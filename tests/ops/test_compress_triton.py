@@ -28,16 +28,12 @@ def on(layer: LayerStates, device: torch.device) -> LayerStates:
 @pytest.mark.parametrize(
     ("n_tokens", "n_recent", "n_top", "n_slots", "share_heads", "dtype"),
     [
-        (45, 7, 5, 20, False, torch.float32),
-        (33, 0, 0, 1, False, torch.float32),
-        (17, 17, 0, 17, False, torch.float32),
-        (40, 1, 9, 23, True, torch.float32),
+        (45, 7, 5, 20, False, torch.float32), (33, 0, 0, 1, False, torch.float32),
+        (17, 17, 0, 17, False, torch.float32), (40, 1, 9, 23, True, torch.float32),
         (40, 1, 9, 23, False, torch.bfloat16),
     ],
-)
-def test_exact_chain_starts(
-    kernels, triton_device, monkeypatch, n_tokens, n_recent, n_top, n_slots, share_heads, dtype
-):
+)  # fmt: skip
+def test_chain_starts(kernels, triton_device, monkeypatch, n_tokens, n_recent, n_top, n_slots, share_heads, dtype):
     monkeypatch.setattr(kernels, "MAX_ROW_BLOCK", 32)  # several blocks a row
     layer = on(make_layer(2, 2, n_tokens, head_dim=12, seed=2, correlated=True, dtype=dtype), triton_device)
     scores = layer.column_sums.mean(0, keepdim=True) if share_heads else layer.column_sums
@@ -59,14 +55,11 @@ def test_ties_in_scores_and_cosines_go_to_the_later(kernels, triton_device):
 @pytest.mark.parametrize(
     ("options", "half"),
     [
-        ({}, False),
-        ({}, True),
-        ({"mean_distance": True}, False),
-        ({"scale_values": False, "sigma": 0.8}, False),
+        ({}, False), ({}, True), ({"mean_distance": True}, False), ({"scale_values": False, "sigma": 0.8}, False),
         ({"merge": False}, False),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_merge_segments(kernels, triton_device, options, half):
     # On the CPU float16: Triton's interpreter (3.7.1) truncates to bfloat16 where the GPU rounds.
     half_dtype = torch.bfloat16 if triton_device.type == "cuda" else torch.float16
@@ -105,13 +98,11 @@ def test_strided_inputs(kernels, triton_device):
 @pytest.mark.parametrize(
     "policy",
     [
-        KVMerger(),
-        KVMerger(budget=0.6, scope="layer"),
+        KVMerger(), KVMerger(budget=0.6, scope="layer"), KVMergerBias(budget=0.35),
         KVMerger(budget_mode="threshold", threshold=0.8, pivot="random"),
-        KVMergerBias(budget=0.35),
     ],
     ids=lambda policy: f"{policy.name} {policy.options()}",
-)
+)  # fmt: skip
 def test_policy_with_kernels_equals_policy_without(triton_device, policy):
     layer = on(make_layer(4, 2, 50, seed=1, correlated=True), triton_device)
     slots = policy.layer_budgets(50, 8)[3]
