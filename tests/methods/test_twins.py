@@ -100,7 +100,7 @@ def test_a_method_is_its_twin(n_query_heads, n_kv_heads, n_tokens, correlated, p
             torch.cat([values for _, _, values, _ in expected]),
             torch.cat([layer.values[h, positions] for h, (positions, *_) in enumerate(expected)]),
         )
-        assert change == 0.0 if getattr(policy, "threshold", 0.0) == 1.0 else change > 0.01
+        assert change == 0.0 if getattr(policy, "threshold", 0.0) == 1.0 else change > 0.1
     if isinstance(policy, AdaKV) and policy.floor_share == 1.0:
         alone = policy.base.compress(layer, m).positions.tolist()
         assert [positions for positions, *_ in expected] == alone
