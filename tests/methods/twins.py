@@ -1,5 +1,7 @@
 """What the loop twins of `kvbench.reference` say `compress` should give, by the method's name, and how to compare."""
 
+import importlib
+
 import torch
 from policy_inputs import relative_rms
 
@@ -126,7 +128,7 @@ def evicted_and_merged(policy, layer, m) -> list[Head]:
 
 
 EXACT = (0.0, 0.0, 0.0)
-TWINS = {  # with the relative RMS within which keys, values and biases have to agree
+SHARED = {  # twins that need their arguments spelled out; limits of the relative RMS of keys, values, biases
     **dict.fromkeys(("h2o", "cam", "streaming_llm", "tova"), (stepped, *EXACT)),
     **dict.fromkeys(("snapkv", "pyramidkv"), (snapkv, *EXACT)),
     "knorm": (knorm, *EXACT),
@@ -140,15 +142,24 @@ TWINS = {  # with the relative RMS within which keys, values and biases have to 
 }
 
 
+def twin_of(name):
+    """A method's twin and the limits: from the table, else `twin` and `LIMITS` of `kvbench.reference.NAME`."""
+    if name in SHARED:
+        return SHARED[name]
+    module = importlib.import_module(f"kvbench.reference.{name}")
+    return module.twin, *getattr(module, "LIMITS", EXACT)
+
+
 def assert_as_twin(policy, layer, m) -> list[Head]:
-    """Same slots in every head, in order; keys, values and biases within the limits of `TWINS`."""
-    twin, *limits = TWINS[policy.name]
+    """Same slots in every head, in order; keys, values and biases within the twin's limits."""
+    twin, *limits = twin_of(policy.name)
     expected, got = twin(policy, layer, m), policy.compress(layer, m)
     lengths = [got.keys.shape[1]] * layer.n_kv_heads if got.lengths is None else got.lengths.tolist()
     assert lengths == [len(positions) for positions, *_ in expected]
     assert got.n_slots == sum(lengths)
     for h, (positions, *tensors) in enumerate(expected):
-        assert got.positions[h, : lengths[h]].tolist() == positions
+        if got.positions is not None:
+            assert got.positions[h, : lengths[h]].tolist() == positions
         for ours, theirs, limit in zip((got.keys, got.values, got.bias), tensors, limits, strict=True):
             assert (ours is None) == (theirs is None)
             assert ours is None or relative_rms(ours[h, : lengths[h]], theirs) <= limit
