@@ -4,10 +4,9 @@
     python -m kvbench.lm_eval --model kvbench --tasks gsm8k \
         --model_args pretrained=smollm2-135m,method=kvmerger,budget=0.5
 
-The command is the harness's own `lm_eval`, with one model more: lm_eval 0.4.13 finds models in a table of its own and
-looks for no entry points, so whoever starts it has to register others first. A script does the same with
-`kvbench.lm_eval.register()`, before `lm_eval.simple_evaluate(model="kvbench", ...)`. What is compressed, and what is
-not, says `kvbench.integrations.lm_eval`.
+The command is the harness's own `lm_eval`, with one model more: lm_eval 0.4.13 looks for no entry points, so whoever
+starts it has to register others first. A script calls `kvbench.lm_eval.register()`, before
+`lm_eval.simple_evaluate(model="kvbench", ...)`. What is compressed says `kvbench.integrations.lm_eval`.
 """
 
 from __future__ import annotations
@@ -21,17 +20,12 @@ MODEL_NAME = "kvbench"
 
 
 def register() -> None:
-    """Make the model `kvbench` known to the harness of this process; may be called repeatedly.
-
-    Raises:
-        ConfigError: if the harness is not installed.
-    """
+    """Make the model `kvbench` known to the harness of this process, again if need be; a ConfigError without it."""
     try:
         from lm_eval.api.registry import register_model
     except ImportError as error:
-        raise ConfigError(
-            f'the package lm_eval cannot be imported ({error}): pip install "kvbench[lm_eval]" (0.4.13 or later)'
-        ) from error
+        problem = f"the package lm_eval cannot be imported ({error})"
+        raise ConfigError(f'{problem}: pip install "kvbench[lm_eval]" (0.4.13 or later)') from error
     from kvbench.integrations.lm_eval import CompressedCacheLM  # late: it loads torch
 
     register_model(MODEL_NAME)(CompressedCacheLM)

@@ -46,17 +46,20 @@ GREEDY = {"do_sample": (False, None), "temperature": (0, None), "num_beams": (1,
 """Generation arguments that are understood, with the values that mean greedy decoding."""
 
 
+Ids = tuple[int, ...]
+
+
 class Continuation(NamedTuple):
     """Tokens of a context, at least one, and tokens to force after it."""
 
-    context_ids: tuple[int, ...]
-    continuation_ids: tuple[int, ...]
+    context_ids: Ids
+    continuation_ids: Ids
 
 
 class Prompt(NamedTuple):
     """Tokens of a context, at least one; texts that end the answer, no part of it; and the answer's limit."""
 
-    context_ids: tuple[int, ...]
+    context_ids: Ids
     stop_texts: tuple[str, ...]
     max_new_tokens: int
 
@@ -95,7 +98,7 @@ class CompressedAnswers:
             raise ConfigError(f"question_tokens={n_tokens!r} is no integer of at least 0: give 0 or more")
         if self.short_context not in SHORT_CONTEXTS:
             raise ConfigError(f"short_context={self.short_context!r} is not one of {', '.join(SHORT_CONTEXTS)}")
-        self._openings: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._openings: dict[tuple[str, ...], Ids] = {}
 
     def likelihoods(self, requests: Sequence[Continuation]) -> Iterator[tuple[int, float, bool]]:
         """Index, sum of the tokens' log-probabilities (nats) and greediness of each request, in any order.
@@ -126,14 +129,7 @@ class CompressedAnswers:
                 text = text.partition(stop)[0]
             yield index, text
 
-    def _job(
-        self,
-        index: int,
-        context: tuple[int, ...],
-        stops: tuple[int, ...],
-        new_tokens: int,
-        forced: tuple[int, ...] = (),
-    ) -> Request:
+    def _job(self, index: int, context: Ids, stops: Ids, new_tokens: int, forced: Ids = ()) -> Request:
         context = self._fitting(context, new_tokens)
         compress_at = max(1, len(context) - self.question_tokens)
         arm = self._arm(compress_at)
@@ -144,7 +140,7 @@ class CompressedAnswers:
             stop_ids=stops, max_new_tokens=new_tokens, seed=int.from_bytes(digest[:4], "big") >> 1,
         )  # fmt: skip
 
-    def _fitting(self, context: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
+    def _fitting(self, context: Ids, new_tokens: int) -> Ids:
         """The context's last tokens, as many as fit; the harness cuts on the left, and so do we."""
         room = self.loaded.max_context_tokens - new_tokens
         if self.loaded.max_prompt_tokens is not None:
@@ -167,7 +163,7 @@ class CompressedAnswers:
             return Arm.of(Full())
         return Arm.of(self.policy)
 
-    def _opening(self, stop_texts: tuple[str, ...]) -> tuple[int, ...]:
+    def _opening(self, stop_texts: tuple[str, ...]) -> Ids:
         """Tokens whose text begins with a stop text: at these the engine may stop without losing a character."""
         stop_texts = tuple(filter(None, stop_texts))
         if stop_texts not in self._openings:
@@ -198,10 +194,6 @@ class CompressedCacheLM(TemplateLM):
 
     The arguments are those of `docs/lm_eval.md`. The harness passes its `--device`, which is "cuda:0" unless given;
     batch sizes are accepted and unused, since the engine fills its batches as memory allows.
-
-    Raises:
-        ConfigError: if the method, an option or a value is unknown.
-        ModelError: if the weights cannot be had.
     """
 
     def __init__(
@@ -266,11 +258,9 @@ class CompressedCacheLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers; a task that asks for sampling, beams or an unknown argument is refused by a ConfigError."""
         asked = []
-        for request in requests:
-            context, arguments = request.args
-            asked.append(
-                Prompt(tuple(self.tok_encode(context)) or (self.prefix_token_id,), *self._generation(arguments))
-            )
+        for context, arguments in (request.args for request in requests):
+            context_ids = tuple(self.tok_encode(context)) or (self.prefix_token_id,)
+            asked.append(Prompt(context_ids, *self._generation(arguments)))
         found = [""] * len(asked)
         for index, text in _tracked(self.answers.texts(asked), len(asked), "answers", disable_tqdm):
             found[index] = text
@@ -279,27 +269,19 @@ class CompressedCacheLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Refused by a ConfigError: a text that is scored from its first token on has no context to compress."""
-        raise ConfigError(
-            f"{len(requests)} requests of type loglikelihood_rolling have no context that could be compressed: use "
-            "tasks of type generate_until, loglikelihood or multiple_choice"
-        )
+        problem = f"{len(requests)} requests of type loglikelihood_rolling have no context that could be compressed"
+        raise ConfigError(f"{problem}: use tasks of type generate_until, loglikelihood or multiple_choice")
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into the `config` of its results: the method, and what was really kept."""
         answers, policy, tally = self.answers, self.answers.policy, self.answers.tally
         return {
-            "model_source": answers.loaded.source,
-            "model_device": str(self.device),
-            "model_dtype": str(answers.loaded.dtype).removeprefix("torch."),
-            "method": policy.name,
-            "budget": policy.budget,
-            "method_options": {name: str(value) for name, value in policy.options().items()},
-            "question_tokens": answers.question_tokens,
-            "budget_measured": tally.budget_measured,
-            "requests": tally.requests,
-            "contexts_truncated": tally.truncated,
-            "contexts_kept_whole": tally.kept_whole,
-        }
+            "model_source": answers.loaded.source, "model_device": str(self.device),
+            "model_dtype": str(answers.loaded.dtype).removeprefix("torch."), "method": policy.name,
+            "budget": policy.budget, "method_options": {name: str(value) for name, value in policy.options().items()},
+            "question_tokens": answers.question_tokens, "budget_measured": tally.budget_measured,
+            "requests": tally.requests, "contexts_truncated": tally.truncated, "contexts_kept_whole": tally.kept_whole,
+        }  # fmt: skip
 
     def _generation(self, arguments: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """Stop texts and the limit in tokens that a task's generation arguments ask for."""
@@ -310,10 +292,8 @@ class CompressedCacheLM(TemplateLM):
                 continue
             if arguments.get("do_sample") is False and name in ("temperature", "top_p", "top_k"):
                 continue  # without sampling they have no effect
-            raise ConfigError(
-                f"generation argument {name}={value!r} is not supported, only greedy decoding is: override it with "
-                "--gen_kwargs do_sample=False,temperature=0"
-            )
+            problem = f"generation argument {name}={value!r} is not supported, only greedy decoding is"
+            raise ConfigError(f"{problem}: override it with --gen_kwargs do_sample=False,temperature=0")
         return ((until,) if isinstance(until, str) else tuple(until)), int(limit)
 
 

@@ -29,11 +29,7 @@ SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def open_checkpoint(folder: Path) -> tuple[PreTrainedTokenizerBase, int, tuple[int, ...]]:
-    """The tokenizer, the positions of the model, and the token ids that end an answer, as its configuration says.
-
-    Raises:
-        ModelError: if the folder is unsafe (pickled weights, its own code), incomplete, or cannot be read.
-    """
+    """Tokenizer, positions of the model, ids that end an answer; a ModelError if the folder is unsafe or incomplete."""
     check_folder(folder)
     with _loading(folder):
         config = AutoConfig.from_pretrained(folder, **SAFE)
@@ -42,22 +38,17 @@ def open_checkpoint(folder: Path) -> tuple[PreTrainedTokenizerBase, int, tuple[i
         else:
             stops = GenerationConfig.from_model_config(config).eos_token_id
         ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
-        n_positions = int(config.get_text_config().max_position_embeddings)
-        return AutoTokenizer.from_pretrained(folder, **SAFE), n_positions, ids
+        tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
+        return tokenizer, int(config.get_text_config().max_position_embeddings), ids
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype, device: torch.device, device_map: str | None) -> PreTrainedModel:
-    """Load a model from a folder that `open_checkpoint` accepted; `device_map="auto"` spreads it over all devices.
-
-    Raises:
-        ModelError: if weights are missing, are none of the model's, are integers, or cannot be loaded.
-    """
+    """Load a model from a folder that `open_checkpoint` accepted; a ModelError unless the weights are just its own."""
     # Weights go straight to a GPU, not through CPU memory.
     places: Any = device_map or (None if device.type == "cpu" else {"": device})
+    options = {"dtype": dtype, "device_map": places, "use_safetensors": True, "output_loading_info": True, **SAFE}
     with _loading(folder), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=places, use_safetensors=True, output_loading_info=True, **SAFE
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, loading = loaded
     problems = {  # with which transformers would go on: with random values, without them, with bare integers
         "lacks {} weights ({}): download all its *.safetensors files": loading["missing_keys"],
@@ -88,14 +79,11 @@ def _integer_weights(folder: Path, model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """What transformers raises over a folder, as one line."""
     try:
         yield
     except Exception as error:  # the folder is foreign: what it holds can make transformers raise anything
-        raise ModelError(
-            f"model folder {folder} cannot be loaded ({type(error).__name__}: {error}): check that it is complete and "
-            "fits this machine"
-        ) from error
+        problem = f"cannot be loaded ({type(error).__name__}: {error})"
+        raise ModelError(f"model folder {folder} {problem}: check that it is complete and fits this machine") from error
 
 
 @contextmanager
@@ -126,11 +114,9 @@ def _problem(folder: Path) -> str:
     if not isinstance(config, dict):
         return "has a config.json that is no JSON object: download it again"
     if not any(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        if pickled:
-            return (
-                f"has only pickled weights ({pickled[0]}), which can run code when read: convert them to *.safetensors"
-            )
+        if pickled := sorted(file.name for ending in ("bin", "pt", "pth") for file in folder.glob(f"*.{ending}")):
+            problem = f"has only pickled weights ({pickled[0]}), which can run code when read"
+            return f"{problem}: convert them to *.safetensors"
         return "has no *.safetensors file: download the weights in that format, no other is read"
     if (folder / "adapter_config.json").exists():  # transformers would load the adapter, and the base that it names
         return "has an adapter (adapter_config.json): merge it into the weights and save them, or remove that file"
@@ -139,12 +125,9 @@ def _problem(folder: Path) -> str:
         known = {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if not isinstance(method, str) or method not in known:  # transformers would take the weights as they are
-            return (
-                f"has quant_method {method!r}, known are {', '.join(sorted(known))}: use weights that are not quantised"
-            )
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
-        return (
-            f"(model_type {config.get('model_type')!r}) needs its own Python code, which is never run here: use a "
-            "model that transformers knows"
-        )
+            names = ", ".join(sorted(known))
+            return f"has quant_method {method!r}, known are {names}: use weights that are not quantised"
+    if "auto_map" in config and (name := config.get("model_type")) not in CONFIG_MAPPING:
+        problem = f"(model_type {name!r}) needs its own Python code, which is never run here"
+        return f"{problem}: use a model that transformers knows"
     return ""

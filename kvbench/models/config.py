@@ -68,17 +68,14 @@ class ModelConfig:
                 raise ConfigError(f"model.{field}={value!r} is unknown: use one of {names}")
         if not DEVICES.fullmatch(self.device):
             raise ConfigError(f"model.device={self.device!r} is unknown: use auto, cpu, cuda or cuda:N")
-        if not self.path and (self.source == "local" or (self.source == "hub" and not self.hub_id)):
-            needed = "model.path=FOLDER"
-            if self.source == "hub":
-                needed = f"model.hub_id=ORGANISATION/MODEL (or {needed})"
-            raise ConfigError(f"model.source={self.source} needs {needed}")
+        if self.source == "local" and not self.path:
+            raise ConfigError("model.source=local needs model.path=FOLDER")
+        if self.source == "hub" and not (self.path or self.hub_id):
+            raise ConfigError("model.source=hub needs model.hub_id=ORGANISATION/MODEL (or model.path=FOLDER)")
         for whole, part in (("n_query_heads", "n_kv_heads"), ("hidden_size", "n_query_heads")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ConfigError(
-                    f"model.{whole}={getattr(self, whole)} is no multiple of model.{part}={getattr(self, part)}: "
-                    "choose a divisor"
-                )
+            n, divisor = getattr(self, whole), getattr(self, part)
+            if n % divisor:
+                raise ConfigError(f"model.{whole}={n} is no multiple of model.{part}={divisor}: choose a divisor")
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim={self.head_dim} is odd: give an even number")
 

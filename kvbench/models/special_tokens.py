@@ -20,8 +20,7 @@ from kvbench.errors import ModelError
 
 PRIVATE_USE = range(0xE000, 0xF900)
 REMEDY = "set model.protect_special_tokens=true to rewrite such text"
-Span = tuple[int, int]
-"""First and last + 1 character index."""
+Span = tuple[int, int]  # first and last + 1 character index
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -48,25 +47,16 @@ def rewrite_spellings(text: str, tokenizer: PreTrainedTokenizerBase, others: Ite
 def encode_data_as_text(
     tokenizer: PreTrainedTokenizerBase, text: str, data: Span | None, *, add_special_tokens: bool
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a text, part of which is data that may spell special tokens.
+    """Token ids of a text, and the character index at which each ends (0 for special tokens that are added).
 
-    Args:
-        tokenizer: a fast tokenizer.
-        text: the whole text.
-        data: where the data is; None if all of the text is ours.
-        add_special_tokens: whether the tokenizer adds its own, such as BOS.
-
-    Returns:
-        The ids, and for each the character index at which it ends (0 for added special tokens).
+    `data` is the part of the text that may spell special tokens, None if all of it is ours.
 
     Raises:
-        ModelError: if the tokenizer cannot tell positions (it has no fast version), or makes a special token of the
-            data all the same.
+        ModelError: if the tokenizer has no fast version, or makes a special token of the data all the same.
     """
+    named = f"tokenizer {type(tokenizer).__name__}"
     if not tokenizer.is_fast:
-        raise ModelError(
-            f"tokenizer {type(tokenizer).__name__} cannot tell character positions: use a folder with tokenizer.json"
-        )
+        raise ModelError(f"{named} cannot tell character positions: use a folder with tokenizer.json")
     marked, places = (text, []) if data is None else _mark(tokenizer, text, data)
     # `verbose=False`: no warning about texts above the context; they are cut or refused by the caller.
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
@@ -79,7 +69,7 @@ def encode_data_as_text(
             if index in special and start < end and end > data[0] and start < data[1]:
                 token = tokenizer.convert_ids_to_tokens(index)
                 problem = f"makes the special token {token} of a data row's text at character {start}"
-                raise ModelError(f"tokenizer {type(tokenizer).__name__} {problem}: {REMEDY}")
+                raise ModelError(f"{named} {problem}: {REMEDY}")
     return ids, [end for _, end in spans]
 
 
@@ -90,10 +80,8 @@ def _mark(tokenizer: PreTrainedTokenizerBase, text: str, data: Span) -> tuple[st
     while found := [m.start() for m in spellings_in(text, tokenizer) if m.end() > data[0] and m.start() < data[1]]:
         stand_in = next(unused, None)  # a second round only where one spelling lies within another
         if stand_in is None:
-            problem = (
-                f"holds all {len(PRIVATE_USE)} characters of the private use area, by one of which they are kept text"
-            )
-            raise ModelError(f"data that spells special tokens {problem}: {REMEDY}")
+            problem = f"holds all {len(PRIVATE_USE)} characters of the private use area, by one of which they are kept"
+            raise ModelError(f"data that spells special tokens {problem} text: {REMEDY}")
         characters = list(text)
         for place in found:
             characters[place] = stand_in

@@ -66,18 +66,13 @@ def mixture(found: Environments) -> str:
     flat = [(n, {**fields, **(fields.get("packages") or {}), "packages": None}) for n, fields in found if fields]
     names = sorted({name for _, fields in flat for name in fields})
     differing = [name for name in names if len({str(fields.get(name)) for _, fields in flat}) > 1]
-    texts = [
-        f"{n} answers: {', '.join(f'{name} {fields.get(name)}' for name in differing) or 'that say it'}"
-        for n, fields in flat
-    ]
-    return "; ".join(texts + [f"{n} answers: {UNVERIFIED}" for n, fields in found if not fields])
+    said = [(n, ", ".join(f"{name} {fields.get(name)}" for name in differing) or "that say it") for n, fields in flat]
+    said += [(n, UNVERIFIED) for n, fields in found if not fields]
+    return "; ".join(f"{n} answers: {text}" for n, text in said)
 
 
 def doubts(records: Sequence[Mapping[str, Any]], calls: Iterable[Mapping[str, Any]], n_left_out: int) -> list[str]:
-    """What a reader of a table has to know of its records' making, a line each.
-
-    `calls` are those of the records' runs, `n_left_out` is what `kvbench.records.read.read_answers` left out.
-    """
+    """What a reader of a table has to know of its records' making, a line each; `n_left_out` is of `read_answers`."""
     found = environments(records, calls)
     lines = []
     if text := mixture(found):

@@ -45,20 +45,13 @@ def file_name(arm_key: str) -> str:
 
 
 class RunFolder:
-    """One run's folder.
+    """One run's folder, `path`, made below `root`; a RecordError, as from all methods, if it cannot be written.
 
     Args:
-        root: folder of all runs; created if missing.
+        root: folder of all runs.
         label: readable start of the folder's name, e.g. "passkey-smollm2-135m".
         identity: what defines the run (model, task, protocol); equal identities share a folder.
-        shard: name of the shard whose files this object writes, e.g. "2-of-8"; None without shards. Reading covers all.
-
-    Attributes:
-        path: the run's folder.
-        home: where this object's own files go: `path`, or the shard's folder in it.
-
-    Raises:
-        RecordError: if the folder cannot be created or written; so do the methods that write.
+        shard: the shard whose files this object writes (to `home`, a folder in `path`), e.g. "2-of-8"; it reads all.
     """
 
     def __init__(self, root: Path, label: str, identity: dict[str, Any], shard: str | None = None):
@@ -73,28 +66,26 @@ class RunFolder:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise RecordError(
-                f"run folder {self.path} cannot be written ({error.strerror}): choose another with output.root=DIR"
-            ) from error
+            problem = f"run folder {self.path} cannot be written ({error.strerror})"
+            raise RecordError(f"{problem}: choose another with output.root=DIR") from error
 
     def describe(self, config: dict[str, Any]) -> None:
         """Write the full configuration of this call to `config.json` unless an earlier call did so, to its end."""
-        target = self.path / "config.json"
         with suppress(RecordError):
             read_config(self.path)
             return
+        target = self.path / "config.json"
         scratch = target.with_suffix(f".tmp{uuid4().hex}")
-        content = {**self.identity, "config": config}
+        content = strict_json.dumps({**self.identity, "config": config}, indent=2, ensure_ascii=False, default=str)
         try:
             with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(strict_json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+                file.write(content + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(scratch, target)
         except OSError as error:
-            raise RecordError(
-                f"{target} cannot be written ({error.strerror}): free space or change output.root"
-            ) from error
+            problem = f"{target} cannot be written ({error.strerror})"
+            raise RecordError(f"{problem}: free space or change output.root") from error
 
     def recorded(self) -> dict[tuple[str, str, str], dict[str, Any]]:
         """The run's records that may stand side by side, by dataset, sample and arm, those of all shards."""

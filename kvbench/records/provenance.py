@@ -36,7 +36,6 @@ from kvbench.tasks.base import Sample
 
 WEIGHT_FILES = ("*.safetensors", "config.json")
 """What of a checkpoint folder decides on logits; the tokenizer shows in the token ids."""
-
 OPERATIONS = "kvbench.ops."
 
 
@@ -52,15 +51,13 @@ class Making:
 
     def accepts(self, record: dict[str, Any], position: int, unverified: bool) -> bool:
         """Whether a recorded answer is to the same question, by the same model and method; or `unverified` will do."""
-        found = [record[name] for name in HASHES]
-        return found == self._hashes(position, record["arm"]) or (unverified and not any(found))
+        made = self.fields(position, record["arm"])
+        return all(record[name] == made[name] for name in HASHES) or (unverified and not any(map(record.get, HASHES)))
 
     def fields(self, position: int, arm: str) -> dict[str, str]:
         """The fields of a record that say what made it."""
-        return {"call": self.call, **dict(zip(HASHES, self._hashes(position, arm), strict=True))}
-
-    def _hashes(self, position: int, arm: str) -> list[str]:
-        return [self.questions[position], self.model, self.methods[arm]]
+        hashes = self.questions[position], self.model, self.methods[arm]
+        return {"call": self.call, **dict(zip(HASHES, hashes, strict=True))}
 
 
 def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jobs: Mapping[int, Request]) -> Making:
@@ -113,24 +110,22 @@ def file_sha256(file: Path) -> str:
         scratch.write_text(digest)
         os.replace(scratch, note)
     except OSError as error:
-        raise RecordError(
-            f"{file} cannot be hashed ({error.strerror}): check its permissions and free space"
-        ) from error
+        problem = f"{file} cannot be hashed ({error.strerror})"
+        raise RecordError(f"{problem}: check its permissions and free space") from error
     return digest
 
 
 def method_sha256(method: type) -> str:
     """Hash of a class's path, of the source of its modules and its bases', and of what those import.
 
-    Followed are imports from the same package and of operations (`kvbench.ops`), those within functions (kernels) too:
-    they are read from the source, so that equal sources have equal hashes whatever a process has loaded.
+    Followed are imports from the same package and of operations, those within functions (kernels) too: they are read
+    from the source, so that equal sources have equal hashes whatever a process has loaded.
     """
     sources: dict[str, str] = {}
     waiting = [base.__module__ for base in method.__mro__ if base.__module__ not in ("builtins", "abc")]
     while waiting:
         name = waiting.pop()
-        source = None if name in sources else _source(name)
-        if source is None:
+        if name in sources or (source := _source(name)) is None:
             continue
         sources[name] = source
         package = name.rpartition(".")[0]

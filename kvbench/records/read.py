@@ -36,10 +36,8 @@ def read_record_file(path: Path) -> list[dict[str, Any]]:
         value = parsed(line)
         schema = value.get("schema", 0) if isinstance(value, dict) else 0
         if not isinstance(schema, int) or schema > SCHEMA_VERSION:
-            raise RecordError(
-                f"{path} line {number} has record schema {schema}, this version reads {SCHEMA_VERSION}: "
-                "upgrade kvbench or use another output.root"
-            )
+            problem = f"has record schema {schema}, this version reads {SCHEMA_VERSION}"
+            raise RecordError(f"{path} line {number} {problem}: upgrade kvbench or use another output.root")
         record = checked(value) if schema else None
         if record is None:
             continue
@@ -128,9 +126,8 @@ def read_config(run: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error}): is {run} a run folder?") from error
     if not isinstance(content, dict):
-        raise RecordError(
-            f"{path} holds no JSON object: is {run} a run folder? If so, the command that made it writes the file anew"
-        )
+        remedy = f"is {run} a run folder? If so, the command that made it writes the file anew"
+        raise RecordError(f"{path} holds no JSON object: {remedy}")
     return content
 
 
@@ -154,10 +151,9 @@ def read_prompts(run: Path) -> dict[tuple[str, str], str]:
 def read_calls(run: Path) -> list[dict[str, Any]]:
     """What the calls of a run set out to do, oldest first; broken lines are passed over.
 
-    Returns:
-        Dictionaries with "id", "started_at" (seconds since 1970), "host", "process", "shard" ("2/8" or None), "arms"
-        (keys), "task_samples" (samples of the task, other shards' too), "missing_answers" (records this call is to
-        add), "environment" (see `kvbench.records.environment`) and "hashes" (of the model, and by arm of the methods).
+    Each has "id", "started_at" (seconds since 1970), "host", "process", "shard" ("2/8" or None), "arms" (keys),
+    "task_samples" (samples of the task, other shards' too), "missing_answers" (records this call is to add),
+    "environment" (see `kvbench.records.environment`) and "hashes" (of the model, and by arm of the methods).
     """
     return sorted(filter(_is_call, _rows(run, "calls.jsonl")), key=lambda call: call["started_at"])
 

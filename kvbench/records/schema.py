@@ -72,9 +72,7 @@ def checked(line: Any) -> dict[str, Any] | None:
         return None
     record = dict(line)
     for spec in fields(Record):
-        if spec.name not in record:
-            if spec.default is MISSING and spec.default_factory is MISSING:
-                return None
+        if spec.name not in record:  # a field without a default gets MISSING, which fits no annotation
             record[spec.name] = spec.default if spec.default_factory is MISSING else spec.default_factory()
         if not fits(record[spec.name], _annotations()[spec.name]):
             return None
