@@ -7,33 +7,22 @@ WORDS = ["▁the", "▁of", "▁question", "▁what", "INST", "tion", "in", "er"
 
 
 def llama_like_tokenizer():
-    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>"])}
-    for byte in range(256):
-        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
-    merges = []
-    for character in ["▁", *map(chr, range(33, 127))]:
-        vocabulary[character] = len(vocabulary)
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    vocabulary, merges = {piece: index for index, piece in enumerate(pieces)}, []
     for word in WORDS:  # merged from left to right
         for end in range(2, len(word) + 1):
             pair = (word[: end - 1], word[end - 1])
             if pair not in merges:
                 merges.append(pair)
                 vocabulary.setdefault(word[:end], len(vocabulary))
-    backend = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
-    )
+    model = models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        add_bos_token=True,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=backend, **names, add_bos_token=True, clean_up_tokenization_spaces=False
     )

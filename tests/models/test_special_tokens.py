@@ -1,10 +1,9 @@
 """Text that spells special tokens stays text; everything else is encoded as if nothing had been done."""
 
-import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from llama_like import llama_like_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -26,32 +25,24 @@ def sample(prompt: str, **fields) -> Sample:
     return Sample(id="s1", dataset="d", prompt=prompt, answers=("a",), metric="qa_f1", max_new_tokens=5, **fields)
 
 
-def control_ids(tokenizer) -> set[int]:
-    return set(special_tokens(tokenizer).values())
-
-
 def controls(tokenizer, ids) -> list[int]:
-    return [index for index in ids if index in control_ids(tokenizer)]
-
-
-@pytest.mark.parametrize("tokenizer", [BYTES, LLAMA], ids=["bytes", "llama"])
-@pytest.mark.parametrize("text", [HOSTILE, "<s>", "</s></s>", "x<s", "<|bos|><|bos|>", f"a{BOS}b{EOS}{PAD}"])
-def test_what_a_row_spells_stays_text(tokenizer, text):
-    ids, ends = encode_data_as_text(tokenizer, text, (0, len(text)), add_special_tokens=False)
-    assert controls(tokenizer, ids) == []
-    assert tokenizer.decode(ids) == text
-    assert len(ids) == len(ends)
-    assert ends == sorted(ends)
-    assert ends[-1] == len(text)
+    return [index for index in ids if index in set(special_tokens(tokenizer).values())]
 
 
 @given(st.lists(st.sampled_from([*"<|>/[]abc \n\ue000", "<s>", "</s>", BOS, EOS, "<unk>"]), max_size=40))
+@example([HOSTILE])
+@example(["</s></s>"])
+@example([BOS, BOS])
+@example([f"a{BOS}b{EOS}{PAD}"])
 def test_any_mixture_stays_text_and_can_be_decoded(parts):
     text = "".join(parts)
     for tokenizer in (BYTES, LLAMA):
-        ids, _ = encode_data_as_text(tokenizer, text, (0, len(text)), add_special_tokens=False)
+        ids, ends = encode_data_as_text(tokenizer, text, (0, len(text)), add_special_tokens=False)
         assert controls(tokenizer, ids) == []
         assert tokenizer.decode(ids) == text
+        assert len(ids) == len(ends)
+        assert ends == sorted(ends)
+        assert ends[-1:] == [len(text)][: len(ids)]
         if not spellings_in(text, tokenizer):
             assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -69,9 +60,7 @@ def test_tokens_outside_of_the_data_keep_their_meaning():
 def test_a_spelling_made_by_cutting_the_middle_out_stays_text(tiny_gqa):
     """The two ends of a cut prompt may join to a spelling that the row never had."""
     prompt = "a" * 19 + "<|e" + "x" * 50 + "os|>" + "b" * 19
-    cut = encode_sample(
-        sample(prompt, chat=False, truncation="middle"), replace(tiny_gqa, max_prompt_tokens=46, chat_format="none")
-    )
+    cut = encode_sample(sample(prompt, chat=False, truncation="middle"), replace(tiny_gqa, max_prompt_tokens=46))
     assert EOS in cut.prompt_text
     assert tiny_gqa.tokenizer.eos_token_id not in cut.input_ids
 
@@ -105,20 +94,20 @@ def test_a_reference_answer_is_data_too(tiny_gqa):
 
 
 class Counting:
-    """A tokenizer that counts what it is asked: calls and characters."""
+    """A tokenizer that remembers what it is asked."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.calls, self.characters = tokenizer, 0, 0
+        self.tokenizer, self.asked = tokenizer, []
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
     def __call__(self, text, **options):
-        self.calls, self.characters = self.calls + 1, self.characters + len(text)
+        self.asked.append(text)
         return self.tokenizer(text, **options)
 
     def encode(self, text, **options):
-        self.calls, self.characters = self.calls + 1, self.characters + len(text)
+        self.asked.append(text)
         return self.tokenizer.encode(text, **options)
 
 
@@ -139,10 +128,10 @@ def test_repeated_spellings_are_put_back_in_one_pass(tokenizer, n_spellings):
     text = f"{tokenizer.eos_token} " * n_spellings
     counting = Counting(tokenizer)
     encode_data_as_text(counting, text, (0, len(text)), add_special_tokens=False)
-    assert counting.calls <= 3
-    assert counting.characters <= len(text) + 10
+    assert len(counting.asked) <= 3
+    assert len("".join(counting.asked)) <= len(text) + 10
     places = [match.start() for match in spellings_in(text, tokenizer)]
-    marked = "".join("\ue000" if index in set(places) else letter for index, letter in enumerate(text))
+    marked = text.replace(tokenizer.eos_token, "\ue000" + tokenizer.eos_token[1:])
     encoded = tokenizer(marked, add_special_tokens=False)[0]
     spans = Reads(encoded.offsets)
     _put_back(tokenizer, text, places, encoded.ids, spans)
@@ -166,36 +155,16 @@ def test_a_token_added_after_the_data_stays():
 
 def test_an_uncut_prompt_is_tokenized_once(tiny_gqa):
     tokenizer = Counting(tiny_gqa.tokenizer)
-    loaded = replace(tiny_gqa, tokenizer=tokenizer, max_prompt_tokens=None)
     prompt = "long row " * 100
-    encoded = encode_sample(sample(prompt, truncation="refuse"), loaded)
+    encoded = encode_sample(sample(prompt), replace(tiny_gqa, tokenizer=tokenizer))
     assert prompt in encoded.prompt_text
-    assert tokenizer.characters < 1.5 * len(prompt)
+    assert len("".join(tokenizer.asked)) < 1.5 * len(prompt)
 
 
 def test_a_template_that_rewrites_a_spelling_is_refused(tiny_gqa):
-    template = "{% for message in messages %}{{ message['content'] | replace('e', 'e ') }}{% endfor %}"
     tokenizer = byte_tokenizer(1000)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = "{{ messages[0]['content'] | replace('e', 'e ') }}"
     loaded = replace(tiny_gqa, tokenizer=tokenizer)
     with pytest.raises(ModelError, match=r"sample s1 spells a special token.*protect_special_tokens=true"):
         encode_sample(sample(f"seen {EOS} there"), loaded)
     assert encode_sample(sample("seen there"), loaded).question_start_token is None
-
-
-@pytest.mark.model
-def test_official_rows_get_the_ids_of_the_official_code(smollm2, shared_data):
-    """The default differs from the official tokenization in rows that spell special tokens only: here in none."""
-    templates = json.loads((shared_data / "longbench_official" / "dataset2prompt.json").read_text(encoding="utf-8"))
-    n_rows = 0
-    for name, template in templates.items():
-        for line in (shared_data / "longbench_samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            prompt = template.format(**json.loads(line))
-            assert spellings_in(prompt, smollm2.tokenizer) == [], name
-            asked = sample(prompt if len(prompt) < 3000 else prompt[:1500] + prompt[-1500:], truncation="middle")
-            chat_format = ("llama2", "template", "none")[n_rows % 3]
-            plain = replace(smollm2, chat_format=chat_format, max_prompt_tokens=500)
-            official = encode_sample(asked, replace(plain, parse_special_tokens=True))
-            assert encode_sample(asked, plain) == official, name
-            n_rows += 1
-    assert n_rows >= 100
