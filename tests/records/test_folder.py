@@ -16,6 +16,17 @@ def record(sample: str = "s1", arm: str = "h2o@0.5", **fields) -> Record:
     return Record(sample=sample, dataset="passkey", arm=arm, method="h2o", budget=0.5, **fields)
 
 
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path, "t", IDENTITY)
+
+
+@pytest.fixture
+def shards(tmp_path) -> list[RunFolder]:
+    """The run without shards, and its two shards."""
+    return [RunFolder(tmp_path, "t", IDENTITY, shard) for shard in (None, "1-of-2", "2-of-2")]
+
+
 def test_equal_identities_share_a_folder_and_others_do_not(tmp_path):
     first, again = RunFolder(tmp_path, "t-m", IDENTITY), RunFolder(tmp_path, "t-m", dict(reversed(IDENTITY.items())))
     other = RunFolder(tmp_path, "t-m", {**IDENTITY, "model": "n"})
@@ -23,42 +34,35 @@ def test_equal_identities_share_a_folder_and_others_do_not(tmp_path):
     assert first.path.name == f"t-m-{identity_hash(IDENTITY)}"
 
 
-def test_appended_records_are_done_and_read_back(tmp_path):
-    folder = RunFolder(tmp_path, "t", IDENTITY)
+def test_appended_records_are_done_and_read_back(folder):
     folder.append([record("s1", prediction="ünï\n\ud83d"), record("s2", status="failed", reason="why")])
-    assert {key: r["status"] for key, r in folder.recorded().items()} == {
-        ("passkey", "s1", "h2o@0.5"): "ok", ("passkey", "s2", "h2o@0.5"): "failed",
-    }  # fmt: skip
-    assert [r["sample"] for r in read_records(folder.path)] == ["s1", "s2"]
+    assert [(key, r["status"]) for key, r in folder.recorded().items()] == [
+        (("passkey", "s1", "h2o@0.5"), "ok"), (("passkey", "s2", "h2o@0.5"), "failed"),
+    ]  # fmt: skip
 
 
-def test_a_half_written_last_line_is_skipped_and_spoils_nothing_after_it(tmp_path):
-    folder = RunFolder(tmp_path, "t", IDENTITY)
+def test_a_half_written_last_line_is_skipped_and_spoils_nothing_after_it(folder):
     folder.append([record("s1"), record("s2")])
     path = folder.home / "records" / file_name("h2o@0.5")
     path.write_bytes(path.read_bytes()[:-20])
     assert set(folder.recorded()) == {("passkey", "s1", "h2o@0.5")}
     folder.append([record("s3")])
-    records = read_record_file(path)
-    assert [r["sample"] for r in records] == ["s1", "s3"]
+    assert [r["sample"] for r in read_record_file(path)] == ["s1", "s3"]
 
 
-def test_a_success_replaces_a_failure_and_the_first_success_counts(tmp_path):
-    folder = RunFolder(tmp_path, "t", IDENTITY)
+def test_a_success_replaces_a_failure_and_the_first_success_counts(folder):
     folder.append([record(status="failed"), record(score=0.25), record(score=0.75)])
     (kept,) = read_records(folder.path)
     assert kept["score"] == 0.25
 
 
-def test_a_number_that_is_no_number_is_never_written(tmp_path):
-    folder = RunFolder(tmp_path, "t", IDENTITY)
+def test_a_number_that_is_no_number_is_never_written(folder):
     with pytest.raises(ValueError, match="JSON"):
         folder.append([record(gold_nll=float("nan"))])
     assert read_records(folder.path) == []
 
 
-def test_prompts_are_kept_once_and_survive_a_broken_line(tmp_path):
-    folder = RunFolder(tmp_path, "t", IDENTITY)
+def test_prompts_are_kept_once_and_survive_a_broken_line(folder):
     folder.keep_prompts([{"dataset": "a", "sample": "1", "prompt": "Zeile\u2028eins"}])
     with (folder.path / "prompts.jsonl").open("a") as file:
         file.write('{"dataset": "a", "sam\n')
@@ -67,8 +71,7 @@ def test_prompts_are_kept_once_and_survive_a_broken_line(tmp_path):
 
 
 @pytest.mark.parametrize("left_by_a_crash", [None, b"", b'{"model": "m", "conf', b"[]"])
-def test_configuration_is_written_once_to_its_end(tmp_path, left_by_a_crash):
-    folder = RunFolder(tmp_path, "t", IDENTITY)
+def test_configuration_is_written_once_to_its_end(folder, left_by_a_crash):
     if left_by_a_crash is not None:
         (folder.path / "config.json").write_bytes(left_by_a_crash)
     folder.describe({"budget": 0.5})
@@ -91,8 +94,7 @@ def test_a_folder_that_cannot_be_made_ends_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_two_writers_never_interleave_lines(tmp_path):
-    folder = RunFolder(tmp_path, "t", IDENTITY)
+def test_two_writers_never_interleave_lines(folder):
     children = []
     for child in range(4):
         pid = os.fork()
@@ -109,15 +111,13 @@ def test_two_writers_never_interleave_lines(tmp_path):
     assert len(read_prompts(folder.path)) == 80
 
 
-def test_shards_of_a_run_write_files_of_their_own_and_are_read_as_one(tmp_path):
-    whole, first, second = (RunFolder(tmp_path, "t", IDENTITY, shard) for shard in (None, "1-of-2", "2-of-2"))
+def test_shards_of_a_run_write_files_of_their_own_and_are_read_as_one(shards, tmp_path):
+    whole, first, second = shards
     assert whole.path == first.path == second.path
     first.append([record("s1"), record("s2", status="failed")])
     second.append([record("s3")])
     whole.append([record("s2")])
-    assert [{sample for _, sample, _ in folder.recorded()} for folder in (whole, first, second)] == [
-        {"s1", "s2", "s3"}
-    ] * 3
+    assert all({sample for _, sample, _ in folder.recorded()} == {"s1", "s2", "s3"} for folder in shards)
     assert {r["sample"]: r["status"] for r in read_records(whole.path)} == {"s1": "ok", "s2": "ok", "s3": "ok"}
     assert len(list(tmp_path.rglob("h2o@0.5.jsonl"))) == 3
     for folder, score in ((second, 0.75), (first, 0.25)):  # of the same sample in two shards one record counts
@@ -125,8 +125,8 @@ def test_shards_of_a_run_write_files_of_their_own_and_are_read_as_one(tmp_path):
     assert [r["score"] for r in read_records(whole.path) if r["sample"] == "s9"] == [0.25]
 
 
-def test_prompts_and_calls_of_all_shards_are_read(tmp_path):
-    first, second = (RunFolder(tmp_path, "t", IDENTITY, shard) for shard in ("1-of-2", "2-of-2"))
+def test_prompts_and_calls_of_all_shards_are_read(shards):
+    _, first, second = shards
     first.keep_prompts([{"dataset": "a", "sample": "1", "prompt": "one"}])
     second.keep_prompts([{"dataset": "a", "sample": s, "prompt": "two"} for s in ("1", "2")])
     assert read_prompts(first.path) == {("a", "1"): "one", ("a", "2"): "two"}
@@ -136,9 +136,10 @@ def test_prompts_and_calls_of_all_shards_are_read(tmp_path):
     assert [call["started_at"] for call in read_calls(first.path)] == [1.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    "label", ["..", "../../out", "/etc/passwd", "a/../../b", "C:\\x", "\0", "", "\x1b[2J", "." * 300]
-)
+LABELS = ["..", "../../out", "/etc/passwd", "a/../../b", "C:\\x", "\0", "", "\x1b[2J", "." * 300]
+
+
+@pytest.mark.parametrize("label", LABELS)
 def test_a_label_never_leaves_the_folder_of_runs(tmp_path, label):
     root = tmp_path / "runs"
     folder = RunFolder(root, label, IDENTITY)

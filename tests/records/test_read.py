@@ -20,6 +20,10 @@ GOOD = Record(sample="s1", dataset="d", arm="full", method="full", budget=1.0).t
 DEEP = "[" * 100_000
 
 
+def without(*names):
+    return {name: value for name, value in GOOD.items() if name not in names}
+
+
 NO_RECORDS = {
     "deep": DEEP,
     "deep schema": '{"schema": ' + DEEP,
@@ -30,8 +34,8 @@ NO_RECORDS = {
     "object as dataset": json.dumps({**GOOD, "dataset": {}}),
     "number as arm": json.dumps({**GOOD, "arm": 1}),
     "null as status": json.dumps({**GOOD, "status": None}),
-    "no schema": json.dumps({name: value for name, value in GOOD.items() if name != "schema"}),
-    "no method": json.dumps({name: value for name, value in GOOD.items() if name != "method"}),
+    "no schema": json.dumps(without("schema")),
+    "no method": json.dumps(without("method")),
     "Infinity": json.dumps({**GOOD, "gold_nll": float("inf")}),
     "too large a number": json.dumps(GOOD).replace('"seconds": 0.0', '"seconds": 1e999'),
     "null in a list of numbers": json.dumps({**GOOD, "kl_per_token": [None]}),
@@ -81,14 +85,8 @@ def test_lines_beside_the_records_are_passed_over_too(tmp_path):
     (tmp_path / "records").mkdir()
     call = {"started_at": 1, "arms": [], "task_samples": 2, "missing_answers": 3}
     wrong = [{"started_at": math.inf}, {"task_samples": math.nan}, {"arms": [1]}, {"arms": [[]]}, {"shard": 2}]
-    lines = [
-        DEEP,
-        *(json.dumps({**call, **field}) for field in wrong),
-        "[1]",
-        '{"dataset": [], "sample": "s"}',
-        '{"started_at": 1}',
-        '{"started_at": "soon", "arms": []}',
-    ]
+    lines = [DEEP, *(json.dumps({**call, **field}) for field in wrong), "[1]", '{"dataset": [], "sample": "s"}']
+    lines += ['{"started_at": 1}', '{"started_at": "soon", "arms": []}']
     for name in ("prompts.jsonl", "calls.jsonl"):
         (tmp_path / name).write_text("\n".join(lines))
     assert read_prompts(tmp_path) == {}
@@ -98,7 +96,7 @@ def test_lines_beside_the_records_are_passed_over_too(tmp_path):
 
 def test_a_field_that_an_older_version_did_not_write_is_filled_in(tmp_path):
     path = tmp_path / "full.jsonl"
-    path.write_text(json.dumps({name: value for name, value in GOOD.items() if name not in ("gold_nll", "call")}))
+    path.write_text(json.dumps(without("gold_nll", "call")))
     assert read_record_file(path) == [GOOD]
 
 
