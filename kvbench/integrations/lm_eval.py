@@ -103,9 +103,7 @@ class CompressedAnswers:
     def likelihoods(self, requests: Sequence[Continuation]) -> Iterator[tuple[int, float, bool]]:
         """Index, sum of the tokens' log-probabilities (nats) and greediness of each request, in any order.
 
-        Raises:
-            BudgetError: if a context is too short for the method's budget, unless `short_context` is "full".
-            ModelError: if a continuation alone exceeds the model's context, or the engine fails.
+        A BudgetError tells of a context too short for the budget, a ModelError of one too long for the model.
         """
         jobs = []
         for index, (context, continuation) in enumerate(requests):
@@ -208,8 +206,7 @@ class CompressedCacheLM(TemplateLM):
             loaded, policy, question_tokens=question_tokens, short_context=short_context, seed=seed
         )
         self.tokenizer: Any = loaded.tokenizer
-        self.max_gen_toks = max_gen_toks
-        self._device = loaded.device
+        self.max_gen_toks, self._device = max_gen_toks, loaded.device
 
     @property
     def eot_token_id(self) -> int:

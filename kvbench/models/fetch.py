@@ -77,8 +77,7 @@ def locate_folder(config: ModelConfig, report: Report) -> Checkpoint:
 def locate_on_hub(config: ModelConfig, report: Report) -> Checkpoint:
     """The safetensors snapshot of `config.hub_id` at `config.revision`, from the hub's cache or downloaded into it.
 
-    `HF_HUB_OFFLINE`, `HF_HOME` and the token of `hf auth login` are honoured by the hub's own client. The source is
-    "hub_id@commit"; a ModelError says what to do if the model is gated, unknown or cannot be reached.
+    The source is "hub_id@commit"; a ModelError says what to do if the model is gated, unknown or cannot be reached.
     """
     hub_id, revision = str(config.hub_id), config.revision
     report(f"looking for {hub_id} (revision {revision}) in the hub's cache and on the hub")

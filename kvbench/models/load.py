@@ -63,10 +63,6 @@ def prepare_model(config: ModelConfig, device: str = "auto", report: Report = pr
     """Find the model that `config` describes, and read everything but its weights.
 
     A `device` other than "auto" replaces the configuration's own; `report` is told what takes long.
-
-    Raises:
-        ModelError: if the files cannot be had or are unsafe to load, or the chat template asked for is missing.
-        ConfigError: if the device or its dtype is unusable.
     """
     place = resolve_device(config.device if device == "auto" else device)
     folder: Path | None = None

@@ -93,10 +93,7 @@ def _mark(tokenizer: PreTrainedTokenizerBase, text: str, data: Span) -> tuple[st
 def _put_back(
     tokenizer: PreTrainedTokenizerBase, text: str, places: list[int], ids: list[int], spans: list[Span]
 ) -> tuple[list[int], list[Span]]:
-    """Replace the tokens that hold the stand-ins at `places` (ascending) by those of the original characters.
-
-    One pass over the tokens, and one call of the tokenizer for each different text that is put back.
-    """
+    """Replace the tokens that hold the stand-ins at `places` (ascending), in one pass over the tokens."""
     new_ids, new_spans = list[int](), list[Span]()
     encoded: dict[str, list[int]] = {}
     token, n_tokens, covered = 0, len(ids), 0

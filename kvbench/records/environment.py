@@ -35,17 +35,12 @@ Environments = list[tuple[int, dict[str, Any]]]
 def describe_environment() -> dict[str, Any]:
     """Versions of everything that can move a number (None if not installed), device, commit of a source checkout."""
     return {
-        "kvbench": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "cpu_count": os.cpu_count(),
+        "kvbench": __version__, "commit": _commit(), "python": platform.python_version(),
+        "platform": platform.platform(), "processor": platform.machine(), "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
+        "cuda": torch.version.cuda, "packages": {name: _version(name) for name in PACKAGES},
+    }  # fmt: skip
 
 
 def environments(records: Iterable[Mapping[str, Any]], calls: Iterable[Mapping[str, Any]]) -> Environments:

@@ -72,12 +72,10 @@ def making_of(plan: Plan, prepared: PreparedModel, samples: Sequence[Sample], jo
         environment={
             **describe_environment(),
             "device": torch.cuda.get_device_name(prepared.device) if on_gpu else f"CPU {platform.machine()}",
-            "dtype": str(prepared.dtype).removeprefix("torch."),
-            "engine": type(plan.engine).__name__,
-            "kernels": kernels,
-            "scorers": scorer_versions(),
+            "dtype": str(prepared.dtype).removeprefix("torch."), "engine": type(plan.engine).__name__,
+            "kernels": kernels, "scorers": scorer_versions(),
         },
-    )
+    )  # fmt: skip
 
 
 def question_sha256(job: Request, sample: Sample) -> str:

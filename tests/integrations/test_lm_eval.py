@@ -98,12 +98,10 @@ def test_a_request_s_result_depends_neither_on_its_place_nor_on_its_company(tiny
 
 
 def test_answers_are_transformers_greedy_ones_up_to_the_stop_text(tiny_gqa):
-    answers = CompressedAnswers(tiny_gqa, build_policy("full"))
-    context = tokens(45)
+    answers, context = CompressedAnswers(tiny_gqa, build_policy("full")), tokens(45)
     output = tiny_gqa.model.generate(torch.tensor([context]), max_new_tokens=12, do_sample=False, pad_token_id=0)
     whole = tiny_gqa.tokenizer.decode(output[0, 45:], skip_special_tokens=True)
-    stop = whole[4:6]  # two tokens of the byte tokenizer
-    first = whole[3]
+    stop, first = whole[4:6], whole[3]  # two tokens of the byte tokenizer, and one
     found = texts(answers, [Prompt(context, (), 12), Prompt(context, (stop,), 12), Prompt(context, ("", first), 12)])
     assert found == [whole, whole.partition(stop)[0], whole.partition(first)[0]]
 
@@ -189,12 +187,8 @@ INSTALLED = importlib.util.find_spec("lm_eval") is not None and importlib.util.f
 needs_harness = pytest.mark.integration("lm_eval")
 
 DOCUMENTS = [
-    {
-        "passage": f"The {place} of the town is {colour}. " * 6,
-        "question": f"What colour is the {place}?",
-        "label": label,
-    }
-    for label, (place, colour) in enumerate([("bridge", "red"), ("tower", "green"), ("harbour", "blue")])
+    {"passage": f"The {place} of the town is {colour}. " * 6, "question": f"What colour is the {place}?", "label": n}
+    for n, (place, colour) in enumerate([("bridge", "red"), ("tower", "green"), ("harbour", "blue")])
 ]
 TASK = """
 task: local_{name}
@@ -231,18 +225,13 @@ def local_tasks(tmp_path, monkeypatch):
     return tmp_path
 
 
-def evaluate(tasks_folder, tasks, arguments):
+def evaluate(tasks_folder, tasks, model_args, model="kvbench"):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     register()
-    return lm_eval.simple_evaluate(
-        model="kvbench",
-        model_args=arguments,
-        tasks=tasks,
-        task_manager=TaskManager(include_path=str(tasks_folder), include_defaults=False),
-        bootstrap_iters=0,
-    )
+    manager = TaskManager(include_path=str(tasks_folder), include_defaults=False)
+    return lm_eval.simple_evaluate(model, model_args, tasks=tasks, task_manager=manager, bootstrap_iters=0)
 
 
 @needs_harness
@@ -253,10 +242,8 @@ def test_two_arms_run_choice_and_answer_tasks(local_tasks):
         found = evaluate(local_tasks, tasks, arguments)
         assert set(found["results"]) == set(tasks)
         assert 0.0 <= found["results"]["local_choice"]["acc,none"] <= 1.0
-        outputs[found["config"]["method"]] = [
-            [sample["filtered_resps"] for sample in found["samples"][task]] for task in tasks
-        ]
         config = found["config"]
+        outputs[config["method"]] = [sample["filtered_resps"] for task in tasks for sample in found["samples"][task]]
     assert config["method_options"] == {"recent_share": "0.25"}
     assert config["budget_measured"] == pytest.approx(0.35, abs=0.01)
     assert config["requests"] == 3 * 3 + 3
@@ -265,17 +252,11 @@ def test_two_arms_run_choice_and_answer_tasks(local_tasks):
 
 @needs_harness
 def test_the_full_cache_agrees_with_the_harness_s_own_model(local_tasks, tiny_gqa):
-    import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     ours = evaluate(local_tasks, ["local_choice"], "pretrained=tiny-random")
-    theirs = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=tiny_gqa.model, tokenizer=tiny_gqa.tokenizer, batch_size=1),
-        tasks=["local_choice"],
-        task_manager=TaskManager(include_path=str(local_tasks), include_defaults=False),
-        bootstrap_iters=0,
-    )
+    own = HFLM(pretrained=tiny_gqa.model, tokenizer=tiny_gqa.tokenizer, batch_size=1)
+    theirs = evaluate(local_tasks, ["local_choice"], None, own)
     for mine, other in zip(ours["samples"]["local_choice"], theirs["samples"]["local_choice"], strict=True):
         for (value, greedy), (expected, choice) in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
             assert float(value) == pytest.approx(float(expected), abs=2e-3)
@@ -310,34 +291,25 @@ def test_the_command_line_is_the_harness_s_with_one_model_more(local_tasks, monk
     assert "have no context that could be compressed" in last
 
 
-@pytest.mark.parametrize(
-    ("arguments", "accepted"),
-    [
+def test_only_greedy_generation_is_taken():
+    model = CompressedCacheLM("tiny-random")
+    for arguments, accepted in (
         ({"until": "\n", "max_gen_toks": 3}, (("\n",), 3)),
         ({"until": ["a", "b"], "do_sample": False, "temperature": 0.0, "top_p": 0.9}, (("a", "b"), 256)),
         ({"max_new_tokens": 5, "temperature": 0}, ((), 5)),
-        ({"do_sample": True}, None),
-        ({"temperature": 0.7}, None),
-        ({"num_beams": 4}, None),
-        ({"penalty": 1.1}, None),
-    ],
-)
-def test_only_greedy_generation_is_taken(arguments, accepted):
-    model = CompressedCacheLM("tiny-random")
-    if accepted is None:
+    ):
+        assert model._generation(arguments) == accepted
+    for arguments in ({"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}, {"penalty": 1.1}):
         with pytest.raises(ConfigError, match="only greedy decoding is"):
             model._generation(arguments)
-    else:
-        assert model._generation(arguments) == accepted
 
 
 def test_a_chat_template_s_own_bos_is_not_doubled():
     model = CompressedCacheLM("tiny-random")
     text = model.apply_chat_template([{"role": "user", "content": "Hello"}])
     assert text.startswith(model.tokenizer.bos_token)
-    assert model.tok_encode(text).count(model.prefix_token_id) == 1
-    assert model.tok_encode("Hello").count(model.prefix_token_id) == 1
-    assert model.tok_encode("Hello", add_special_tokens=False).count(model.prefix_token_id) == 0
+    encoded = model.tok_encode(text), model.tok_encode("Hello"), model.tok_encode("Hello", add_special_tokens=False)
+    assert [ids.count(model.prefix_token_id) for ids in encoded] == [1, 1, 0]
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm_eval is installed, so its absence cannot be shown")

@@ -160,19 +160,17 @@ def test_zeroscrolls_prompt_that_fits_is_left_alone(tiny_gqa):
     assert "[cut]" not in encoded.prompt_text
 
 
-def test_zeroscrolls_errors(tiny_gqa):
-    short = replace(tiny_gqa, max_prompt_tokens=100)
-    with pytest.raises(ModelError, match="truncation_separator"):
-        encode_sample(sample(DOCUMENT + QUERY, truncation="document_end", meta={"query_start": 5}), short)
-    short = replace(tiny_gqa, max_prompt_tokens=30)
-    with pytest.raises(ModelError, match="query of 39 tokens alone fills the limit of 30"):
-        encode_sample(sample(DOCUMENT + QUERY, truncation="document_end", meta=ZERO), short)
-
-
-def test_refusal_names_tokens_limit_and_remedy(tiny_gqa):
-    loaded = replace(tiny_gqa, max_prompt_tokens=10)
-    with pytest.raises(ModelError, match=r"sample s1: its prompt of 21 tokens exceeds the limit of 10.*raise model"):
-        encode_sample(sample("x" * 20), loaded)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"truncation": "document_end", "meta": {"query_start": 5}}, "s1 has no 'truncation_separator' in its meta"),
+        ({"truncation": "document_end", "meta": ZERO}, "query of 39 tokens alone fills the limit of 30.*raise model"),
+        ({}, r"sample s1: its prompt of 1543 tokens exceeds the limit of 30.*raise model"),
+    ],
+)
+def test_refusals_name_tokens_limit_and_remedy(tiny_gqa, fields, words):
+    with pytest.raises(ModelError, match=words):
+        encode_sample(sample(DOCUMENT + QUERY, **fields), replace(tiny_gqa, max_prompt_tokens=30))
 
 
 def test_context_must_hold_prompt_and_new_tokens(tiny_model):
@@ -197,16 +195,14 @@ def test_a_limit_derived_from_the_context_leaves_room_for_everything(tiny_model,
 def test_special_tokens_in_the_data_stay_text_unless_asked_for(tiny_gqa):
     prompt = "one <|eos|> two? "
     eos = tiny_gqa.tokenizer.eos_token_id
-    encoded = encode_sample(sample(prompt, question_start=12), tiny_gqa)
-    assert eos not in encoded.input_ids
-    assert tiny_gqa.tokenizer.decode(list(encoded.input_ids)) == encoded.prompt_text
-    assert prompt in encoded.prompt_text
-    assert text_from(tiny_gqa, encoded).startswith("two?")
+    for loaded, text in ((tiny_gqa, prompt), (replace(tiny_gqa, protect_special_tokens=True), "one ＜|eos|> two? ")):
+        encoded = encode_sample(sample(prompt, question_start=12), loaded)
+        assert eos not in encoded.input_ids
+        assert encoded.input_ids[0] == tiny_gqa.tokenizer.bos_token_id  # the wrapper's own tokens still count
+        assert tiny_gqa.tokenizer.decode(list(encoded.input_ids)) == encoded.prompt_text
+        assert text in encoded.prompt_text
+        assert text_from(tiny_gqa, encoded).startswith("two?")
     assert eos in encode_sample(sample(prompt), replace(tiny_gqa, parse_special_tokens=True)).input_ids
-    protected = encode_sample(sample(prompt, question_start=12), replace(tiny_gqa, protect_special_tokens=True))
-    assert eos not in protected.input_ids
-    assert protected.input_ids[0] == tiny_gqa.tokenizer.bos_token_id  # the wrapper's own tokens still count
-    assert text_from(tiny_gqa, protected).startswith("two?")
 
 
 def test_stops_and_minimum_come_from_the_sample(tiny_gqa):
@@ -244,14 +240,11 @@ def test_what_stands_around_a_prompt(tiny_gqa, chat_format, chat, expected):
     assert wrap("A prompt", replace(tiny_gqa, chat_format=chat_format), chat=chat) == expected
 
 
-def test_templates_may_trim_the_message(own):
+def test_templates_may_trim_the_message_but_one_that_they_rewrite_has_no_position(own):
     trimming = with_template(own, "A text. user: {{ messages[0]['content'] | trim }}\nbot: ")
     text, start, _ = wrap("  text ", trimming, chat=True)
     assert text == "A text. user: text\nbot: "
     assert text[start + 2 :].startswith("text\nbot")  # two trimmed characters come before
-
-
-def test_a_message_that_the_template_rewrites_has_no_position(own):
     rewriting = with_template(own, "{{ messages[0]['content'] | upper }}\u27e6prompt\u27e7")
     assert wrap("text", rewriting, chat=True)[1] is None
 
