@@ -229,7 +229,7 @@ def step_row(setting: Setting, target: float) -> Row:
             "copy_seconds": copies,
             "steps": [n_short, n_long],
             "replayed_steps": loop.replayed_steps,
-            "kernels": sorted(fork.cache.backends),
+            "kernels": sorted(fork.cache.kernels_used),
         },
         note="" if loop.replayed_steps else "no CUDA graph: steps ran eagerly",
     )

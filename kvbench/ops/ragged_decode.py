@@ -8,7 +8,7 @@ of the Triton version in `ragged_decode_triton.py`; both take the same arguments
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -94,10 +94,13 @@ class DecodePlan:
         max_slots: no block will ever hold more slots than this, the new token included: fixes the launch grid.
         blocks: the host's view of the same, one per row.
         grown: slots per head that new tokens have added to each row so far; one list for all layers.
+        layer_index: the layer, from 0.
+        policies: the policy of each row.
+        step_index: `(B,)` int64, 0 for a row's first new token.
+        states: the pools of per-slot state.
         attention_views: for each row that steps alone the `(H, length + 1)` view of the buffer (Triton only).
         steps: rows whose policy steps on its own, by index: policy and its slots.
-        steppers: steppers that serve several rows at once, each with the layer as it sees it.
-        key: what a captured step depends on besides addresses of pools and tables.
+        steppers: steppers that serve several rows at once, each with the indices of these.
     """
 
     keys: Tensor
@@ -111,10 +114,13 @@ class DecodePlan:
     max_slots: int
     blocks: Sequence[Blocks]
     grown: list[int]
+    layer_index: int
+    policies: Sequence[Any]
+    step_index: Tensor
+    states: dict[StateKey, Tensor] = field(default_factory=dict)
     attention_views: dict[int, Tensor] = field(default_factory=dict)
     steps: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    steppers: list[tuple[Any, Any]] = field(default_factory=list)
-    key: Hashable = None
+    steppers: list[tuple[Any, list[int]]] = field(default_factory=list)
 
 
 def ragged_decode(

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import triton
 import triton.language as tl
 
 from kvbench.ops.counter_rng import INCREMENT, MASK, MULTIPLIERS
-from kvbench.ops.steps import GROUP_REDUCTIONS, RowsStepper, StepLayer, StepRow
+from kvbench.ops.ragged_decode import Blocks, DecodePlan, StateKey
+from kvbench.ops.steps import GROUP_REDUCTIONS, RowsStepper
 
 BLOCK_SLOTS = 1024
 BLOCK_TARGETS = 32
+SCORES: StateKey = ("scores", torch.float32, ())
+COUNTS: StateKey = ("counts", torch.float32, ())
 
 
 @triton.jit
@@ -109,26 +113,19 @@ class H2ORowsStepper(RowsStepper):
 
     n_columns: ClassVar[int] = 5
 
-    def columns(self, row: StepRow) -> list[int]:
+    def columns(self, policy: Any, blocks: Blocks) -> list[int]:
         """Heavy and recent slots, code of the reduction, offsets of scores and counts (-1 without counts)."""
-        heavy, recent = row.policy.split(row.n_slots)
-        return [
-            heavy,
-            recent,
-            GROUP_REDUCTIONS.index(row.policy.group_reduce),
-            row.state_offsets["scores"],
-            row.state_offsets.get("counts", -1),
-        ]
+        reduction, states = GROUP_REDUCTIONS.index(policy.group_reduce), blocks.states
+        return [*policy.split(blocks.lengths[0]), reduction, states[SCORES], states.get(COUNTS, -1)]
 
-    def step(self, layer: StepLayer) -> None:
+    def step(self, plan: DecodePlan, rows: Sequence[int]) -> None:
         """One launch: a program per row and KV head."""
-        scores = layer.states["scores"]
-        head_dim = layer.keys.shape[1]
-        _h2o_kernel[(len(layer.rows) * self.n_kv_heads,)](
-            self.table[layer.index], layer.keys, layer.values, scores, layer.states.get("counts", scores),
-            layer.offsets, layer.lengths, layer.attention, layer.attention_offsets, layer.step_index,
+        scores, head_dim = plan.states[SCORES], plan.keys.shape[1]
+        _h2o_kernel[(len(rows) * self.n_kv_heads,)](
+            self.table[plan.layer_index], plan.keys, plan.values, scores, plan.states.get(COUNTS, scores),
+            plan.offsets, plan.lengths, plan.attention, plan.attention_offsets, plan.step_index,
             N_COLUMNS=self.table.shape[2], N_KV_HEADS=self.n_kv_heads, GROUP=self.group_size, HEAD_DIM=head_dim,
-            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK=BLOCK_SLOTS, HAS_COUNTS="counts" in layer.states,
+            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK=BLOCK_SLOTS, HAS_COUNTS=COUNTS in plan.states,
             num_warps=4,
         )  # fmt: skip
 
@@ -224,24 +221,24 @@ class CaMRowsStepper(RowsStepper):
         with torch.inference_mode(False):
             self.hashes = torch.zeros(n_layers, max_rows, n_kv_heads, dtype=torch.int64, device=device)
 
-    def prepare(self, layer: StepLayer) -> None:
+    def prepare(self, plan: DecodePlan, rows: Sequence[int]) -> None:
         """As the base class, and gather the hashes on the device."""
-        super().prepare(layer)
-        hashes = torch.stack([row.constants["head_hashes"].view(-1) for row in layer.rows])
-        self.hashes[layer.index, : len(layer.rows)].copy_(hashes)
+        super().prepare(plan, rows)
+        hashes = torch.stack([plan.blocks[row].constants["head_hashes"].view(-1) for row in rows])
+        self.hashes[plan.layer_index, : len(rows)].copy_(hashes)
 
-    def columns(self, row: StepRow) -> list[int]:
+    def columns(self, policy: Any, blocks: Blocks) -> list[int]:
         """Start and recent slots, number of targets (0 without merging), offset of the scores."""
-        start, recent = row.policy.split(row.n_slots)
-        n_targets = min(row.policy.merge_tokens, recent) if row.policy.merge else 0
-        return [start, recent, n_targets, row.state_offsets["scores"]]
+        start, recent = policy.split(blocks.lengths[0])
+        n_targets = min(policy.merge_tokens, recent) if policy.merge else 0
+        return [start, recent, n_targets, blocks.states[SCORES]]
 
-    def step(self, layer: StepLayer) -> None:
+    def step(self, plan: DecodePlan, rows: Sequence[int]) -> None:
         """One launch: a program per row and KV head."""
-        head_dim = layer.keys.shape[1]
-        _cam_kernel[(len(layer.rows) * self.n_kv_heads,)](
-            self.table[layer.index], self.hashes[layer.index], layer.keys, layer.values, layer.states["scores"],
-            layer.offsets, layer.lengths, layer.attention, layer.attention_offsets, layer.step_index,
+        head_dim = plan.keys.shape[1]
+        _cam_kernel[(len(rows) * self.n_kv_heads,)](
+            self.table[plan.layer_index], self.hashes[plan.layer_index], plan.keys, plan.values, plan.states[SCORES],
+            plan.offsets, plan.lengths, plan.attention, plan.attention_offsets, plan.step_index,
             INCREMENT=INCREMENT, MASK=MASK, FIRST=MULTIPLIERS[0], SECOND=MULTIPLIERS[1],
             N_COLUMNS=self.table.shape[2], N_KV_HEADS=self.n_kv_heads, GROUP=self.group_size, HEAD_DIM=head_dim,
             BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK=BLOCK_SLOTS, TARGETS=BLOCK_TARGETS, num_warps=4,

@@ -11,7 +11,7 @@ then one forward pass over all rows and one `advance`:
     cache.advance()
 
 Nothing in a step depends on data, so the host knows every length beforehand: a step neither synchronises nor allocates
-by data, and with the Triton backend it can be captured in a CUDA graph and replayed for every batch of equal
+by data, and with Triton kernels it can be captured in a CUDA graph and replayed for every batch of equal
 `graph_key`.
 
 Rows whose end nobody knows beforehand (`generate` stops when it likes, beams choose each other's caches) get their room
@@ -37,7 +37,7 @@ from kvbench.methods import base
 from kvbench.methods.base import CompressedLayer, Policy, slot_state
 from kvbench.ops.dispatch import choose_kernels, current_device
 from kvbench.ops.ragged_decode import Blocks, DecodePlan
-from kvbench.ops.steps import RowsStepper, StepLayer, StepRow
+from kvbench.ops.steps import RowsStepper
 from kvbench.runtime.blocks import BlockTable, LayerPools, Pool, SideStream, lay_out
 
 ROOM_TOKENS = 32
@@ -62,10 +62,10 @@ class _Row:
 class _Place:
     """What the layers on one device share: kernels, table, attention buffer, steppers, a stream beside the main one."""
 
-    def __init__(self, backend: str, table: BlockTable, device: torch.device):
-        self.backend, self.table, self.device = backend, table, device
-        suffix = "_triton" if backend == "triton" else ""  # imported late: triton, which a CPU may lack
-        self.kernels: Any = import_module(f"kvbench.ops.ragged_decode{suffix}")
+    def __init__(self, kernels: str, table: BlockTable, device: torch.device):
+        self.kernels, self.table, self.device = kernels, table, device
+        suffix = "_triton" if kernels == "triton" else ""  # imported late: triton, which a CPU may lack
+        self.ops: Any = import_module(f"kvbench.ops.ragged_decode{suffix}")
         self.attention = Pool((), torch.float32, device)
         self.steppers: dict[type[Policy], RowsStepper | None] = {}
         self.side = SideStream(device)
@@ -80,7 +80,7 @@ class RaggedCache(Cache):
         n_kv_heads: H_k.
         head_dim: D.
         dtype: of keys and values, the model's dtype.
-        backend: "auto", "torch" or "triton" (see `kvbench.ops.dispatch.choose_kernels`).
+        kernels: "auto", "torch" or "triton" (see `kvbench.ops.dispatch.choose_kernels`).
         max_rows: most rows at a time; tables of that size are allocated once.
 
     Attributes:
@@ -89,7 +89,7 @@ class RaggedCache(Cache):
 
     def __init__(
         self, n_layers: int, n_query_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype,
-        backend: str = "auto", max_rows: int = 64,
+        kernels: str = "auto", max_rows: int = 64,
     ):  # fmt: skip
         super().__init__(layers=[])
         if n_query_heads % n_kv_heads:
@@ -97,7 +97,7 @@ class RaggedCache(Cache):
                 f"{n_query_heads} query heads are no multiple of {n_kv_heads} KV heads: check the model's configuration"
             )
         self.n_layers, self.n_query_heads, self.n_kv_heads = n_layers, n_query_heads, n_kv_heads
-        self.head_dim, self.dtype, self.backend, self.max_rows = head_dim, dtype, backend, max_rows
+        self.head_dim, self.dtype, self.kernels, self.max_rows = head_dim, dtype, kernels, max_rows
         self.handle = next(_handles)
         _caches[self.handle] = self
         self._rows: list[_Row] = []
@@ -160,7 +160,7 @@ class RaggedCache(Cache):
         self._change()
         if device not in self._places:
             table = BlockTable(self.n_layers, self.max_rows, self.n_kv_heads, device)
-            self._places[device] = _Place(choose_kernels(self.backend, device), table, device)
+            self._places[device] = _Place(choose_kernels(self.kernels, device), table, device)
         pools = self._layers[layer_index]
         if pools is None:
             pools = self._layers[layer_index] = LayerPools(self.head_dim, self.dtype, device)
@@ -235,9 +235,9 @@ class RaggedCache(Cache):
         return sum(sum(blocks.lengths) for blocks, _ in kept), n_bytes
 
     @property
-    def backends(self) -> set[str]:
-        """Names of the backends in use, for the record."""
-        return {place.backend for place in self._places.values()}
+    def kernels_used(self) -> set[str]:
+        """Names of the kernels in use, for the record."""
+        return {place.kernels for place in self._places.values()}
 
     @property
     def allocated_bytes(self) -> int:
@@ -284,7 +284,7 @@ class RaggedCache(Cache):
             key: `(B, H_k, 1, D)` after RoPE.
             value: `(B, H_k, 1, D)`.
             scaling: factor on the logits.
-            softcap: bound that logits are soft-capped to, or None; only the torch backend knows it.
+            softcap: bound that logits are soft-capped to, or None; only the torch version knows it.
 
         Returns:
             `(B, 1, H, D)`.
@@ -294,18 +294,18 @@ class RaggedCache(Cache):
         if tuple(key.shape) != expected:
             raise ValueError(f"new keys have shape {tuple(key.shape)}, the batch needs {expected}")
         plan, place = self._plans[layer_index], self._places[key.device]
-        if place.backend == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("the torch backend cannot be captured in a CUDA graph: its lengths are the host's")
-        kernels, alone = place.kernels, tuple(plan.steps)
+        if place.kernels == "torch" and query.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the torch version cannot be captured in a CUDA graph: its lengths are the host's")
+        ops, alone = place.ops, tuple(plan.steps)
         capped = {} if softcap is None else {"softcap": softcap}
         with current_device(key.device):
-            kernels.write_token(key, value, plan)
+            ops.write_token(key, value, plan)
             place.side.join()
-            output, attention = kernels.ragged_decode(query.squeeze(2), plan, scaling, alone, **capped)
+            output, attention = ops.ragged_decode(query.squeeze(2), plan, scaling, alone, **capped)
             if plan.steppers:
                 with place.side.beside():
-                    for stepper, layer in plan.steppers:
-                        stepper.step(layer)
+                    for stepper, rows in plan.steppers:
+                        stepper.step(plan, rows)
             for row, (policy, slots) in plan.steps.items():
                 for state in slot_state(slots.state).values():
                     state[:, -1] = 0
@@ -324,7 +324,7 @@ class RaggedCache(Cache):
             place.table.advance()
 
     def count_step(self) -> None:
-        """The host's half of `advance`: lengths that the torch backend reads in a step.
+        """The host's half of `advance`: lengths that the torch version reads in a step.
 
         A replayed step need not call it: whenever the batch changes, the cache asks the device how far its rows are.
         """
@@ -335,7 +335,7 @@ class RaggedCache(Cache):
     @property
     def capturable(self) -> bool:
         """Whether a step may be captured in a CUDA graph: all layers use Triton and lie on one device."""
-        return self.backends == {"triton"} and len(self._places) == 1
+        return self.kernels_used == {"triton"} and len(self._places) == 1
 
     @property
     def graph_key(self) -> Hashable:
@@ -410,7 +410,7 @@ class RaggedCache(Cache):
         for place in self._places.values():
             place.table.fill(**columns)
             for kind in {type(policy) for policy in policies if policy.steps} - place.steppers.keys():
-                found = base.find_rows_stepper(kind) if place.backend == "triton" else None  # steppers are kernels
+                found = base.find_rows_stepper(kind) if place.kernels == "triton" else None  # steppers are kernels
                 shape = self.n_layers, self.max_rows, self.n_query_heads, self.n_kv_heads, place.device
                 place.steppers[kind] = found(*shape) if found else None
         firsts = columns["attention_offsets"].tolist()
@@ -419,7 +419,7 @@ class RaggedCache(Cache):
             for index, blocks in enumerate(zip(*by_row, strict=True))
         ]
         moves = tuple(pool.moves for pool in self._pools())
-        self._graph_key = (len(self._rows), moves, tuple(plan.key for plan in self._plans))
+        self._graph_key = (len(self._rows), moves, tuple(map(_step_key, self._plans)))
 
     def _plan_layer(
         self, index: int, policies: list[Policy], blocks: Sequence[Blocks], longest: int, attention_firsts: list[int]
@@ -428,48 +428,31 @@ class RaggedCache(Cache):
         place = self._places[pools.device]
         table, attention = place.table, place.attention.storage
         plan = DecodePlan(
-            keys=pools.keys.storage,
-            values=pools.values.storage,
-            offsets=table.offsets[index, :n_rows],
-            lengths=table.lengths[index, :n_rows],
+            keys=pools.keys.storage, values=pools.values.storage,
+            offsets=table.offsets[index, :n_rows], lengths=table.lengths[index, :n_rows],
             bias=pools.bias.storage if any(b.first_bias >= 0 for b in blocks) else None,
             bias_offsets=table.bias_offsets[index, :n_rows],
             attention=attention if any(policy.steps for policy in policies) else None,
             attention_offsets=table.attention_offsets[index, :n_rows],
-            max_slots=grid_slots(longest),
-            blocks=blocks,
-            grown=self._grown,
-        )
-        together: dict[type[Policy], StepLayer] = {}
+            max_slots=grid_slots(longest), blocks=blocks, grown=self._grown, layer_index=index, policies=policies,
+            step_index=table.step_index[:n_rows], states={key: pool.storage for key, pool in pools.states.items()},
+        )  # fmt: skip
+        together: dict[type[Policy], list[int]] = {}
         for row, policy in enumerate(policies):
             if not policy.steps:
                 continue
-            kind, n_slots = type(policy), blocks[row].lengths[0]
-            if place.steppers[kind] is None:
-                flat = attention[attention_firsts[row] :][: self.n_query_heads * (n_slots + 1)]
-                plan.attention_views[row] = flat.view(self.n_query_heads, n_slots + 1)
-                plan.steps[row] = (policy, pools.decode_slots(blocks[row], table.step_index[row]))
+            if place.steppers[type(policy)] is not None:
+                together.setdefault(type(policy), []).append(row)
                 continue
-            if kind not in together:
-                shared = plan.keys, plan.values, plan.offsets, plan.lengths, attention, plan.attention_offsets
-                together[kind] = StepLayer(index, *shared, table.step_index[:n_rows], states={}, rows=[])
-            for key in blocks[row].states:
-                name, storage = key[0], pools.states[key].storage
-                if together[kind].states.setdefault(name, storage) is not storage:
-                    raise ValueError(f"{policy.name}: state {name!r} differs in dtype or shape between rows")
-            firsts = {key[0]: first for key, first in blocks[row].states.items()}
-            together[kind].rows.append(StepRow(row, policy, n_slots, firsts, blocks[row].constants))
-        for kind, layer in together.items():
+            n_slots = blocks[row].lengths[0] + 1
+            flat = attention[attention_firsts[row] :][: self.n_query_heads * n_slots]
+            plan.attention_views[row] = flat.view(self.n_query_heads, n_slots)
+            plan.steps[row] = (policy, pools.decode_slots(blocks[row], table.step_index[row]))
+        for kind, rows in together.items():
             stepper = place.steppers[kind]
             assert stepper is not None
-            stepper.prepare(layer)
-            plan.steppers.append((stepper, layer))
-        plan.key = (
-            plan.max_slots,
-            plan.bias is not None,
-            tuple((kind, len(layer.rows)) for kind, layer in together.items()),
-            tuple((row, policies[row], blocks[row].first, blocks[row].lengths[0]) for row in plan.steps),
-        )
+            stepper.prepare(plan, rows)
+            plan.steppers.append((stepper, rows))
         return plan
 
     # ---- transformers' view ----------------------------------------------------------------------------------------
@@ -510,6 +493,14 @@ def decode_step(
 @decode_step.register_fake
 def _(handle: int, layer_index: int, query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
+
+
+def _step_key(plan: DecodePlan) -> Hashable:
+    """What a captured step of a layer depends on besides addresses of pools and tables."""
+    blocks, policies = plan.blocks, plan.policies
+    alone = tuple((row, policies[row], blocks[row].first, blocks[row].lengths[0]) for row in plan.steps)
+    together = tuple((type(policies[rows[0]]), len(rows)) for _, rows in plan.steppers)
+    return plan.max_slots, plan.bias is not None, together, alone
 
 
 def grid_slots(max_slots: int) -> int:

@@ -237,7 +237,7 @@ class CompressedCache(Cache):
             self._prompt_tokens = _prompt_lengths(query, mask)
             budgets = [policy.layer_budgets(n_tokens, n_layers) for n_tokens in self._prompt_tokens]
             self._rows = RaggedCache(
-                n_layers, n_heads, n_kv_heads, head_dim, key.dtype, backend=kernels, max_rows=batch_size
+                n_layers, n_heads, n_kv_heads, head_dim, key.dtype, kernels=kernels, max_rows=batch_size
             )
             for n_tokens in self._prompt_tokens:
                 self._rows.add_row(policy, position=n_tokens)

@@ -162,7 +162,7 @@ class _Session:
     def _attempt(self, requests: list[Request], notes: tuple[str, ...]) -> list[Answer | SampleFailure]:
         max_rows = max(self.max_rows, sum(len(_sequences(request)) for request in requests))
         if self.cache is None or self.loop is None or self.cache.max_rows < max_rows:
-            self.cache = RaggedCache(**self.shape, dtype=self.loaded.dtype, backend=self.kernels, max_rows=max_rows)
+            self.cache = RaggedCache(**self.shape, dtype=self.loaded.dtype, kernels=self.kernels, max_rows=max_rows)
             options = self.engine.check_every, self.engine.cuda_graphs, self.engine.compile
             self.loop = DecodeLoop(self.loaded, self.cache, *options)
         cache, loop, observed = self.cache, self.loop, set[str]()
@@ -178,7 +178,7 @@ class _Session:
         seconds = (time.perf_counter() - start) / max(1, len(sequences))
         settings: dict[str, Any] = {
             "engine": "fused",
-            "kernels": sorted(cache.backends),
+            "kernels": sorted(cache.kernels_used),
             "observe": sorted(observed),
             "batch_samples": len(requests),
             "batch_rows": len(sequences),
@@ -205,8 +205,8 @@ class _Session:
                 cache.write(layer_index, row, compressed)
 
         fork = LayerFork([in_effect(arm.policy) for arm in arms], request.compress_at, self.shape["n_layers"], write)
-        logits, backends = prefill(self.loaded, request, arms, fork, self.kernels)
-        observed |= backends
+        logits, kernels_used = prefill(self.loaded, request, arms, fork, self.kernels)
+        observed |= kernels_used
         finite = bool(torch.isfinite(logits).all())
         nll: list[float] = []
         if not request.question_ids:

@@ -3,7 +3,9 @@
 `PackedProjections`: queries, keys and values as one matrix product. They are linear layers of one input. In a decode
 step of a few rows such a product is bound by reading its weights, and small ones read slowly: a 4,096 x 4,096 bf16
 matrix fills half an H100 and is split along the sum, with a second kernel to add the parts. Three take 60 microseconds
-there, one product of all three takes 37. (Gate and up projection are left alone: 71 microseconds either way.)
+there, one product of all three takes 37. (Gate and up projection are left alone: 71 microseconds either way.) With
+Llama-2-7B shapes, seven arms and 3,500 tokens a decode step on an H100 takes 1.260 times what reading weights and cache
+at full bandwidth would; without packed projections 1.352 times, so they are worth 6.8 % of a step.
 
 `CompiledLayers`: a step of a few rows spends much of its time in the model's small elementwise operations (RMSNorm,
 rotary embedding, activation, residuals), each a kernel of its own; compiling the decoder layers fuses them. Attention

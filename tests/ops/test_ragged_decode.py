@@ -38,6 +38,7 @@ def make_plan(lengths, n_heads, n_kv_heads, head_dim, dtype=torch.float32, devic
         bias_offsets=torch.tensor(bias_offsets, device=device), attention=attention,
         attention_offsets=torch.tensor(attention_offsets, device=device), attention_views=views,
         max_slots=max(n for row in per_head for n in row) + room, blocks=blocks, grown=[0] * len(blocks),
+        layer_index=0, policies=[None] * len(blocks), step_index=torch.zeros(len(blocks), dtype=torch.int64),
     )  # fmt: skip
 
 

@@ -69,10 +69,10 @@ MIXED = [Full(), CaM(budget=0.5), H2O(budget=0.5), H2O(budget=0.35), CaM(budget=
 )
 def test_same_cache_after_every_step(policies, n_query_heads, n_kv_heads, n_layers, triton_device):
     caches = {}
-    for backend in ("torch", "triton"):
-        caches[backend] = RaggedCache(n_layers, n_query_heads, n_kv_heads, HEAD_DIM, torch.float32, backend)
+    for kernels in ("torch", "triton"):
+        caches[kernels] = RaggedCache(n_layers, n_query_heads, n_kv_heads, HEAD_DIM, torch.float32, kernels)
         lengths = [16 + i for i in range(len(policies))]
-        fill(caches[backend], policies, lengths, n_layers, n_query_heads, n_kv_heads, triton_device)
+        fill(caches[kernels], policies, lengths, n_layers, n_query_heads, n_kv_heads, triton_device)
     generator = torch.Generator().manual_seed(5)
     before = contents(caches["torch"], n_layers)
     merged = []
@@ -81,9 +81,9 @@ def test_same_cache_after_every_step(policies, n_query_heads, n_kv_heads, n_laye
             query = torch.randn(len(policies), n_query_heads, 1, HEAD_DIM, generator=generator).to(triton_device)
             new = torch.randn(2, len(policies), n_kv_heads, 1, HEAD_DIM, generator=generator).to(triton_device)
             outputs = {}
-            for backend, cache in caches.items():
+            for kernels, cache in caches.items():
                 cache.update(new[0], new[1], index)
-                outputs[backend] = cache.attend(index, query * 2, new[0], new[1], 0.25)
+                outputs[kernels] = cache.attend(index, query * 2, new[0], new[1], 0.25)
             assert relative_rms(outputs["triton"], outputs["torch"]) < 1e-5, step
         for cache in caches.values():
             cache.advance()
@@ -96,9 +96,9 @@ def test_same_cache_after_every_step(policies, n_query_heads, n_kv_heads, n_laye
             if isinstance(policies[row], CaM) and policies[row].merge:
                 merged += (changed > 1).tolist()
         before = after
-    for sealed in caches["triton"]._plans:
-        assert not sealed.steps
-        assert sum(len(layer.rows) for _, layer in sealed.steppers) == sum(p.steps for p in policies)
+    for plan in caches["triton"]._plans:
+        assert not plan.steps
+        assert sum(len(rows) for _, rows in plan.steppers) == sum(p.steps for p in policies)
     assert any(isinstance(p, CaM) for p in policies) == bool(merged)
     assert not merged or (any(merged) and not all(merged))  # the gate was seen open and shut
 

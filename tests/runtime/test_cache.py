@@ -134,7 +134,7 @@ def test_full_rows_of_different_lengths_decode_like_dynamic_cache(n_kv_heads):
     assert relative_rms(actual, expected) < 1e-5
     assert cache.get_seq_length() == max(lengths) + n_new
     assert cache.position_ids.flatten().tolist() == [length + n_new for length in lengths]
-    assert cache.backends == {"torch"}
+    assert cache.kernels_used == {"torch"}
 
 
 @torch.no_grad()
@@ -368,8 +368,8 @@ def test_written_in_inference_mode_and_decoded_outside():
     assert cache.position_ids.tolist() == [[7]]
 
 
-def test_backends_agree_on_growing_stepping_biased_and_ragged_rows(triton_device):
-    """OldestOut has no one-launch step, so the Triton backend hands it views of its attention buffer."""
+def test_kernels_agree_on_growing_stepping_biased_and_ragged_rows(triton_device):
+    """OldestOut has no one-launch step, so the Triton version hands it views of its attention buffer."""
     caches = {name: RaggedCache(1, 4, 2, HEAD_DIM, torch.float32, name) for name in ("torch", "triton")}
     with torch.device(triton_device):
         for cache in caches.values():
@@ -387,7 +387,7 @@ def test_backends_agree_on_growing_stepping_biased_and_ragged_rows(triton_device
     states = [[slots.state.scores for _, slots in cache._plans[0].steps.values()] for cache in caches.values()]
     assert len(states[0]) == len(states[1]) == 2
     assert all(relative_rms(b, a) < 1e-6 for a, b in zip(*states, strict=True))
-    assert caches["triton"].backends == {"triton"}
+    assert caches["triton"].kernels_used == {"triton"}
     assert [cache.capturable for cache in caches.values()] == [False, True]
 
 
