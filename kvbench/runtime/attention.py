@@ -1,6 +1,6 @@
 """How a transformers model reaches this package: one attention implementation, named "kvbench", set for a `with` block.
 
-The attention function of every layer looks for its context, which does the work. It is either the keyword
+The attention function of every layer looks for its context, which does the work: either the keyword
 `attention_context=`, which transformers hands down from the model's call,
 
     with attention_implementation(model):
@@ -9,11 +9,9 @@ The attention function of every layer looks for its context, which does the work
 or, inside `generate`, which refuses unknown keywords, the cache that has just taken the layer's keys: transformers
 calls `Cache.update` and the attention function one after the other in the same thread, so `update` leaves a note in a
 context variable. That works in any thread (streaming generates in one of its own), for several models at a time, and a
-forward pass that went past the cache is noticed instead of computed wrongly.
-
-`AttentionInterface` and `AttentionMaskInterface` are the public plug-in points; registering a name there is all that
-outlasts the block, and nothing refers to that name afterwards. A context must not be a mapping, a sequence or an object
-with a method `to`: accelerate moves those between devices when a model is spread over several.
+forward pass that went past the cache is noticed. Registering a name at the public plug-in points is all that outlasts
+the block. A context must not be a mapping, a sequence or an object with a method `to`: accelerate moves those between
+devices when a model is spread over several.
 """
 
 from __future__ import annotations
@@ -64,8 +62,7 @@ def leave_note(context: AttentionContext, layer_index: int, key: Tensor) -> None
 def attention_implementation(model: PreTrainedModel) -> Iterator[None]:
     """Let a model's attention layers call their context, until the block ends, however it ends; blocks may be nested.
 
-    Raises:
-        ModelError: if the model's class does not let its attention implementation be set.
+    Refuses a model whose class does not let its attention implementation be set.
     """
     previous = model.config._attn_implementation
     AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -84,17 +81,10 @@ def attention_implementation(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    attention_context: AttentionContext | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
+    attention_context: AttentionContext | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """The registered attention function: find the context, check that it computes all this layer asks for, call it."""
     optional: dict[str, Any] = {} if softcap is None else {"softcap": softcap}
     layer_index = cast(int, module.layer_idx)

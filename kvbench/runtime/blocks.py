@@ -1,7 +1,7 @@
 """Where cached rows lie: pools of slots that many rows share, each row's blocks in them, and a table for the device.
 
 A row has one block of slots per KV head in each layer. `Pool` hands blocks out, `LayerPools` writes what a policy kept
-into them and says where (`Blocks`), `BlockTable` tells the device. Nothing here depends on data.
+into them and says where (`Blocks`), `BlockTable` tells the device.
 """
 
 from __future__ import annotations
@@ -23,13 +23,8 @@ GRANULE = 256
 class Pool:
     """One tensor `(capacity, *slot_shape)` from whose front consecutive blocks of slots are handed out.
 
-    Blocks are never freed one by one: `used = 0` forgets them all. The address of `storage` changes only in `reserve`,
-    which `allocate` calls when the free part is too small.
-
-    Attributes:
-        storage: `(capacity, *slot_shape)`; uninitialised where nothing was written.
-        used: slots handed out.
-        moves: how often the storage has changed its address.
+    Blocks are never freed one by one: `used = 0` forgets them all. The address of `storage`, uninitialised where
+    nothing was written, changes only in `reserve`; `moves` counts how often.
     """
 
     def __init__(self, slot_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -56,7 +51,7 @@ class Pool:
         self.moves += 1
 
     def allocate(self, n_slots: int) -> tuple[int, Tensor]:
-        """Hand out the next `n_slots` slots: the first one's number, and the uninitialised slots."""
+        """Hand out the next slots: the first one's number, and the uninitialised slots."""
         first = self.used
         self.reserve(first + n_slots)
         self.used = first + n_slots
@@ -120,10 +115,8 @@ class LayerPools:
         """What one row holds, `grown` new tokens a head included, as `write` takes it; views unless it is ragged."""
 
         def gather(pool: Pool, bias: bool = False) -> Tensor:
-            heads = [
-                blocks.view(pool.storage, r.first_bias if bias else r.first, r, r.length + grown)
-                for r in blocks.rectangles
-            ]
+            parts = [(r.first_bias if bias else r.first, r) for r in blocks.rectangles]
+            heads = [blocks.view(pool.storage, first, part, part.length + grown) for first, part in parts]
             if not blocks.ragged:
                 return heads[0]
             padded = heads[0].new_zeros(len(heads), max(blocks.lengths) + grown, *heads[0].shape[2:])
@@ -142,12 +135,12 @@ class LayerPools:
         keys, values = (blocks.view(p.storage, blocks.first, rectangle, n_slots) for p in (self.keys, self.values))
         return DecodeSlots(keys, values, self._state(blocks, n_slots), step_index)
 
-    def row_bytes(self, blocks: Blocks, scratch: bool) -> int:
+    def row_bytes(self, blocks: Blocks, steps: bool) -> int:
         """Bytes of one row: keys, values, bias and state of its kept slots, and its constants.
 
-        A scratch slot (`scratch`: the room is one) counts; room for new tokens does not: every arm needs it alike.
+        A scratch slot (if the row steps) counts; room for new tokens does not: every arm needs it alike.
         """
-        n_slots = sum(blocks.lengths) + (len(blocks.lengths) if scratch else 0)
+        n_slots = sum(blocks.lengths) + (len(blocks.lengths) if steps else 0)
         per_slot = 2 * self.head_dim * self.keys.storage.element_size() + (4 if blocks.first_bias >= 0 else 0)
         per_slot += sum(math.prod(key[2]) * key[1].itemsize for key in blocks.states)
         return n_slots * per_slot + sum(c.numel() * c.element_size() for c in blocks.constants.values())
@@ -183,9 +176,8 @@ def lay_out(
 ) -> tuple[dict[str, Tensor], list[int], list[int]]:
     """Describe rows, each given by its blocks in all layers, what it has grown by and whether it steps.
 
-    Returns:
-        Tables by their names in `BlockTable`; per layer the attention weights of rows that step, `H * (m + 1)` each,
-        and the slots that the longest block can hold.
+    Returns tables by their names in `BlockTable`; per layer the attention weights of rows that step, `H * (m + 1)`
+    each, and the slots that the longest block can hold.
     """
 
     def integers(name: str) -> Tensor:
@@ -209,10 +201,9 @@ def lay_out(
 class BlockTable:
     """Offsets, lengths and counters of all layers and rows on one device; their addresses never change.
 
-    Once per change of the batch `fill` copies whole tables; `advance` brings them to the next token with four launches,
-    without the host. What `DecodePlan` names has a leading axis of layers here; of the others, `limits` are what
-    `lengths` stop at (the last slot of a block is never passed), `step_index` the new tokens a row has seen, and
-    `position_ids` that of the next token.
+    `advance` brings them to the next token with four launches, without the host. What `DecodePlan` names has a leading
+    axis of layers here; `limits` are what `lengths` stop at (the last slot of a block is never passed), `step_index`
+    the new tokens a row has seen, `position_ids` that of the next token.
     """
 
     def __init__(self, n_layers: int, max_rows: int, n_kv_heads: int, device: torch.device):

@@ -10,9 +10,8 @@ then one forward pass over all rows and one `advance`:
     model(input_ids, position_ids=cache.position_ids, past_key_values=cache, attention_context=cache, use_cache=True)
     cache.advance()
 
-Nothing in a step depends on data, so the host knows every length beforehand: a step neither synchronises nor allocates
-by data, and with Triton kernels it can be captured in a CUDA graph and replayed for every batch of equal
-`graph_key`.
+Nothing in a step depends on data: it neither synchronises nor allocates by data, and with Triton kernels it can be
+captured in a CUDA graph and replayed for every batch of equal `graph_key`.
 
 Rows whose end nobody knows beforehand (`generate` stops when it likes, beams choose each other's caches) get their room
 in pieces: `make_room` before a step and `choose` copy the blocks into fresh pools, layer by layer, so that no more than
@@ -74,17 +73,8 @@ class _Place:
 class RaggedCache(Cache):
     """Keys, values, biases and policy state of all rows of a decode batch.
 
-    Args:
-        n_layers: layers of the model.
-        n_query_heads: H.
-        n_kv_heads: H_k.
-        head_dim: D.
-        dtype: of keys and values, the model's dtype.
-        kernels: "auto", "torch" or "triton" (see `kvbench.ops.dispatch.choose_kernels`).
-        max_rows: most rows at a time; tables of that size are allocated once.
-
-    Attributes:
-        handle: the integer by which `decode_step` finds the cache.
+    Keys and values are of the model's `dtype`; tables for `max_rows` rows are allocated once. For `kernels` see
+    `kvbench.ops.dispatch.choose_kernels`.
     """
 
     def __init__(
@@ -98,7 +88,7 @@ class RaggedCache(Cache):
             )
         self.n_layers, self.n_query_heads, self.n_kv_heads = n_layers, n_query_heads, n_kv_heads
         self.head_dim, self.dtype, self.kernels, self.max_rows = head_dim, dtype, kernels, max_rows
-        self.handle = next(_handles)
+        self.handle = next(_handles)  # by which `decode_step` finds the cache
         _caches[self.handle] = self
         self._rows: list[_Row] = []
         self._layers: list[LayerPools | None] = [None] * n_layers
@@ -113,18 +103,15 @@ class RaggedCache(Cache):
 
     @property
     def rows(self) -> int:
-        """Rows in the batch, B."""
+        """How many rows the batch has, B."""
         return len(self._rows)
 
     def add_row(self, policy: Policy, position: int, room_tokens: int | None = None) -> int:
         """Add a row to the batch, whose layers are written next, and return its index.
 
-        Args:
-            policy: the method; a policy that steps keeps its size, any other row grows by a slot per new token.
-            position: position id of the first new token, that is the number of prompt tokens.
-            room_tokens: most new tokens the row will store; a policy that steps needs no room for them. A row that
-                stays in the batch beyond that overwrites its last slot: no other row is harmed, its further answers
-                mean nothing. None: nobody knows, `make_room` is called before each step.
+        A row whose policy steps keeps its size, any other grows by a slot per new token, `room_tokens` at most. One
+        that stays in the batch beyond that overwrites its last slot: no other row is harmed, its further answers mean
+        nothing. None: nobody knows, `make_room` is called before each step. `position` is the number of prompt tokens.
         """
         room_tokens = ROOM_TOKENS if room_tokens is None else room_tokens
         if room_tokens < 1 and not policy.steps:
@@ -140,8 +127,7 @@ class RaggedCache(Cache):
     def reserve(self, slots_per_layer: Sequence[int]) -> None:
         """Ask for room beforehand: pools that grow row by row leave the allocator with holes.
 
-        Per layer the slots, over rows and KV heads, that keys and values will need, room for new tokens included. Takes
-        effect when the layer's device is known: at its first `write`.
+        Per layer the slots over rows and KV heads, room for new tokens included; in effect from the first `write` on.
         """
         self._reserved_slots = [max(pair) for pair in zip(self._reserved_slots, slots_per_layer, strict=True)]
         for layer, n_slots in zip(self._layers, self._reserved_slots, strict=True):
@@ -168,10 +154,7 @@ class RaggedCache(Cache):
         record.blocks[layer_index] = pools.write(layer, record.room)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Shrink the batch to some of its rows, distinct indices; they are renumbered in the order given.
-
-        The storage of the others is reused after `clear` only.
-        """
+        """Shrink the batch to distinct rows, in the order given; storage of the others is reused after `clear` only."""
         if len(set(rows)) != len(rows) or any(not 0 <= row < len(self._rows) for row in rows):
             raise ValueError(f"rows {rows} are not distinct indices below {len(self._rows)}")
         self._change()
@@ -220,15 +203,12 @@ class RaggedCache(Cache):
         return [sum(blocks.lengths) for blocks in self._blocks(row)]
 
     def row_bytes(self, row: int) -> int:
-        """Bytes of what a row keeps of its prompt, over all layers: keys, values, bias, state, scratch slots.
-
-        Room for new tokens is left out: every arm needs it alike.
-        """
-        scratch = self._rows[row].policy.steps
-        return sum(self._layer(index).row_bytes(blocks, scratch) for index, blocks in enumerate(self._blocks(row)))
+        """Bytes of what a row keeps of its prompt, over all layers, as `LayerPools.row_bytes`."""
+        steps = self._rows[row].policy.steps
+        return sum(self._layer(index).row_bytes(blocks, steps) for index, blocks in enumerate(self._blocks(row)))
 
     def layer_use(self, layer_index: int) -> tuple[int, int]:
-        """What all rows keep of their prompts in one layer, as soon as it is written: slots and bytes (`row_bytes`)."""
+        """Slots and bytes (`row_bytes`) of what all rows keep of their prompts in one layer that is written."""
         found = [(row.blocks[layer_index], row.policy.steps) for row in self._rows]
         kept = [(blocks, steps) for blocks, steps in found if blocks is not None]
         n_bytes = sum(self._layer(layer_index).row_bytes(blocks, steps) for blocks, steps in kept)
@@ -275,19 +255,9 @@ class RaggedCache(Cache):
     ) -> Tensor:
         """Store the new tokens, attend to their rows, then do the step of the rows whose policy has one.
 
-        Steps of several rows at once may still run when the output is ready: layers share one buffer of attention, so
-        the next layer's attention waits for them, and so does `advance_device`.
-
-        Args:
-            layer_index: the layer, from 0.
-            query: `(B, H, 1, D)` after RoPE.
-            key: `(B, H_k, 1, D)` after RoPE.
-            value: `(B, H_k, 1, D)`.
-            scaling: factor on the logits.
-            softcap: bound that logits are soft-capped to, or None; only the torch version knows it.
-
-        Returns:
-            `(B, 1, H, D)`.
+        From query `(B, H, 1, D)` after RoPE, key and value `(B, H_k, 1, D)` to `(B, 1, H, D)`; only the torch version
+        knows a `softcap`. Steps of several rows at once may still run when the output is ready: layers share one buffer
+        of attention, so the next layer's attention waits for them, and so does `advance_device`.
         """
         self.prepare()
         expected = (len(self._rows), self.n_kv_heads, 1, self.head_dim)
@@ -324,10 +294,7 @@ class RaggedCache(Cache):
             place.table.advance()
 
     def count_step(self) -> None:
-        """The host's half of `advance`: lengths that the torch version reads in a step.
-
-        A replayed step need not call it: whenever the batch changes, the cache asks the device how far its rows are.
-        """
+        """The host's half of `advance`, lengths that the torch version reads; `_change` makes up for it if left out."""
         for row in self._rows:
             row.new_tokens += 1
         self._grown[:] = [row.grown for row in self._rows]  # the plans' own list
@@ -339,10 +306,9 @@ class RaggedCache(Cache):
 
     @property
     def graph_key(self) -> Hashable:
-        """Equal for two batches if a step captured with one of them may be replayed with the other.
+        """Equal for two batches if a step captured with one may be replayed with the other.
 
-        Covers the number of rows, the policies' kinds, the launch grids and all addresses; lengths, positions and
-        offsets may differ.
+        Covers the rows' number, the policies' kinds, launch grids and addresses; lengths and offsets may differ.
         """
         self.prepare()
         return self._graph_key
@@ -383,7 +349,7 @@ class RaggedCache(Cache):
         return layers + [place.attention for place in self._places.values()]
 
     def _change(self) -> None:
-        """The batch is about to change: ask the device how far its rows are, since replayed steps pass the host by."""
+        """Before the batch changes: ask the device how far its rows are, since replayed steps pass the host by."""
         if not self._dirty:
             seen = self._places[self._layer(0).device].table.step_index[: len(self._rows)].tolist()
             for row, new_tokens in zip(self._rows, seen, strict=True):
@@ -464,7 +430,7 @@ class RaggedCache(Cache):
         return max((row.position + row.new_tokens for row in self._rows), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Sizes of a mask that the registered mask function does not build: `(tokens seen + query_length, 0)`."""
+        """Sizes of a mask that our mask function does not build."""
         return self.get_seq_length() + query_length, 0
 
     @property

@@ -1,12 +1,10 @@
 """`CompressedCache`: what `model.generate` takes for its cache while a policy keeps only part of it.
 
-Per layer there are two kinds of storage. Layers with full attention are compressed: their keys and values are observed
-during the prefill, compressed at once and dropped, so not even the prefill holds more than one layer's full cache; what
-is left are rows of a `RaggedCache`. Layers with a sliding window keep transformers' own storage. The first forward pass
-is the prompt; every later one brings a token per row.
-
-Prompts of a batch are padded on the left. Every row is observed and compressed on its own, without its padding, exactly
-as it would be alone.
+Layers with full attention are compressed: their keys and values are observed during the prefill, compressed at once and
+dropped, so not even the prefill holds more than one layer's full cache; what is left are rows of a `RaggedCache`.
+Layers with a sliding window keep transformers' own storage. The first forward pass is the prompt; every later one
+brings a token per row. Prompts of a batch are padded on the left; every row is observed and compressed on its own,
+without its padding, exactly as it would be alone.
 """
 
 from __future__ import annotations
@@ -104,9 +102,8 @@ class CacheReport:
 class CompressedCache(Cache):
     """A cache that a policy compresses at the end of the prompt.
 
-    Made by `kvbench.compress`, with the model's text configuration and the options of that function; also the context
-    of the model's attention layers inside the block. A ModelError says if a layer is neither full nor sliding-window
-    attention.
+    Made by `kvbench.compress`, with the model's configuration and the options of that function; also the context of
+    the model's attention layers inside the block.
     """
 
     layers: list[Any]  # transformers' own union of layer kinds lacks what all kinds used here have
@@ -114,8 +111,7 @@ class CompressedCache(Cache):
     def __init__(self, config: PreTrainedConfig, policy: Policy, seed: int = 0, kernels: str = "auto"):
         super().__init__(layers=_cache_layers(config))
         self.policy, self.seed, self.kernels = policy, seed, kernels
-        self._config = config
-        self._closed = False
+        self._config, self._closed = config, False
         full = [index for index, layer in enumerate(self.layers) if isinstance(layer, _CompressedLayer)]
         self._ranks = {index: rank for rank, index in enumerate(full)}  # of the compressed layers, among themselves
         self.reset()
@@ -126,14 +122,9 @@ class CompressedCache(Cache):
         """Slots and bytes per layer, requested and measured budget of the last prompt; also after the block."""
         if len(self._reports) < len(self.layers):
             raise KvbenchError("0 prompts were read, a report needs 1: call model.generate(...) inside the block first")
-        return CacheReport(
-            method=self.policy.name,
-            requested_budget=self.policy.budget,
-            prompt_tokens=tuple(self._prompt_tokens),
-            new_tokens=self._new_tokens,
-            layers=tuple(self._reports[index] for index in sorted(self._reports)),
-            allocated_bytes=self.allocated_bytes,
-        )
+        layers = tuple(self._reports[index] for index in sorted(self._reports))
+        method, requested, prompts = self.policy.name, self.policy.budget, tuple(self._prompt_tokens)
+        return CacheReport(method, requested, prompts, self._new_tokens, layers, self.allocated_bytes)
 
     @property
     def allocated_bytes(self) -> int:
@@ -164,12 +155,7 @@ class CompressedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values `(B, H_k, Q, D)` after RoPE (called by the model's attention module).
 
-        Returns:
-            What attention gets: in a compressed layer the arguments, else the window's keys and values.
-
-        Raises:
-            ModelError: if several tokens at once follow a compressed prompt, the block has ended, or the model's
-                attention implementation was set inside it.
+        Returns what attention gets: in a compressed layer the arguments, else the window's keys and values.
         """
         if self._closed:
             raise ModelError("this cache's compress() block has ended: generate inside the block")
@@ -183,22 +169,12 @@ class CompressedCache(Cache):
         return keys, values
 
     def attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        softcap: float | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+        softcap: float | None = None, mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Attend over the whole prompt, which is then compressed, over what is left of it, or over a sliding window.
 
         Arguments and result as `AttentionContext.attend`; the output of padding is 0.
-
-        Raises:
-            BudgetError: if the policy cannot run with so few slots.
-            ModelError: if a prompt is padded elsewhere than on the left, or new tokens come with another mask.
         """
         rank = self._ranks.get(layer_index)
         if rank is None:
@@ -216,8 +192,7 @@ class CompressedCache(Cache):
             padded_tokens = self.layers[layer_index].seen_tokens - self._new_tokens - 1
             _check_padding(mask, [padded_tokens - n_tokens for n_tokens in self._prompt_tokens])
             self._rows.make_room()
-        self._rows.update(key, value, rank)
-        output = self._rows.attend(rank, query, key, value, scaling, softcap=softcap)
+        output = self._rows.attend(rank, query, key, value, scaling, softcap)
         if rank == len(self._ranks) - 1:
             self._rows.advance()
             self._new_tokens += 1
@@ -236,9 +211,7 @@ class CompressedCache(Cache):
         if self._rows is None:
             self._prompt_tokens = _prompt_lengths(query, mask)
             budgets = [policy.layer_budgets(n_tokens, n_layers) for n_tokens in self._prompt_tokens]
-            self._rows = RaggedCache(
-                n_layers, n_heads, n_kv_heads, head_dim, key.dtype, kernels=kernels, max_rows=batch_size
-            )
+            self._rows = RaggedCache(n_layers, n_heads, n_kv_heads, head_dim, key.dtype, kernels, batch_size)
             for n_tokens in self._prompt_tokens:
                 self._rows.add_row(policy, position=n_tokens)
             self._rows.reserve_rows(budgets)
@@ -291,16 +264,14 @@ class CompressedCache(Cache):
 class _CompressedLayer(DynamicLayer):
     """What transformers sees of a compressed layer: how many tokens went through it, padding included.
 
-    Keys and values are stored by the cache that the layer belongs to, after attention has seen them. More tokens than
-    the layer's sliding window holds, if it has one, are refused.
+    More tokens than the layer's sliding window holds, if it has one, are refused.
     """
 
     is_croppable = False
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
-        self.window = window
-        self.seen_tokens = 0
+        self.window, self.seen_tokens = window, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Count the new tokens; returns the arguments, which attention gets as they are."""

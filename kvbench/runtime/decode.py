@@ -7,9 +7,9 @@ the model chooses. What the device needs of it is two integer tables, made befor
     feed[row, step]     token to feed at this step, or -1: feed what was chosen last
     targets[row, step]  token whose likelihood under this step's logits is wanted, or -1
 
-All that a step reads or writes lives in tensors that are allocated once (`_Tables`), so that a step can be captured in
-a CUDA graph and replayed. The host looks at the chosen tokens only every `check_every` steps, lets finished rows go
-when that makes the batch much smaller, and stops when no row is left.
+All that a step reads or writes lives in tensors that are allocated once (`_Tables`), so that it can be captured in a
+CUDA graph and replayed. The host looks at the chosen tokens only every `check_every` steps, and lets finished rows go
+when that makes the batch much smaller.
 """
 
 from __future__ import annotations
@@ -37,15 +37,13 @@ class Sequence:
     """One row of a decode batch: an arm that generates its answer or is forced along the gold one.
 
     Attributes:
-        request: the request it belongs to.
-        arm: its arm.
         forced: whether it follows the gold answer (else it generates).
         feed: tokens fed at the first steps; after them a generating sequence feeds its own choices. After a prefill of
             the whole prompt, that is the token which the prefill chose, the answer's first.
         targets: per step, the token whose likelihood is wanted, or -1.
         n_steps: decode steps needed at most.
         answer_step: step whose choice is the first answer token that decoding itself produces.
-        row: the row in the cache.
+        row: its number in the cache.
         chosen: token chosen at each step so far.
         nll: negative log-likelihood of each step's target, nats (0 where there is none).
         kl: KL(reference || arm) at each step that has a target, nats.
@@ -151,16 +149,12 @@ class DecodeLoop:
 
     Args:
         loaded: the model.
-        cache: the cache that holds the sequences' rows.
+        cache: holds the sequences' rows.
         check_every: steps between looks at which rows have finished.
         cuda_graphs: capture steps in CUDA graphs (ignored on a CPU or if the model spans several devices).
-        compile_layers: run the decoder layers as compiled code (ignored likewise).
+        compile_layers: run the decoder layers as compiled code (ignored likewise), `compiled` says whether.
         pack: with projections of one input as one product (see `patches`, as `pad`).
         pad: fill up the rows of the output matrix on a CPU.
-
-    Attributes:
-        replayed_steps: steps that were replays of a captured one, so far.
-        compiled: whether the decoder layers run as compiled code.
     """
 
     def __init__(
@@ -174,7 +168,7 @@ class DecodeLoop:
         self._tables: _Tables | None = None
         self._captured: dict[tuple[Hashable, int], _Captured] = {}
         self._pool: Any = None
-        self.replayed_steps = 0
+        self.replayed_steps = 0  # so far
         self._layers = CompiledLayers(loaded.model, pack=pack) if compile_layers and can_compile(loaded) else None
         self.compiled = self._layers is not None
         self._pad = pad and loaded.device.type == "cpu"
@@ -241,13 +235,8 @@ class DecodeLoop:
         step = tables.step
         fed = tables.feed[:n_rows].index_select(1, step)[:, 0]
         token = torch.where(fed >= 0, fed, tables.last[:n_rows])
-        output = self.loaded.model(
-            input_ids=token[:, None],
-            position_ids=self.cache.position_ids,
-            past_key_values=self.cache,
-            attention_context=self.cache,
-            use_cache=True,
-        )
+        tokens = {"input_ids": token[:, None], "position_ids": self.cache.position_ids}
+        output = self.loaded.model(**tokens, past_key_values=self.cache, attention_context=self.cache, use_cache=True)
         self.cache.advance_device()
         logits = output.logits[:, -1].float()
         tables.finite[:n_rows] &= torch.isfinite(logits).all(-1)

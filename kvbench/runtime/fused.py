@@ -1,9 +1,8 @@
 """The fused engine: one prefill per sample for all arms, all arms of one or more samples decoded as one batch.
 
 On a GPU the arms compress side by side, each on a stream of its own: choosing slots keeps a few multiprocessors busy
-for long and leaves the others idle. The order of the streams is what makes memory safe without further bookkeeping:
-side streams wait for everything the main stream has been given before, and the main stream waits for all of them
-before it goes on, so a freed tensor is never reused while another stream still reads it.
+for long and leaves the others idle. Side streams wait for everything the main stream has been given before, and the
+main stream waits for all of them before it goes on, so a freed tensor is never reused while another still reads it.
 """
 
 from __future__ import annotations
@@ -119,11 +118,10 @@ class _Session:
 
     def _available_bytes(self) -> int:
         device = self.loaded.device
+        free = psutil.virtual_memory().available
         if self.on_gpu:
             unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             free = torch.cuda.mem_get_info(device)[0] + unused
-        else:
-            free = psutil.virtual_memory().available
         return int(self.engine.memory_ratio * free) + (self.cache.allocated_bytes if self.cache is not None else 0)
 
     # --- running a batch, and what to do when memory runs out ---
@@ -177,16 +175,12 @@ class _Session:
         loop.run(sequences)
         seconds = (time.perf_counter() - start) / max(1, len(sequences))
         settings: dict[str, Any] = {
-            "engine": "fused",
-            "kernels": sorted(cache.kernels_used),
-            "observe": sorted(observed),
-            "batch_samples": len(requests),
-            "batch_rows": len(sequences),
-            "cuda_graphs": loop.replayed_steps > 0,
+            "engine": "fused", "kernels": sorted(cache.kernels_used), "observe": sorted(observed),
+            "batch_samples": len(requests), "batch_rows": len(sequences), "cuda_graphs": loop.replayed_steps > 0,
             "compiled": loop.compiled,
             "peak_bytes": torch.cuda.max_memory_allocated(self.loaded.device) if self.on_gpu else None,
             "notes": list(notes),
-        }
+        }  # fmt: skip
         return [outcome for of_one, blanks in forked for outcome in _outcomes(of_one, blanks, seconds, settings)]
 
     def _fork(self, request: Request, cache: RaggedCache, observed: set[str]) -> tuple[list[Sequence], list[Answer]]:
@@ -207,8 +201,7 @@ class _Session:
         fork = LayerFork([in_effect(arm.policy) for arm in arms], request.compress_at, self.shape["n_layers"], write)
         logits, kernels_used = prefill(self.loaded, request, arms, fork, self.kernels)
         observed |= kernels_used
-        finite = bool(torch.isfinite(logits).all())
-        nll: list[float] = []
+        finite, nll = bool(torch.isfinite(logits).all()), list[float]()
         if not request.question_ids:
             if request.gold_ids:
                 nll = [-float(torch.log_softmax(logits, -1)[request.gold_ids[0]])]
@@ -268,10 +261,9 @@ def _outcomes(
 
 
 class LayerFork:
-    """Compresses one layer after the other for all policies; give it to `prefill` as `on_layer`.
+    """Compresses each layer for all policies, as `prefill`'s `on_layer`; an impossible budget is refused at once.
 
-    `write` is called with (index of the policy, layer, compressed layer), in order, and copies what it keeps. A budget
-    that is impossible for a prompt of `n_tokens` is refused at once.
+    `write` is called with (index of the policy, layer, compressed layer), in order, and copies what it keeps.
     """
 
     def __init__(

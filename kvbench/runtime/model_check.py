@@ -35,16 +35,12 @@ comes to 0.4 and more."""
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the check found and the engines need to know.
-
-    Attributes:
-        shape: `n_layers`, `n_query_heads`, `n_kv_heads`, `head_dim`, all counts, the same in every layer.
-        window_tokens: the shortest sliding window of any layer, the querying token included; None for none.
-        soft_capped: whether logits of attention are soft-capped.
-    """
+    """What the check found and the engines need to know."""
 
     shape: dict[str, int]
+    """`n_layers`, `n_query_heads`, `n_kv_heads`, `head_dim`, all counts, the same in every layer."""
     window_tokens: int | None
+    """The shortest sliding window of any layer, the querying token included; None for none."""
     soft_capped: bool
 
 
@@ -52,11 +48,7 @@ _checked: WeakKeyDictionary[PreTrainedModel, tuple[str, ModelFacts]] = WeakKeyDi
 
 
 def check_model(model: PreTrainedModel) -> ModelFacts:
-    """Refuse a model that would be computed wrongly; the answer for an unchanged one is remembered.
-
-    Raises:
-        ModelError: with the model's class, what is not supported, and the remedy.
-    """
+    """Refuse a model that would be computed wrongly; the answer for an unchanged one is remembered."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
@@ -77,8 +69,7 @@ def check_model(model: PreTrainedModel) -> ModelFacts:
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     """The sliding window of each layer in tokens, the querying token included; None for a layer without.
 
-    Raises:
-        ModelError: if a layer is neither full nor sliding-window attention.
+    Refuses layers that are neither full nor sliding-window attention.
     """
     try:
         layers = DynamicCache(config=config).layers
@@ -99,10 +90,8 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
 def check_lengths(model: PreTrainedModel, lengths: Sequence[tuple[int, int]]) -> None:
     """Refuse samples that do not fit into the model's shortest sliding window, or between two sets of frequencies.
 
-    Args:
-        model: a model that passes `check_model`.
-        lengths: for each sample the tokens that are prefilled, and those that its last query attends to, itself
-            included; all may come to lie in one batch.
+    `lengths` are for each sample, all of which may come to lie in one batch, the tokens that are prefilled and those
+    that its last query attends to, itself included.
     """
     window = check_model(model).window_tokens
     first, last = zip(*lengths, strict=True) if lengths else ((0,), (0,))

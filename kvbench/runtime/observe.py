@@ -31,11 +31,8 @@ class Observer:
     Attributes:
         needs: of `OBSERVABLE` (see `LayerStates`), the union over the policies.
         window_tokens: the largest window any policy needs; required with "window_attention".
-        n_layers: number of layers of the model.
-        n_query_heads: H.
-        seed: passed on in `LayerStates.seed`.
-        on_layer: called once per layer with its states, whose keys and values are views that live as long as they are
-            referenced.
+        n_layers: passed on in `LayerStates`, as `n_query_heads` and `seed`.
+        on_layer: called once per layer with its states, whose keys and values are views.
         kernels: "auto", "torch" or "triton"; policies are told the choice in `LayerStates.kernels`.
         config: the model's text configuration; required with "rotary_frequencies".
         kernels_used: names of the implementations used so far, for the record.
@@ -67,11 +64,7 @@ class Observer:
     def attend(
         self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None = None
     ) -> Tensor:
-        """Attend over the whole prompt in one layer and report its states; arguments as `AttentionContext.attend`.
-
-        Raises:
-            ModelError: for a batch, or for a prompt that does not start at token 0.
-        """
+        """Attend over the whole prompt in one layer and report its states; arguments as `AttentionContext.attend`."""
         n_tokens = query.shape[2]
         if query.shape[0] != 1:
             raise ModelError(f"a prefill of {query.shape[0]} prompts at once is not supported: give one prompt a call")
@@ -80,11 +73,10 @@ class Observer:
                 f"{n_tokens} queries over {key.shape[2]} keys: a prefill takes the whole prompt in one call, "
                 "with use_cache=False"
             )
-        column_sums = "column_sums" in self.needs
         window_tokens = self.window_tokens if "window_attention" in self.needs else 0
         observation = observe(
-            query[0], key[0], value[0], scaling,
-            column_sums=column_sums, window_tokens=window_tokens, kernels=self.kernels, softcap=softcap,
+            query[0], key[0], value[0], scaling, column_sums="column_sums" in self.needs, window_tokens=window_tokens,
+            kernels=self.kernels, softcap=softcap,
         )  # fmt: skip
         self.kernels_used.add(observation.kernels)
         extras = {"queries": query[0], "scaling": torch.tensor(scaling)} if "queries" in self.needs else {}
@@ -129,37 +121,19 @@ def rotary_frequencies(config: PreTrainedConfig, n_tokens: int) -> Tensor:
 
 
 def prefill(
-    loaded: LoadedModel,
-    request: Request,
-    arms: Iterable[Arm],
-    on_layer: Callable[[LayerStates], None],
+    loaded: LoadedModel, request: Request, arms: Iterable[Arm], on_layer: Callable[[LayerStates], None],
     kernels: str = "auto",
-) -> tuple[Tensor, set[str]]:
+) -> tuple[Tensor, set[str]]:  # fmt: skip
     """Prefill a request's first `compress_at` tokens with full attention and observe what the arms' policies need.
 
-    Args:
-        loaded: the model.
-        request: the request.
-        arms: arms whose policies will compress the layers.
-        on_layer: called once per layer, in order, with the layer's states; they are freed when it returns unless it
-            keeps a reference.
-        kernels: "auto", "torch" or "triton".
-
-    Returns:
-        Logits of the last prefilled token `(V,)` fp32, and the names of the kernels that observed it.
+    `on_layer` is called once per layer, in order; the layer's states are freed when it returns unless it keeps a
+    reference. Returns the last token's logits `(V,)` fp32, and the names of the kernels that observed.
     """
-    policies = [in_effect(arm.policy) for arm in arms]
-    shape = model_shape(loaded)
-    observer = Observer(
-        needs=frozenset().union(*(policy.needs for policy in policies)),
-        window_tokens=max(policy.window_tokens for policy in policies),
-        n_layers=shape["n_layers"],
-        n_query_heads=shape["n_query_heads"],
-        seed=request.seed,
-        on_layer=on_layer,
-        kernels=kernels,
-        config=loaded.model.config.get_text_config(),
-    )
+    policies, shape = [in_effect(arm.policy) for arm in arms], model_shape(loaded)
+    needs: frozenset[str] = frozenset().union(*(policy.needs for policy in policies))
+    window_tokens = max(policy.window_tokens for policy in policies)
+    sizes, config = (shape["n_layers"], shape["n_query_heads"]), loaded.model.config.get_text_config()
+    observer = Observer(needs, window_tokens, *sizes, request.seed, on_layer, kernels, config)
     input_ids = torch.tensor([request.input_ids[: request.compress_at]], device=loaded.device)
     with torch.inference_mode(), attention_implementation(loaded.model):
         output = loaded.model(input_ids=input_ids, attention_context=observer, use_cache=False, logits_to_keep=1)

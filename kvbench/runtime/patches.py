@@ -153,12 +153,8 @@ class CompiledLayers:
     """A model's decoder layers and their compiled calls, which take effect in `active` blocks only.
 
     All layers share one code, made at the first step; a second object for the same kind of model finds it. The number
-    of rows is symbolic: one code serves all batches, but a batch of one row has its own.
-
-    Args:
-        model: the model; outside of `active` nothing of it is changed but where its weights lie.
-        backend: a backend of torch.compile, by name or as a function.
-        pack: whether `PackedProjections` are part of it.
+    of rows is symbolic: one code serves all batches, but a batch of one row has its own. Outside of `active` nothing of
+    the model is changed but where its weights lie. `backend` is torch.compile's; `pack` adds `PackedProjections`.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor", pack: bool = True):
@@ -174,11 +170,7 @@ class CompiledLayers:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run the layers as compiled code until the block ends; for decode steps, so one token a row.
-
-        Raises:
-            ModelError: if torch.compile fails, e.g. for want of a C compiler.
-        """
+        """Run the layers as compiled code until the block ends; for decode steps, so one token a row."""
         from torch._dynamo import config as dynamo_config  # imported late: slow, and most processes do not need it
         from torch._dynamo.exc import TorchDynamoException
 

@@ -1,8 +1,8 @@
 """The plain engine: one arm, one sample, one token at a time. Slow on purpose; the oracle of the fused engine.
 
-It runs torch operations only, wherever it runs: prefill, compression, attention and steps. Its cache is one row, one
-list of tensors per KV head, with dense fp32 attention; it shares no code with `kvbench.runtime.cache` and the kernels
-of a decode step, so that agreement between the engines means something.
+It runs torch operations only, on a GPU too. Its cache is one row, one list of tensors per KV head, with dense fp32
+attention; it shares no code with `kvbench.runtime.cache` and the kernels of a decode step, so that agreement between
+the engines means something.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ class PlainEngine(Engine):
                 continue
             for arm in request.arms:
                 try:
-                    answer = _answer(loaded, request, arm, reference)
+                    outcome: Answer | SampleFailure = _answer(loaded, request, arm, reference)
                 except Exception as error:
-                    yield _failure(request, error, (arm,))
-                    continue
-                yield answer
+                    outcome = _failure(request, error, (arm,))
+                yield outcome
 
 
 def _answer(loaded: LoadedModel, request: Request, arm: Arm, reference: Tensor | None) -> Answer:
@@ -95,13 +94,9 @@ class _Row:
 
     def _feed(self, token: int) -> Tensor:
         with torch.inference_mode(), attention_implementation(self.loaded.model):
-            output = self.loaded.model(
-                input_ids=torch.tensor([[token]], device=self.loaded.device),
-                position_ids=torch.tensor([[self.cache.position]], device=self.loaded.device),
-                past_key_values=self.cache,
-                attention_context=self.cache,
-                use_cache=True,
-            )
+            ids, at = torch.tensor([[[token]], [[self.cache.position]]], device=self.loaded.device)
+            caches = {"past_key_values": self.cache, "attention_context": self.cache}
+            output = self.loaded.model(input_ids=ids, position_ids=at, use_cache=True, **caches)
         self.cache.advance()
         logits = output.logits[0, -1].float()
         if not torch.isfinite(logits).all():
@@ -125,12 +120,8 @@ class _Row:
 
     def force(self) -> tuple[list[float], Tensor]:
         """Negative log-likelihood of each gold token, and the log-probabilities `(n_gold, V)` that judged them."""
-        judged = []
-        for token in self.request.gold_ids[:-1]:
-            judged.append(torch.log_softmax(self.logits, -1))
-            self.logits = self._feed(token)
-        judged.append(torch.log_softmax(self.logits, -1))
-        log_probs = torch.stack(judged)
+        judged = [self.logits, *(self._feed(token) for token in self.request.gold_ids[:-1])]
+        log_probs = torch.stack([torch.log_softmax(logits, -1) for logits in judged])
         gold = torch.tensor(self.request.gold_ids, device=log_probs.device)
         return (-log_probs.gather(1, gold[:, None])[:, 0]).tolist(), log_probs
 

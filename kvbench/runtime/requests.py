@@ -25,14 +25,10 @@ OUT_OF_MEMORY_ON_CPU = "DefaultCPUAllocator"
 
 @dataclass(frozen=True)
 class Arm:
-    """One (method, budget) pair with its options.
-
-    Attributes:
-        key: name of the arm in records and tables, e.g. "kvmerger@0.35" or "kvmerger@0.35,sigma=3".
-        policy: the policy, options and budget included.
-    """
+    """One (method, budget) pair with its options."""
 
     key: str
+    """Its name in records and tables, e.g. "kvmerger@0.35" or "kvmerger@0.35,sigma=3"."""
     policy: Policy
 
     @classmethod
@@ -54,12 +50,11 @@ class Request:
         compress_at: number of leading tokens that are prefilled and compressed; the rest (the question, under
             `before_question`) is read with the compressed cache. T under `after_question`.
         gold_ids: tokens of the gold answer to be forced; empty to skip likelihood and KL.
-        arms: arms to measure.
+        arms: those to measure.
         reference: the arm that KL is measured against (the full cache); need not be among `arms`.
-        stop_ids: token ids that end an answer.
-        max_new_tokens: generation limit.
+        stop_ids: tokens that end an answer.
         min_new_tokens: tokens before which a stop token may not be chosen.
-        seed: seed of the policies for this sample.
+        seed: of the policies for this sample.
     """
 
     index: int
@@ -84,8 +79,7 @@ class Answer:
     """What one arm did with one request.
 
     Attributes:
-        index: the request's index.
-        arm: the arm.
+        index: the request's.
         slots_per_layer: slots kept at the end of compression, summed over KV heads.
         cache_bytes: bytes allocated for them.
         compressed_tokens: tokens that were in the cache when it was compressed.
@@ -123,13 +117,7 @@ class Answer:
 
 
 class SampleFailure(Exception):
-    """One sample cannot be completed, for some of its arms or for all; the run goes on with everything else.
-
-    Args:
-        index: the request's index.
-        reason: one line.
-        arms: the arms that failed.
-    """
+    """One sample cannot be completed by some or all of its arms, for a reason of one line; the run goes on."""
 
     def __init__(self, index: int, reason: str, arms: tuple[Arm, ...]):
         super().__init__(reason)
@@ -145,18 +133,14 @@ class Engine(ABC):
     ) -> Iterator[Answer | SampleFailure]:
         """Run requests; outcomes come as they are finished, those of one request one after the other.
 
-        Args:
-            loaded: model and tokenizer.
-            requests: the samples.
-            stopping: asked before each batch; once it says yes, no further request is begun.
+        `stopping` is asked before each batch; once it says yes, no further request is begun.
 
         Yields:
             An `Answer` for each arm that was completed, a `SampleFailure` with arms that raised (a policy's own error,
             missing memory, logits that are not finite): each arm of each request comes exactly once.
 
         Raises:
-            KvbenchError: for what has to be mended in the settings, e.g. a budget that is impossible for a prompt, or a
-                model that is not supported (before the first request).
+            KvbenchError: for what has to be mended in the settings, e.g. a budget that is impossible for a prompt.
         """
 
     @staticmethod
