@@ -1,7 +1,10 @@
 """Ragged decode attention, torch and Triton version on the same inputs, against the textbook formula in fp64."""
 
+import itertools
+
 import pytest
 import torch
+from policy_inputs import relative_rms
 
 from kvbench.ops.ragged_decode import Blocks, DecodePlan, ragged_decode
 
@@ -62,11 +65,6 @@ def textbook(query, plan, scaling, softcap=None):
     return output.view(n_rows, n_heads, head_dim), attention
 
 
-def relative_rms(actual, expected):
-    error = (actual.double() - expected.double()).square().mean().sqrt()
-    return (error / expected.double().square().mean().sqrt()).item()
-
-
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 CASES = [
@@ -79,13 +77,16 @@ CASES = [
 ]
 
 
-def every_case(test):
-    by_case = pytest.mark.parametrize("case", [p.values for p in CASES], ids=[p.id for p in CASES])
-    return pytest.mark.parametrize("dtype", TOLERANCES)(by_case(test))
-
-
-def check(decode, case, dtype, device="cpu"):
-    lengths, n_heads, n_kv_heads, head_dim, biased, wanted = case
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("lengths", "n_heads", "n_kv_heads", "head_dim", "biased", "wanted"), CASES)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_decode(kernels, lengths, n_heads, n_kv_heads, head_dim, biased, wanted, dtype, request):
+    decode, device = ragged_decode, "cpu"
+    if kernels == "triton":
+        device = request.getfixturevalue("triton_device")
+        if device.type == "cpu" and dtype == torch.bfloat16 and n_heads != n_kv_heads:
+            pytest.skip("Triton's interpreter multiplies the bit patterns of bf16 in tl.dot: needs a GPU")
+        from kvbench.ops.ragged_decode_triton import ragged_decode as decode
     torch.manual_seed(0)
     plan = make_plan(lengths, n_heads, n_kv_heads, head_dim, dtype, device, biased, wanted)
     query = torch.randn(len(lengths), n_heads, head_dim).to(device, dtype)
@@ -101,20 +102,6 @@ def check(decode, case, dtype, device="cpu"):
         assert weights.dtype == torch.float32
         assert weights.shape == (n_heads, lengths[row] + 1)
         assert relative_rms(weights, torch.cat(expected_attention[row])) < TOLERANCES[dtype]
-
-
-@every_case
-def test_torch_version(case, dtype):
-    check(ragged_decode, case, dtype)
-
-
-@every_case
-def test_triton_version(case, dtype, triton_device):
-    from kvbench.ops import ragged_decode_triton as decode_triton
-
-    if triton_device.type == "cpu" and dtype == torch.bfloat16 and case[1] != case[2]:
-        pytest.skip("Triton's interpreter multiplies the bit patterns of bf16 in tl.dot: needs a GPU")
-    check(decode_triton.ragged_decode, case, dtype, triton_device)
 
 
 def test_soft_capped_logits():
@@ -161,12 +148,11 @@ def test_write_token(triton_device):
     assert torch.equal(plan.keys[others.to(triton_device)].nan_to_num(), before[others.to(triton_device)].nan_to_num())
 
 
-@pytest.mark.parametrize("n_slots", [1, 64, 3628, 131072])
-@pytest.mark.parametrize("n_blocks", [3, 32, 448])
-def test_split_size(n_slots, n_blocks, triton_device):
+@pytest.mark.usefixtures("triton_device")
+def test_split_size():
     from kvbench.ops.ragged_decode_triton import MAX_SPLITS, split_slots
 
-    slots = split_slots(n_blocks, n_slots)
-    assert slots & (slots - 1) == 0
-    assert slots >= 64
-    assert -(-n_slots // slots) <= MAX_SPLITS
+    for n_blocks, n_slots in itertools.product([3, 32, 448], [1, 64, 3628, 131072]):
+        slots = split_slots(n_blocks, n_slots)
+        assert slots & (slots - 1) == 0
+        assert slots >= max(64, n_slots / MAX_SPLITS)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from policy_inputs import relative_rms
 
 from kvbench.methods.base import LayerStates, find_rows_stepper, slot_state
 from kvbench.methods.cam import CaM
@@ -12,10 +13,6 @@ from kvbench.methods.h2o import H2O
 from kvbench.runtime.cache import RaggedCache
 
 HEAD_DIM = 16
-
-
-def relative_rms(actual, expected):
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-9)).item()
 
 
 def fill(cache, policies, lengths, n_layers, n_query_heads, n_kv_heads, device):
@@ -73,18 +70,14 @@ def test_same_cache_after_every_step(policies, n_query_heads, n_kv_heads, n_laye
         caches[kernels] = RaggedCache(n_layers, n_query_heads, n_kv_heads, HEAD_DIM, torch.float32, kernels)
         lengths = [16 + i for i in range(len(policies))]
         fill(caches[kernels], policies, lengths, n_layers, n_query_heads, n_kv_heads, triton_device)
-    generator = torch.Generator().manual_seed(5)
+    generator, merged = torch.Generator().manual_seed(5), []
     before = contents(caches["torch"], n_layers)
-    merged = []
     for step in range(7):
         for index in range(n_layers):
             query = torch.randn(len(policies), n_query_heads, 1, HEAD_DIM, generator=generator).to(triton_device)
             new = torch.randn(2, len(policies), n_kv_heads, 1, HEAD_DIM, generator=generator).to(triton_device)
-            outputs = {}
-            for kernels, cache in caches.items():
-                cache.update(new[0], new[1], index)
-                outputs[kernels] = cache.attend(index, query * 2, new[0], new[1], 0.25)
-            assert relative_rms(outputs["triton"], outputs["torch"]) < 1e-5, step
+            expected, got = (cache.attend(index, query * 2, *new, 0.25) for cache in caches.values())
+            assert relative_rms(got, expected) < 1e-5, step
         for cache in caches.values():
             cache.advance()
         after = contents(caches["torch"], n_layers)

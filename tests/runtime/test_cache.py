@@ -1,12 +1,14 @@
 """RaggedCache: what is written is what is attended to; decoding through it equals transformers' DynamicCache."""
 
 import math
+import re
 import weakref
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
 import torch
+from policy_inputs import relative_rms
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kvbench.errors import ConfigError
@@ -58,10 +60,6 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
-def relative_rms(actual, expected):
-    return ((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-
-
 def random_layer(n_kv_heads, n_slots, head_dim=HEAD_DIM, dtype=torch.float32, **parts):
     keys, values = torch.randn(2, n_kv_heads, n_slots, head_dim).to(dtype)
     return CompressedLayer(keys, values, **parts)
@@ -98,7 +96,7 @@ def add_prompt(cache, policy, past, room_tokens):
     n_tokens = past.get_seq_length()
     row = cache.add_row(policy, n_tokens, room_tokens)
     for index, layer in enumerate(past.layers):
-        states = LayerStates(layer.keys[0], layer.values[0], index, N_LAYERS, N_HEADS)
+        states = LayerStates(layer.keys[0], layer.values[0], index, len(past.layers), cache.n_query_heads)
         cache.write(index, row, policy.compress(states, policy.budget_tokens(n_tokens)))
     return row
 
@@ -242,11 +240,10 @@ def test_bytes_stay_within_one_percent_of_the_budget(budget, steps):
     n_tokens, n_heads, head_dim = 3500, 4, 128
     policy = OldestOut(budget=budget) if steps else Full()
     cache = RaggedCache(2, n_heads, n_heads, head_dim, torch.float16)
-    row = cache.add_row(policy, n_tokens, 128)
+    past, keys = DynamicCache(), torch.zeros(1, n_heads, n_tokens, head_dim, dtype=torch.float16)
     for index in range(2):
-        keys = torch.zeros(n_heads, n_tokens, head_dim, dtype=torch.float16)
-        states = LayerStates(keys, keys, index, 2, n_heads)
-        cache.write(index, row, policy.compress(states, policy.budget_tokens(n_tokens)))
+        past.update(keys, keys, index)
+    row = add_prompt(cache, policy, past, 128)
     full = 2 * 2 * n_heads * n_tokens * head_dim * 2
     slots = math.floor(budget * n_tokens)
     expected = 2 * n_heads * slots * head_dim * 4
@@ -318,12 +315,13 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="no rows"):
         cache.prepare()
     row = cache.add_row(Full(), 5, 2)
-    with pytest.raises(ValueError, match=r"keys have shape \(2, 5, 8\)"):
-        cache.write(0, row, random_layer(2, 5, head_dim=8))
-    with pytest.raises(ValueError, match="float16"):
-        cache.write(0, row, random_layer(2, 5, dtype=torch.float16))
-    with pytest.raises(ValueError, match="bias has shape"):
-        cache.write(0, row, random_layer(2, 5, bias=torch.zeros(2, 4)))
+    for options, message in (
+        ({"head_dim": 8}, r"keys have shape \(2, 5, 8\)"),
+        ({"dtype": torch.float16}, "float16"),
+        ({"bias": torch.zeros(2, 4)}, "bias has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.write(0, row, random_layer(2, 5, **options))
     cache.write(0, row, random_layer(2, 5))
     with pytest.raises(ValueError, match="written already"):
         cache.write(0, row, random_layer(2, 5))
@@ -473,17 +471,12 @@ def test_copied_rows_are_independent():
     torch.testing.assert_close(apart[:, :1], expected)
 
 
-def test_choosing_all_rows_in_order_copies_nothing():
+def test_choosing_all_rows_in_order_copies_nothing_and_others_are_refused():
     rows = filled("plain", [0, 1])
     step(rows, [0, 1], 0)
     layer = rows._layers[0]
     rows.choose([0, 1])
     assert rows._layers[0] is layer
-
-
-def test_rows_that_are_not_there_are_refused():
-    rows = filled("plain", [0, 1])
-    with pytest.raises(ValueError, match=r"rows \[0, 2\] are not at most 2 indices below 2"):
-        rows.choose([0, 2])
-    with pytest.raises(ValueError, match=r"rows \[0, 1, 0\] are not at most 2 indices"):
-        rows.choose([0, 1, 0])
+    for chosen in ([0, 2], [0, 1, 0]):
+        with pytest.raises(ValueError, match=re.escape(f"rows {chosen} are not at most 2 indices below 2")):
+            rows.choose(chosen)

@@ -144,7 +144,10 @@ def test_a_model_that_brings_its_own_generate_gets_it_back():
 
 def test_an_exception_frees_the_cache_and_the_next_prompt_starts_anew():
     model, ids = build("llama"), prompt(60)
-    expected, _ = compressed(model, POLICY, ids)
+    expected, done = compressed(model, POLICY, ids)
+    report = done.report()  # outlives the block
+    assert (report.method, report.requested_budget, report.prompt_tokens) == ("h2o", 0.35, (60,))
+    assert (report.measured_budget, report.allocated_bytes, report.layers_left_alone) == (21 / 60, 0, ())
     with kvbench.compress(model, POLICY) as cache:
         with pytest.raises(Stop):
             model.generate(ids, streamer=RaisingStreamer(), **GREEDY)
@@ -152,12 +155,6 @@ def test_an_exception_frees_the_cache_and_the_next_prompt_starts_anew():
         with pytest.raises(KvbenchError, match="0 prompts were read"):
             cache.report()
         assert torch.equal(model.generate(ids, **GREEDY), expected)
-
-
-def test_the_report_outlives_the_block():
-    report = compressed(build("llama"), POLICY, prompt(60))[1].report()
-    assert (report.method, report.requested_budget, report.prompt_tokens) == ("h2o", 0.35, (60,))
-    assert (report.measured_budget, report.allocated_bytes, report.layers_left_alone) == (21 / 60, 0, ())
 
 
 @pytest.mark.parametrize(
