@@ -129,7 +129,7 @@ def check_rows_steps(device: torch.device) -> Iterator[Row]:
             for cache in caches:
                 cache.advance()
         for row, policy in enumerate(policies[:4]):
-            parts = [cache._layer(1).decode_slots(cache._blocks(row)[1], torch.tensor(0)) for cache in caches]
+            parts = [cache._layers[1].decode_slots(cache._blocks(row)[1], torch.tensor(0)) for cache in caches]
             for name in ("keys", "values"):
                 got, expected = (getattr(part, name)[:, :-1] for part in reversed(parts))
                 error = relative_rms_error(got, expected)

@@ -216,11 +216,7 @@ def split_slots(n_blocks: int, max_slots: int) -> int:
 
 
 def ragged_decode(
-    query: Tensor,
-    plan: DecodePlan,
-    scaling: float,
-    attention_rows: Sequence[int] = (),
-    launch: Launch | None = None,
+    query: Tensor, plan: DecodePlan, scaling: float, attention_rows: Sequence[int] = (), launch: Launch | None = None
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Attention of one new token per row, as the torch version; in two launches, cut by `default_launch` unless told.
 

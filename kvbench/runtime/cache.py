@@ -47,10 +47,10 @@ of the cache is spread over that many steps."""
 class _Row:
     """A row as the host knows it: its policy, where it started, how far it is, and its blocks, layer by layer."""
 
-    def __init__(self, policy: Policy, position: int, room_tokens: int, n_layers: int):
+    def __init__(self, policy: Policy, position: int, room_tokens: int):
         self.policy, self.position, self.new_tokens = policy, position, 0
         self.room = 1 if policy.steps else room_tokens
-        self.blocks: list[Blocks | None] = [None] * n_layers
+        self.blocks: dict[int, Blocks] = {}
 
     @property
     def grown(self) -> int:
@@ -91,7 +91,7 @@ class RaggedCache(Cache):
         self.handle = next(_handles)  # by which `decode_step` finds the cache
         _caches[self.handle] = self
         self._rows: list[_Row] = []
-        self._layers: list[LayerPools | None] = [None] * n_layers
+        self._layers: dict[int, LayerPools] = {}  # those that were written
         self._places: dict[torch.device, _Place] = {}
         self._reserved_slots = [0] * n_layers
         self._plans: list[DecodePlan] = []
@@ -121,7 +121,7 @@ class RaggedCache(Cache):
                 f"row {len(self._rows) + 1} exceeds max_rows={self.max_rows}: decode fewer arms at once or raise it"
             )
         self._change()
-        self._rows.append(_Row(policy, position, room_tokens, self.n_layers))
+        self._rows.append(_Row(policy, position, room_tokens))
         return len(self._rows) - 1
 
     def reserve(self, slots_per_layer: Sequence[int]) -> None:
@@ -130,9 +130,8 @@ class RaggedCache(Cache):
         Per layer the slots over rows and KV heads, room for new tokens included; in effect from the first `write` on.
         """
         self._reserved_slots = [max(pair) for pair in zip(self._reserved_slots, slots_per_layer, strict=True)]
-        for layer, n_slots in zip(self._layers, self._reserved_slots, strict=True):
-            if layer is not None:
-                layer.reserve(n_slots)
+        for index, layer in self._layers.items():
+            layer.reserve(self._reserved_slots[index])
 
     def reserve_rows(self, budgets: Sequence[Sequence[int]]) -> None:
         """Reserve storage for the present rows, given each row's slots per KV head of each layer."""
@@ -147,11 +146,10 @@ class RaggedCache(Cache):
         if device not in self._places:
             table = BlockTable(self.n_layers, self.max_rows, self.n_kv_heads, device)
             self._places[device] = _Place(choose_kernels(self.kernels, device), table, device)
-        pools = self._layers[layer_index]
-        if pools is None:
-            pools = self._layers[layer_index] = LayerPools(self.head_dim, self.dtype, device)
-            pools.reserve(self._reserved_slots[layer_index])
-        record.blocks[layer_index] = pools.write(layer, record.room)
+        if layer_index not in self._layers:
+            self._layers[layer_index] = LayerPools(self.head_dim, self.dtype, device)
+            self._layers[layer_index].reserve(self._reserved_slots[layer_index])
+        record.blocks[layer_index] = self._layers[layer_index].write(layer, record.room)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Shrink the batch to distinct rows, in the order given; storage of the others is reused after `clear` only."""
@@ -173,12 +171,11 @@ class RaggedCache(Cache):
         self._change()
         chosen = [copy.copy(self._rows[row]) for row in rows]
         for record in chosen:
-            record.blocks = [None] * self.n_layers
+            record.blocks = {}
             if not record.policy.steps:
                 record.position += record.new_tokens
                 record.new_tokens = 0
-        for index in range(self.n_layers):
-            old = self._layer(index)
+        for index, old in self._layers.items():
             kept = [old.read(self._blocks(row)[index], self._rows[row].grown) for row in rows]
             fresh = self._layers[index] = LayerPools(self.head_dim, self.dtype, old.device)
             fresh.reserve(sum(layer.n_slots + self.n_kv_heads * chosen[0].room for layer in kept))
@@ -205,13 +202,12 @@ class RaggedCache(Cache):
     def row_bytes(self, row: int) -> int:
         """Bytes of what a row keeps of its prompt, over all layers, as `LayerPools.row_bytes`."""
         steps = self._rows[row].policy.steps
-        return sum(self._layer(index).row_bytes(blocks, steps) for index, blocks in enumerate(self._blocks(row)))
+        return sum(self._layers[index].row_bytes(blocks, steps) for index, blocks in enumerate(self._blocks(row)))
 
     def layer_use(self, layer_index: int) -> tuple[int, int]:
         """Slots and bytes (`row_bytes`) of what all rows keep of their prompts in one layer that is written."""
-        found = [(row.blocks[layer_index], row.policy.steps) for row in self._rows]
-        kept = [(blocks, steps) for blocks, steps in found if blocks is not None]
-        n_bytes = sum(self._layer(layer_index).row_bytes(blocks, steps) for blocks, steps in kept)
+        kept = [(row.blocks[layer_index], row.policy.steps) for row in self._rows]
+        n_bytes = sum(self._layers[layer_index].row_bytes(blocks, steps) for blocks, steps in kept)
         return sum(sum(blocks.lengths) for blocks, _ in kept), n_bytes
 
     @property
@@ -230,7 +226,7 @@ class RaggedCache(Cache):
     def position_ids(self) -> Tensor:
         """`(B, 1)` int64 position ids of the next token, on the first layer's device; `advance` adds 1 in place."""
         self.prepare()
-        return self._places[self._layer(0).device].table.position_ids[: len(self._rows)]
+        return self._places[self._layers[0].device].table.position_ids[: len(self._rows)]
 
     def prepare(self) -> None:
         """Bring tables and plans up to date after the batch has changed; a step does so itself."""
@@ -315,23 +311,16 @@ class RaggedCache(Cache):
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _layer(self, layer_index: int) -> LayerPools:
-        layer = self._layers[layer_index]
-        if layer is None:
-            raise RuntimeError(f"layer {layer_index} was never written: write every layer of a row before decoding")
-        return layer
-
     def _blocks(self, row: int) -> list[Blocks]:
-        blocks = [of_layer for of_layer in self._rows[row].blocks if of_layer is not None]
-        if len(blocks) < self.n_layers:
-            missing = [index for index, of_layer in enumerate(self._rows[row].blocks) if of_layer is None]
+        blocks, layers = self._rows[row].blocks, range(self.n_layers)
+        if missing := [index for index in layers if index not in blocks]:
             raise RuntimeError(f"row {row} lacks layers {missing}: write every layer of a row before decoding")
-        return blocks
+        return [blocks[index] for index in layers]
 
     def _check(self, layer_index: int, row: int, layer: CompressedLayer) -> None:
         """Refuse what does not fit the model; these are defects of a policy or the caller, not of a configuration."""
         policy, shape = self._rows[row].policy, (self.n_kv_heads, layer.keys.shape[1], self.head_dim)
-        if self._rows[row].blocks[layer_index] is not None:
+        if layer_index in self._rows[row].blocks:
             raise ValueError(f"layer {layer_index} of row {row} is written already")
         for name, tensor in (("keys", layer.keys), ("values", layer.values)):
             if tuple(tensor.shape) != shape:
@@ -345,13 +334,13 @@ class RaggedCache(Cache):
             raise ValueError(f"{policy.name} steps and returns ragged heads: a step needs heads of equal length")
 
     def _pools(self) -> list[Pool]:
-        layers = [pool for layer in self._layers if layer is not None for pool in layer.pools]
+        layers = [pool for layer in self._layers.values() for pool in layer.pools]
         return layers + [place.attention for place in self._places.values()]
 
     def _change(self) -> None:
         """Before the batch changes: ask the device how far its rows are, since replayed steps pass the host by."""
         if not self._dirty:
-            seen = self._places[self._layer(0).device].table.step_index[: len(self._rows)].tolist()
+            seen = self._places[self._layers[0].device].table.step_index[: len(self._rows)].tolist()
             for row, new_tokens in zip(self._rows, seen, strict=True):
                 row.new_tokens = new_tokens
         self._outdate()
@@ -370,7 +359,7 @@ class RaggedCache(Cache):
         steps = [policy.steps for policy in policies]
         columns, attention_elements, longest = lay_out(by_row, self._grown, steps, self.n_query_heads)
         for index, n_elements in enumerate(attention_elements):
-            self._places[self._layer(index).device].attention.reserve(n_elements)
+            self._places[self._layers[index].device].attention.reserve(n_elements)
         columns["step_index"] = torch.tensor([row.new_tokens for row in self._rows])
         columns["position_ids"] = torch.tensor([[row.position + row.new_tokens] for row in self._rows])
         for place in self._places.values():
@@ -390,7 +379,7 @@ class RaggedCache(Cache):
     def _plan_layer(
         self, index: int, policies: list[Policy], blocks: Sequence[Blocks], longest: int, attention_firsts: list[int]
     ) -> DecodePlan:
-        pools, n_rows = self._layer(index), len(blocks)
+        pools, n_rows = self._layers[index], len(blocks)
         place = self._places[pools.device]
         table, attention = place.table, place.attention.storage
         plan = DecodePlan(

@@ -32,7 +32,7 @@ def contents(cache, n_layers):
     for index in range(n_layers):
         for row, record in enumerate(cache._rows):
             if record.policy.steps:
-                slots = cache._layer(index).decode_slots(record.blocks[index], torch.tensor(0))
+                slots = cache._layers[index].decode_slots(record.blocks[index], torch.tensor(0))
                 found += [(row, "keys", slots.keys[:, :-1].clone()), (row, "values", slots.values[:, :-1].clone())]
                 found += [(row, name, state[:, :-1].clone()) for name, state in sorted(slot_state(slots.state).items())]
     return found

@@ -229,7 +229,7 @@ def test_a_row_past_its_room_harms_no_other():
         new = torch.randn(2, 2, 2, 1, HEAD_DIM)
         cache.attend(0, new[0], new[0], new[1], 1.0)
         cache.advance()
-    assert torch.equal(cache._layer(0).read(cache._blocks(1)[0], 6).keys[:, :9], long.keys)
+    assert torch.equal(cache._layers[0].read(cache._blocks(1)[0], 6).keys[:, :9], long.keys)
     assert cache._plans[0].lengths.tolist() == [[6, 6], [15, 15]]
     assert cache._plans[0].grown == [1, 6]
 
@@ -362,7 +362,7 @@ def test_written_in_inference_mode_and_decoded_outside():
     new = torch.randn(1, 2, 1, HEAD_DIM)
     cache.attend(0, new, new, new, 1.0)
     cache.advance()
-    assert torch.equal(cache._layer(0).keys.storage[0], new[0, 0, 0])
+    assert torch.equal(cache._layers[0].keys.storage[0], new[0, 0, 0])
     assert cache.position_ids.tolist() == [[7]]
 
 
