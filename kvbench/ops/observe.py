@@ -50,16 +50,9 @@ class Observation:
 
 @torch.no_grad()
 def observe(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scaling: float,
-    *,
-    column_sums: bool,
-    window_tokens: int,
-    kernels: str = "auto",
-    softcap: float | None = None,
-) -> Observation:
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, *, column_sums: bool, window_tokens: int,
+    kernels: str = "auto", softcap: float | None = None,
+) -> Observation:  # fmt: skip
     """Exact causal attention of a prompt on itself, with column sums and last rows on request.
 
     Args:
@@ -106,8 +99,7 @@ def observe_torch(
     Returns:
         output `(H, T, D)` in the queries' dtype, column sums `(H, T)` fp32, rows `(H, min(W, T), T)` fp32 or None.
     """
-    n_query_heads, n_tokens, head_dim = query.shape
-    n_kv_heads = keys.shape[0]
+    (n_query_heads, n_tokens, head_dim), n_kv_heads = query.shape, keys.shape[0]
     group_size = n_query_heads // n_kv_heads
     scaled_query = (query.float() * scaling).view(n_kv_heads, group_size, n_tokens, head_dim)
     keys_transposed = keys.float().contiguous().transpose(1, 2)

@@ -99,13 +99,13 @@ class _Session:
 
     def _slots_per_layer(self, request: Request) -> list[int]:
         """Slots that a request's rows take in each layer, summed over KV heads, room for new tokens included."""
-        rows = []
+        slots = [0] * self.shape["n_layers"]
         for sequence in _sequences(request):
             policy = in_effect(sequence.arm.policy)
-            budgets = policy.layer_budgets(request.compress_at, self.shape["n_layers"])
             room = 1 if policy.steps else max(1, sequence.n_steps)
-            rows.append([self.shape["n_kv_heads"] * (budget + room) for budget in budgets])
-        return [sum(layer) for layer in zip(*rows, strict=True)]
+            for index, budget in enumerate(policy.layer_budgets(request.compress_at, len(slots))):
+                slots[index] += self.shape["n_kv_heads"] * (budget + room)
+        return slots
 
     def _bytes(self, request: Request) -> int:
         try:

@@ -76,9 +76,8 @@ class _PackedLinear(nn.Linear):
 class PackedProjections:
     """A model's groups of projections, each computed by one product in `active` blocks: equal up to the order of sums.
 
-    Parameters keep their names, shapes and values; those of a group only come to lie next to each other in memory,
-    which stays so, hence is done once per model. Linear layers of other classes (quantised, adapted) or with a
-    `forward` of their own are left alone.
+    Parameters keep their names, shapes and values; those of a group only come to lie next to each other in memory, and
+    stay so. Linear layers of other classes (quantised, adapted) or with a `forward` of their own are left alone.
     """
 
     def __init__(self, model: nn.Module):
@@ -116,16 +115,14 @@ def _group(parent: nn.Module) -> list[nn.Linear]:
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Parameter:
     """One parameter over several of equal row shape, which become views of its storage unless they are already."""
-    first = parameters[0]
-    sizes = [len(parameter) for parameter in parameters]
+    first, sizes = parameters[0], [len(parameter) for parameter in parameters]
     at, together = first.data_ptr(), True
     for parameter in parameters:
         together &= parameter.data_ptr() == at and parameter.is_contiguous()
         together &= parameter.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         at += parameter.nbytes
     if together:
-        shape = (sum(sizes), *first.shape[1:])
-        return Parameter(first.data.as_strided(shape, first.stride()), requires_grad=False)
+        return Parameter(first.data.as_strided((sum(sizes), *first.shape[1:]), first.stride()), requires_grad=False)
     packed = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, packed.split(sizes), strict=True):
         parameter.data = part

@@ -18,18 +18,11 @@ from kvbench.ops.observe import forward_with_log_sum_exp, observe
 SHAPES = [(4, 4, 70, 16), (6, 2, 129, 16), (4, 1, 64, 8), (3, 3, 1, 8), (9, 3, 200, 64)]  # H, H_k, T, D
 SHAPE_IDS = ["H{}-{}-T{}-D{}".format(*shape) for shape in SHAPES]
 KERNEL_CASES = [
-    (torch.float32, 4, 4, 1, 16),
-    (torch.float32, 4, 2, 17, 64),
-    (torch.float32, 3, 1, 127, 80),
-    (torch.float32, 2, 2, 128, 128),
-    (torch.float32, 2, 1, 129, 64),
-    (torch.float32, 2, 1, 40, 36),
-    (torch.float16, 4, 2, 129, 64),
-    (torch.float16, 3, 1, 300, 80),
-    (torch.float16, 2, 2, 64, 128),
-    (torch.bfloat16, 4, 2, 129, 64),
-    (torch.bfloat16, 3, 1, 300, 80),
-]
+    (torch.float32, 4, 4, 1, 16), (torch.float32, 4, 2, 17, 64), (torch.float32, 3, 1, 127, 80),
+    (torch.float32, 2, 2, 128, 128), (torch.float32, 2, 1, 129, 64), (torch.float32, 2, 1, 40, 36),
+    (torch.float16, 4, 2, 129, 64), (torch.float16, 3, 1, 300, 80), (torch.float16, 2, 2, 64, 128),
+    (torch.bfloat16, 4, 2, 129, 64), (torch.bfloat16, 3, 1, 300, 80),
+]  # fmt: skip
 
 
 @pytest.fixture

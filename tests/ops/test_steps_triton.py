@@ -39,30 +39,21 @@ def contents(cache, n_layers):
 
 
 H2O_OPTIONS = [
-    H2O(budget=0.5),
-    H2O(budget=0.5, group_reduce="max"),
-    H2O(budget=0.4, normalise_by_count=True),
-    H2O(budget=0.4, group_reduce="first", recent_share=0.25),
-    H2O(budget=0.3, recent_share=1.0),
-]
+    H2O(budget=0.5), H2O(budget=0.5, group_reduce="max"), H2O(budget=0.4, normalise_by_count=True),
+    H2O(budget=0.4, group_reduce="first", recent_share=0.25), H2O(budget=0.3, recent_share=1.0),
+]  # fmt: skip
 CAM_OPTIONS = [
-    CaM(budget=0.5),
-    CaM(budget=0.6, merge_tokens=2),
-    CaM(budget=0.5, merge=False),
-    CaM(budget=0.4, start_share=0.0),
+    CaM(budget=0.5), CaM(budget=0.6, merge_tokens=2), CaM(budget=0.5, merge=False), CaM(budget=0.4, start_share=0.0),
     *(CaM(budget=budget, start_share=0.9) for budget in (0.3, 0.25, 0.2)),  # the new token is the only target
-]
+]  # fmt: skip
 MIXED = [Full(), CaM(budget=0.5), H2O(budget=0.5), H2O(budget=0.35), CaM(budget=0.35, merge_tokens=2)]
 
 
 # Rings of about 5 slots and 7 steps: every ring starts anew once. Triton's interpreter takes 10 ms a program.
 @pytest.mark.parametrize(
     ("policies", "n_query_heads", "n_kv_heads", "n_layers"),
-    [
-        pytest.param(H2O_OPTIONS, 3, 1, 1, id="h2o"),
-        pytest.param(CAM_OPTIONS, 3, 1, 1, id="cam"),
-        pytest.param(MIXED, 2, 2, 2, id="mixed"),
-    ],
+    [(H2O_OPTIONS, 3, 1, 1), (CAM_OPTIONS, 3, 1, 1), (MIXED, 2, 2, 2)],
+    ids=["h2o", "cam", "mixed"],
 )
 def test_same_cache_after_every_step(policies, n_query_heads, n_kv_heads, n_layers, triton_device):
     caches = {}

@@ -69,10 +69,7 @@ def test_what_an_observer_would_ignore_is_refused(family):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "message"),
-    [
-        ("mistral", "77 tokens exceed the model's sliding window of 76"),
-        ("phimoe", r"attention_mask of shape .* window"),
-    ],
+    [("mistral", "77 tokens exceed the model's sliding window of 76"), ("phimoe", "attention_mask of shape .* window")],
 )
 def test_a_prompt_longer_than_a_sliding_window_is_refused(family, message):
     model, ids = build(family, sliding_window=76), prompt(77)  # Phimoe does not tell its layers their window

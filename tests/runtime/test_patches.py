@@ -120,7 +120,7 @@ def tokens(loaded, n_rows: int, compiled: bool) -> list[list[int]]:
 
 
 def compile_here(monkeypatch, backend) -> None:
-    """Let the engine compile on the CPU too, with the given backend."""
+    """Let the engine compile on the CPU, too."""
     monkeypatch.setattr(decode, "can_compile", lambda loaded: True)
     monkeypatch.setattr(decode, "CompiledLayers", partial(CompiledLayers, backend=backend))
 
