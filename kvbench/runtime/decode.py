@@ -153,13 +153,12 @@ class DecodeLoop:
         check_every: steps between looks at which rows have finished.
         cuda_graphs: capture steps in CUDA graphs (ignored on a CPU or if the model spans several devices).
         compile_layers: run the decoder layers as compiled code (ignored likewise), `compiled` says whether.
-        pack: with projections of one input as one product (see `patches`, as `pad`).
-        pad: fill up the rows of the output matrix on a CPU.
+        pack: with projections of one input as one product (see `patches`).
     """
 
     def __init__(
         self, loaded: LoadedModel, cache: RaggedCache, check_every: int, cuda_graphs: bool,
-        compile_layers: bool = False, pack: bool = True, pad: bool = True,
+        compile_layers: bool = False, pack: bool = True,
     ):  # fmt: skip
         self.loaded, self.cache = loaded, cache
         devices = {parameter.device for parameter in loaded.model.parameters()}
@@ -171,7 +170,6 @@ class DecodeLoop:
         self.replayed_steps = 0  # so far
         self._layers = CompiledLayers(loaded.model, pack=pack) if compile_layers and can_compile(loaded) else None
         self.compiled = self._layers is not None
-        self._pad = pad and loaded.device.type == "cpu"
 
     def run(self, sequences: list[Sequence]) -> None:
         """Decode sequences to their ends; row i of the cache is sequence i, forced ones come first."""
@@ -186,7 +184,7 @@ class DecodeLoop:
             self._captured.clear()
         step, refill, model = 0, True, self.loaded.model
         layers = self._layers.active() if self._layers is not None else nullcontext()
-        head = padded_head(model) if self._pad else nullcontext()
+        head = padded_head(model) if self.loaded.device.type == "cpu" else nullcontext()
         with torch.inference_mode(), attention_implementation(model), layers, head:
             while going := [sequence for sequence in active if not sequence.finished]:
                 if self._worth_shrinking(active, going):

@@ -194,8 +194,8 @@ class CompiledLayers:
 
 
 @contextmanager
-def padded_head(model: PreTrainedModel, multiple: int = HEAD_ROWS) -> Iterator[None]:
-    """Let the output matrix see a multiple of some number of rows (the hidden states' first dimension) until the end.
+def padded_head(model: PreTrainedModel) -> Iterator[None]:
+    """Let the output matrix see a multiple of `HEAD_ROWS` rows (the hidden states' first dimension) until the end.
 
     Logits keep their shape and meaning; single rows, the `(1, T, E)` of a prompt included, are left as they are.
     """
@@ -206,7 +206,7 @@ def padded_head(model: PreTrainedModel, multiple: int = HEAD_ROWS) -> Iterator[N
 
     def fill_up(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = arguments[0]
-        missing = -hidden.shape[0] % multiple
+        missing = -hidden.shape[0] % HEAD_ROWS
         if hidden.shape[0] == 1 or missing == 0:
             return arguments
         rows.append(hidden.shape[0])

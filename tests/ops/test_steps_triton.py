@@ -99,3 +99,13 @@ def test_a_changed_step_is_not_replaced_by_its_parents_kernel():
 
     assert find_rows_stepper(Lazy) is None
     assert find_rows_stepper(Full) is None
+
+
+def test_a_step_captured_without_counts_is_not_replayed_with_them(triton_device):
+    cache, seen = RaggedCache(1, 2, 2, HEAD_DIM, torch.float32, "triton"), []
+    for counted in (False, True, False):
+        cache.clear()
+        fill(cache, [H2O(budget=0.5, normalise_by_count=counted)], [16], 1, 2, 2, triton_device)
+        seen.append((cache.graph_key, sorted(name for name, *_ in cache._plans[0].states)))
+    assert seen[0] != seen[1] == seen[2]  # once there is a pool of counts, every step looks whether a row has some
+    assert [names for _, names in seen] == [["scores"], *[["counts", "scores"]] * 2]
