@@ -48,16 +48,10 @@ def adjacent_cosines(states: Tensor) -> Tensor:
 
 
 def unrotated(keys: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Keys as they were before RoPE: each is rotated back by its own position.
+    """Keys `(H_k, T, D)` as they were before RoPE, fp32: each is rotated back by its own position.
 
-    Args:
-        keys: `(H_k, T, D)` after RoPE, halves rotated against each other as in Llama, Mistral and Qwen (Su et al.,
-            "RoFormer", arXiv 2104.09864, equation 34, in transformers' layout of halves).
-        cosines: `(T, D)` the model's rotary cosines, attention scaling included.
-        sines: `(T, D)` likewise.
-
-    Returns:
-        `(H_k, T, D)` fp32.
+    Halves are rotated against each other as in Llama, Mistral and Qwen (Su et al., "RoFormer", arXiv 2104.09864,
+    equation 34, in transformers' layout); cosines and sines, `(T, D)`, are the model's, attention scaling included.
     """
     keys, cosines, sines = keys.float(), cosines.float(), sines.float()
     first, second = keys.chunk(2, dim=-1)
@@ -78,9 +72,8 @@ def kept_shares(cosines: Tensor, thresholds: Sequence[float]) -> Tensor:
 def attention_uniformity(rows: Tensor) -> tuple[Tensor, Tensor]:
     """How uniformly the last W queries of a prompt attend: `(H, W, T)`, where row w sees T - W + w + 1 keys.
 
-    Returns:
-        `(H,)` mean normalised entropy, 1 for uniform attention over all visible keys and 0 for a single key, and `(H,)`
-        mean attention on the first token (the attention sink).
+    To `(H,)` mean normalised entropy, 1 for uniform attention over all visible keys and 0 for a single key, and `(H,)`
+    mean attention on the first token (the attention sink).
     """
     n_window, n_tokens = rows.shape[1:]
     rows = rows.double()
@@ -90,12 +83,11 @@ def attention_uniformity(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def measure_samples(loaded: LoadedModel, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """Measure samples one by one on a Llama-like model with `model.rotary_emb`.
+    """Measure samples one by one on a Llama-like model with `model.rotary_emb`; yields plain JSON types.
 
-    Yields:
-        Per sample plain JSON types: ids, `n_tokens`, and per layer the mean adjacent cosine of each KV head
-        (`keys_after`, `keys_before`, `values`), the share of slots left at each of `THRESHOLDS` (`kept`), and the
-        normalised entropy and the first token's attention, means over heads (`entropy`, `sink`).
+    Ids, `n_tokens`, and per layer the mean adjacent cosine of each KV head (`keys_after`, `keys_before`, `values`), the
+    share of slots left at each of `THRESHOLDS` (`kept`), and the normalised entropy and the first token's attention,
+    means over heads (`entropy`, `sink`).
     """
     for sample in samples:
         ids = encode_sample(sample, loaded).input_ids
@@ -108,8 +100,8 @@ def measure_prompt(loaded: LoadedModel, input_ids: Sequence[int]) -> list[dict[s
     """One prefill; the measures of every layer, in order."""
     ids = torch.tensor([list(input_ids)], device=loaded.device)
     positions = torch.arange(ids.shape[1], device=loaded.device).unsqueeze(0)
-    probe = torch.zeros(1, device=loaded.device)
-    cosines, sines = (table[0] for table in loaded.model.model.rotary_emb(probe, positions))
+    rotary = loaded.model.model.rotary_emb(torch.zeros(1, device=loaded.device), positions)
+    cosines, sines = (table[0] for table in rotary)
     layers: list[dict[str, Any]] = []
 
     def on_layer(layer: LayerStates) -> None:
@@ -122,10 +114,10 @@ def measure_prompt(loaded: LoadedModel, input_ids: Sequence[int]) -> list[dict[s
                     "entropy": entropy.mean(), "sink": sink.mean()}  # fmt: skip
         layers.append({name: _rounded(values.tolist()) for name, values in measures.items()})
 
-    shape = model_shape(loaded)
+    shape, needs = model_shape(loaded), frozenset({"window_attention"})
     observer = Observer(
-        needs=frozenset({"window_attention"}), window_tokens=WINDOW_QUERIES, n_layers=shape["n_layers"],
-        n_query_heads=shape["n_query_heads"], seed=0, on_layer=on_layer,
+        needs=needs, window_tokens=WINDOW_QUERIES, n_layers=shape["n_layers"], n_query_heads=shape["n_query_heads"],
+        seed=0, on_layer=on_layer,
     )  # fmt: skip
     with torch.inference_mode(), attention_implementation(loaded.model):
         loaded.model(input_ids=ids, attention_context=observer, use_cache=False, logits_to_keep=1)
@@ -147,12 +139,10 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
         print(f"{row['dataset']} {row['sample']}: {row['n_tokens']} tokens", file=sys.stderr)
         measured.append(row)
     environment = describe_environment()
-    document = {
-        "model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch."), "thresholds": list(THRESHOLDS),
-        "window_queries": WINDOW_QUERIES, "kvbench": environment["kvbench"], "commit": environment["commit"],
-        "torch": environment["packages"]["torch"], "transformers": environment["packages"]["transformers"],
-        "samples": measured,
-    }  # fmt: skip
+    document: dict[str, Any] = {"model": loaded.name, "dtype": str(loaded.dtype).removeprefix("torch.")}
+    document["thresholds"] = list(THRESHOLDS)
+    document |= {"window_queries": WINDOW_QUERIES, "kvbench": environment["kvbench"], "commit": environment["commit"]}
+    document |= {name: environment["packages"][name] for name in ("torch", "transformers")} | {"samples": measured}
     path = folder / f"{file_stem(loaded.name)}.json"
     path.write_text(strict_json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
     return path
@@ -174,8 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "measure":
         print(measure(options.model, options.task, options.limit, options.override, options.folder))
     else:
-        for path in write_all(options.folder):
-            print(path)
+        print(*write_all(options.folder), sep="\n")
     return 0
 
 

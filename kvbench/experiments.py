@@ -56,16 +56,17 @@ def experiment_grid(name: str) -> tuple[list[str], list[str]]:
 
 
 def experiment_part(
-    name: str, model: str, task: str, limit: int | None = None, more: Sequence[str] = (),
+    name: str,
+    model: str,
+    task: str,
+    limit: int | None = None,
+    more: Sequence[str] = (),
     prompt_tokens: int | None = None,
-) -> ExperimentPart:  # fmt: skip
-    """One task of an experiment: at most `limit` samples, with `more` Hydra overrides.
-
-    `prompt_tokens` cuts the prompts of benchmarks that define how (LongBench, ZeroSCROLLS).
-    """
+) -> ExperimentPart:
+    """One task of an experiment: at most `limit` samples, prompts cut to `prompt_tokens`, `more` Hydra overrides."""
     lines = [f"experiment={name}", f"model={model}", f"task={task}", *more]
-    cut = prompt_tokens is not None and task.startswith(TRUNCATING)
-    lines += [f"model.max_prompt_tokens={prompt_tokens}"] if cut else []
+    if prompt_tokens is not None and task.startswith(TRUNCATING):
+        lines.append(f"model.max_prompt_tokens={prompt_tokens}")
     lines += [] if limit is None else [f"task.limit={limit}"]
     return ExperimentPart(name, model, task, build_plan(composed(lines)))
 

@@ -58,10 +58,8 @@ def run_missing(parts: Sequence[ExperimentPart], console: Console) -> int:
 def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[str]) -> list[Path]:
     """Write tables and figures of every experiment and model, from records alone; returns the files.
 
-    Args:
-        parts: parts of any number of experiments.
-        results: folder with `reference/`; gets `tables/` and `figures/`.
-        options: `NAME=value` settings that belong into the commands shown beside empty cells.
+    The folder `results` has `reference/`, and gets `tables/` and `figures/`; `options` are `NAME=value` settings that
+    belong into the commands shown beside empty cells.
     """
     published = read_published(results / "reference")
     groups: dict[tuple[str, str], list[ExperimentPart]] = {}
@@ -71,8 +69,7 @@ def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[
     for (experiment, model), group in groups.items():
         command = " ".join(["make paper-tables", f"EXPERIMENT={experiment}", f"MODEL={model}", *options])
         table = build_table(table_spec(group, command), published)
-        written += write_table(table, results / "tables")
-        written += write_figures(table, results / "figures")
+        written += write_table(table, results / "tables") + write_figures(table, results / "figures")
     return written
 
 
@@ -104,8 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which_runs = ["DATA=DIR", "OFFICIAL=DIR"]  # the settings that decide which runs are meant, as `make` takes them
     which_runs += [] if options.prompt_tokens is None else [f"PROMPT={options.prompt_tokens}"]
     which_runs += [f'SET="{" ".join(options.override)}"'] if options.override else []
-    for path in write_all(parts, options.results, which_runs):
-        print(path)
+    print(*write_all(parts, options.results, which_runs), sep="\n")
     if left_out:
         console.print(f"{left_out} tasks left out, see above")
     return 0

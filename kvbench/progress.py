@@ -33,12 +33,9 @@ from kvbench.errors import RecordError, printable
 from kvbench.records.read import consistent, keep_newest, parsed, parts, read_calls
 from kvbench.records.schema import HASHES, checked
 
-RATE_WINDOW_S = 600.0
-"""The rate is that of the last so many seconds."""
-QUIET_S = 300.0
-"""A call whose last answer is older is shown in yellow: it may be gone."""
-KEPT = ("dataset", "sample", "arm", "status", "reason", "recorded_at", *HASHES)
-"""Fields of a record that are remembered."""
+RATE_WINDOW_S = 600.0  # the rate is that of the last so many seconds
+QUIET_S = 300.0  # a call whose last answer is older is shown in yellow: it may be gone
+KEPT = ("dataset", "sample", "arm", "status", "reason", "recorded_at", *HASHES)  # fields that are remembered
 Progress = dict[str, Any]
 """How far a run is: per arm the samples recorded (failed ones included), failed, and of the task as far as any call has
 said; per shard its latest call's answers recorded, answers it set out to record, and seconds since its last answer or
@@ -59,10 +56,9 @@ class RunWatch:
         """Read what is new; how far the run is at `now`, seconds since 1970."""
         for part in parts(self.run):
             shard = "all" if part == self.run else part.name.replace("-of-", "/")
-            for path in sorted((part / "records").glob("*.jsonl")):
-                for record in self._new_records(path):
-                    self._times.setdefault(shard, []).append(record["recorded_at"])
-                    keep_newest(self._found, record)
+            for record in (r for path in sorted((part / "records").glob("*.jsonl")) for r in self._new_records(path)):
+                self._times.setdefault(shard, []).append(record["recorded_at"])
+                keep_newest(self._found, record)
         calls, records = read_calls(self.run), consistent(self._found.values())
         latest = {call.get("shard") or "all": call for call in calls}
         arms = _arms(calls, records)
@@ -70,21 +66,19 @@ class RunWatch:
         n_left = sum(max(0, arm["n_samples"] - arm["n_done"]) for arm in arms)
         n_arms = max((len(call["arms"]) for call in latest.values()), default=1)
         return {
-            "name": self.run.name,
-            "arms": arms,
+            "name": self.run.name, "arms": arms,
             "calls": [self._call(shard, call, now) for shard, call in sorted(latest.items(), key=_by_number)],
             "samples_per_minute": 60 * answers_per_s / max(1, n_arms),
             "left_s": 0.0 if n_left == 0 else n_left / answers_per_s if answers_per_s else None,
             "failures": [[r["sample"], r["arm"], r["reason"]] for r in records if r["status"] != "ok"][-3:],
             "complete": bool(arms) and n_left == 0,
-        }
+        }  # fmt: skip
 
     def _new_records(self, path: Path) -> Iterator[dict[str, Any]]:
         """Records in the lines completed since the last look."""
         with path.open("rb") as file:
             file.seek(self._offsets.get(path, 0))
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
+            whole = b"".join(file.read().rpartition(b"\n")[:2])
         self._offsets[path] = self._offsets.get(path, 0) + len(whole)
         for line in whole.split(b"\n"):
             if record := checked(parsed(line)):
@@ -100,8 +94,8 @@ class RunWatch:
     def _call(self, shard: str, call: dict[str, Any], now: float) -> dict[str, Any]:
         started, host, n_answers = float(call["started_at"]), str(call.get("host", "")), int(call["missing_answers"])
         times = [time for time in self._times.get(shard, []) if time >= started]
-        last_s = now - max([started, *times])
-        return {"shard": shard, "host": host, "n_done": len(times), "n_answers": n_answers, "last_s": last_s}
+        done = {"n_done": len(times), "n_answers": n_answers, "last_s": now - max([started, *times])}
+        return {"shard": shard, "host": host, **done}
 
 
 def _arms(calls: list[dict[str, Any]], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,11 +124,6 @@ def find_runs(folders: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def draw(runs: Sequence[Progress]) -> RenderableType:
-    """What all runs look like in a terminal, one below the other."""
-    return Group(*(part for run in runs for part in _drawn(run)))
-
-
 def _drawn(run: Progress) -> list[RenderableType]:
     arms = Table(title=run["name"], title_justify="left", box=None, padding=(0, 1))
     arms.add_column("arm", overflow="fold")
@@ -151,16 +140,19 @@ def _drawn(run: Progress) -> list[RenderableType]:
         quiet = call["last_s"] > QUIET_S and call["n_done"] < call["n_answers"]
         ago = Text(f"{_time(call['last_s'])} ago", style="yellow" if quiet else "")
         calls.add_row(call["shard"], printable(call["host"]), f"{call['n_done']}/{call['n_answers']}", ago)
-    left = (
-        "complete" if run["complete"] else f"time left {'unknown' if run['left_s'] is None else _time(run['left_s'])}"
-    )
-    rate = Text(f" {run['samples_per_minute']:.2f} samples a minute, {left}")
+    left = "time left unknown" if run["left_s"] is None else f"time left {_time(run['left_s'])}"
+    rate = Text(f" {run['samples_per_minute']:.2f} samples a minute, {'complete' if run['complete'] else left}")
     failures = (f" failed: {sample} for {key}: {reason}" for sample, key, reason in run["failures"])
     return [arms, calls, rate, *(Text(printable(line), style="red") for line in failures), Text("")]
 
 
 def _time(seconds: float) -> str:
     return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+def draw(runs: Sequence[Progress]) -> RenderableType:
+    """What all runs look like in a terminal, one below the other."""
+    return Group(*(part for run in runs for part in _drawn(run)))
 
 
 @command

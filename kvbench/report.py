@@ -15,10 +15,8 @@ from kvbench.results.page import render_report
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvbench.report",
-        description="Write one self-contained HTML page about one or more runs.",
-    )
+    about = "Write one self-contained HTML page about one or more runs."
+    parser = argparse.ArgumentParser(prog="python -m kvbench.report", description=about)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, e.g. runs/*")
     parser.add_argument("--output", type=Path, help="file to write; default: RUN/report.html, or report.html for many")
     parser.add_argument("--mix-environments", action="store_true", help="let answers of several stand side by side")

@@ -25,7 +25,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, entry_points, version
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from kvbench.errors import ConfigError, MetricError
 
@@ -67,6 +67,7 @@ class BestAnswerMetric:
     """A metric that compares the prediction with every answer and keeps the best result."""
 
     name: str
+    averaged_parts: ClassVar[tuple[str, ...]] = ("score",)  # `aggregate`: the geometric mean of these parts' means
     definition: str
     compare: Callable[[str, str, Sequence[str]], float]  # (prediction, answer, all_classes) -> score in [0, 1]
     prepare: Callable[[str, str], str] = lambda prediction, dataset: prediction  # -> the text that is scored

@@ -114,6 +114,7 @@ class GeometricRouge:
 
     name = "zs_rouge"
     definition = "geometric mean of mean ROUGE-1, -2, -L, rouge_score without stemming (tau/zero_scrolls)"
+    averaged_parts = ROUGE_TYPES
 
     def score(self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str) -> Scores:
         """Best F-measure over the answers, for every ROUGE type by itself.

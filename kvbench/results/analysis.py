@@ -9,7 +9,6 @@ set. If the claim holds, the data sets' share is no larger than relabelling the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,12 +65,7 @@ def variance_shares(ratios: dict[str, tuple[NDArray[np.float64], list[str]]]) ->
 
 
 def _between(values: NDArray[np.float64], codes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Sum of squares between the data sets' means, layer by layer and summed: `(labellings,)`.
-
-    Args:
-        values: `(samples, layers)`.
-        codes: `(labellings, samples)` data set of each sample, from 0; all labellings have the same sizes.
-    """
+    """Squares between data sets' means, summed over layers, for `(labellings, samples)` codes of equal sizes."""
     centred = values - values.mean(0)
     total = np.zeros(len(codes))
     for code in np.unique(codes[0]):
@@ -80,20 +74,13 @@ def _between(values: NDArray[np.float64], codes: NDArray[np.int64]) -> NDArray[n
     return total
 
 
-def read_measurements(folder: Path) -> Measured:
-    """Model -> its measurements; `DataError` if there are none."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    if not found:
-        raise DataError(f"no measurements in {folder}: run `python -m kvbench.analysis measure` first")
-    return found
-
-
 def write_all(folder: Path) -> list[Path]:
     """Write `keys.csv`, `compression.csv`, `uniformity.csv`, `variance.csv` and the figures; returns the files."""
-    measured = read_measurements(folder)
-    tables = (keys_table, compression_table, uniformity_table, variance_table)
+    measured = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    if not measured:
+        raise DataError(f"no measurements in {folder}: run `python -m kvbench.analysis measure` first")
     paths = []
-    for table in tables:
+    for table in (keys_table, compression_table, uniformity_table, variance_table):
         paths.append(folder / f"{table.__name__.removesuffix('_table')}.csv")
         table(measured).to_csv(paths[-1], index=False, lineterminator="\n")
     with style():
@@ -106,12 +93,6 @@ def write_all(folder: Path) -> list[Path]:
 def layer_means(data: dict[str, Any], name: str) -> NDArray[np.float64]:
     """Mean over samples of a per-layer measure: `(layers, ...)`."""
     return np.mean([np.array(sample[name]) for sample in data["samples"]], axis=0)
-
-
-def _kept(data: dict[str, Any]) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """Each data set with its samples' shares of slots left, `(samples, layers, thresholds)`."""
-    for dataset in sorted({sample["dataset"] for sample in data["samples"]}):
-        yield dataset, np.array([s["kept"] for s in data["samples"] if s["dataset"] == dataset])
 
 
 def keys_table(measured: Measured) -> pd.DataFrame:
@@ -181,7 +162,8 @@ def compression_figure(data: dict[str, Any]) -> Figure:
     """Share of slots left per layer at the paper's threshold, one line per data set with the spread of its samples."""
     place = data["thresholds"].index(PAPER_THRESHOLD)
     figure, ((axis,),) = subplots(1, 1, (8.0, 3.6))
-    for index, (dataset, kept) in enumerate(_kept(data)):
+    for index, dataset in enumerate(sorted({sample["dataset"] for sample in data["samples"]})):
+        kept = np.array([s["kept"] for s in data["samples"] if s["dataset"] == dataset])
         percent, colour = 100 * kept[:, :, place], PALETTE[index % len(PALETTE)]
         layers = np.arange(percent.shape[1])
         axis.plot(layers, percent.mean(0), color=colour, marker=MARKERS[index % 8], markersize=3, label=dataset)
@@ -194,11 +176,10 @@ def compression_figure(data: dict[str, Any]) -> Figure:
 def uniformity_figure(data: dict[str, Any]) -> Figure:
     """Normalised entropy of attention and attention on the first token, per layer."""
     figure, ((axis,),) = subplots(1, 1, (8.0, 3.2))
-    for index, (name, label) in enumerate(
-        {"entropy": "normalised entropy", "sink": "attention on the first token"}.items()
-    ):
-        values, look = layer_means(data, name), {"color": PALETTE[index + 1], "marker": MARKERS[index]}
-        axis.plot(range(len(values)), values, markersize=4, label=label, **look)
+    labels = {"entropy": "normalised entropy", "sink": "attention on the first token"}
+    for (name, label), colour, marker in zip(labels.items(), PALETTE[1:3], MARKERS[:2], strict=True):
+        values = layer_means(data, name)
+        axis.plot(range(len(values)), values, markersize=4, label=label, color=colour, marker=marker)
     axis.set(xlabel="layer", ylim=(0, 1))
     axis.legend(fontsize=8)
     return figure

@@ -42,11 +42,11 @@ class ExpectedArm(NamedTuple):
 
 
 class ExpectedColumn(NamedTuple):
-    """A task the table has a column for: its name, its run folder, and the command that fills it."""
+    """A task the table has a column for."""
 
     name: str
     run: Path
-    command: str
+    command: str  # fills the column
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,7 @@ class Table:
 
 
 def read_published(folder: Path) -> pd.DataFrame:
-    """All published numbers of a folder's CSV files, as text; columns `PUBLISHED` and "file".
-
-    Raises:
-        DataError: if a file has other columns, or a row lacks a field other than the note.
-    """
+    """All published numbers of a folder's CSV files, as text; columns `PUBLISHED` and "file"."""
     frames = [pd.DataFrame(columns=[*PUBLISHED, "file"])]
     for path in sorted(folder.glob("*.csv")):
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
@@ -128,17 +124,10 @@ def read_published(folder: Path) -> pd.DataFrame:
 def build_table(spec: TableSpec, published: pd.DataFrame | None = None) -> Table:
     """Read the expected runs and compute every cell; a run folder that does not exist leaves its column empty.
 
-    Args:
-        spec: what the table should hold.
-        published: numbers to show beside ours, as `read_published` gives them.
-
-    Raises:
-        RecordError: if a run folder cannot be read, or answers of several environments would stand side by side and
-            `spec` does not allow it.
+    `published` numbers stand beside ours. Answers of several environments are refused unless `spec` allows them.
     """
-    table, n_left_out = Table(spec), 0
+    table, wanted, n_left_out = Table(spec), {arm.key for arm in spec.arms}, 0
     calls: list[dict[str, Any]] = []
-    wanted = {arm.key for arm in spec.arms}
     for name, run, command in spec.columns:
         rows: list[RecordDict] = []
         if (run / "records").is_dir():
@@ -163,15 +152,13 @@ def build_table(spec: TableSpec, published: pd.DataFrame | None = None) -> Table
         table.average = table.average or Column(AVERAGE)
     if published is not None:
         table.unplaced = _rows(published, model=NOT_STATED, file=spec.name)
-        for arm in spec.arms:
-            if arm.plain:
-                found = _rows(published, model=spec.model, method=arm.method, budget=f"{arm.budget:g}")
-                table.published[arm.key] = [row for row in found if row.dataset in names]
+        for arm in (arm for arm in spec.arms if arm.plain):
+            found = _rows(published, model=spec.model, method=arm.method, budget=f"{arm.budget:g}")
+            table.published[arm.key] = [row for row in found if row.dataset in names]
     return table
 
 
 def _rows(published: pd.DataFrame, **values: str) -> list[Any]:
-    """The numbers that have these values, as named tuples."""
     return list(published[(published[list(values)] == list(values.values())).all(axis=1)].itertuples(index=False))
 
 
@@ -181,10 +168,11 @@ def _column(name: str, rows: Sequence[RecordDict], arms: Sequence[ExpectedArm], 
         column.scores[arm] = Scores(column.metric, {row["sample"]: row["parts"] for row in own})
     column.comparisons = compare_arms({name: column.scores})
     for arm in arms:
-        column.cells[arm.key] = Cell(n_failed=sum(r["arm"] == arm.key and r["status"] != "ok" for r in rows))
+        cell = Cell(n_failed=sum(r["arm"] == arm.key and r["status"] != "ok" for r in rows))
         if scores := column.scores.get(arm.key):
-            score, interval, n = scores.aggregate(list(scores.parts)), score_interval({name: scores}), len(scores.parts)
-            column.cells[arm.key] = replace(column.cells[arm.key], score=score, n=n, interval=interval)
+            score, interval = scores.aggregate(list(scores.parts)), score_interval({name: scores})
+            cell = replace(cell, score=score, n=len(scores.parts), interval=interval)
+        column.cells[arm.key] = cell
     _mark_best(column, arms, summarise(rows))
     return column
 

@@ -2,10 +2,7 @@
 
 Files are written anew each time, never appended to: upstream's appending scored doubled rows. What is missing from a
 file is said on standard error. Each exporter takes run folders and a folder to write to, and returns how many rows (or
-metrics) each file has.
-
-Formats: LongBench/pred.py and eval.py at commit 2e00731f; tau-nlp/zero_scrolls (columns Task, ID, Prediction); the
-hub's model cards, through `huggingface_hub`.
+metrics) each file has. LongBench's format is that of LongBench/pred.py and eval.py at commit 2e00731f.
 """
 
 from __future__ import annotations
@@ -47,18 +44,12 @@ class Group(NamedTuple):
 
 
 def groups_of(runs: Sequence[Path], official_rows: Mapping[str, int] | None = None) -> list[Group]:
-    """The records of some runs by label and data set.
+    """The records of some runs by label and data set; `RecordError` if there are none or two runs share a sample.
 
-    Args:
-        runs: run folders.
-        official_rows: rows of the data sets to take, others are left out and incomplete ones told; None for all.
-
-    Raises:
-        RecordError: if a folder is no run, none of the data sets is in it, or two runs recorded the same sample.
+    With `official_rows` of the data sets to take, others are left out and incomplete ones told.
     """
     groups: dict[tuple[str, str], Group] = {}
-    known: set[tuple[str, str, str]] = set()
-    seen: set[str] = set()
+    known, seen = set[tuple[str, str, str]](), set[str]()
     for run in runs:
         model = model_name(run)
         for record in read_records(run):
@@ -78,8 +69,7 @@ def groups_of(runs: Sequence[Path], official_rows: Mapping[str, int] | None = No
         raise RecordError(f"no records of these data sets in {', '.join(map(str, runs))} {found}")
     made = [groups[key] for key in sorted(groups)]
     for group in made:
-        official = (official_rows or {}).get(group.dataset)
-        n_good = len(group.good)
+        official, n_good = (official_rows or {}).get(group.dataset), len(group.good)
         if official is not None and not n_good == len(group.records) == official:
             failed = f", {len(group.records) - n_good} failed" if n_good < len(group.records) else ""
             _note(f"{group.label} {group.dataset}: {n_good} of {official} official rows{failed}")
@@ -87,11 +77,7 @@ def groups_of(runs: Sequence[Path], official_rows: Mapping[str, int] | None = No
 
 
 def export_longbench(runs: Sequence[Path], out: Path) -> dict[Path, int]:
-    """Write one JSONL file per arm and data set, as the official pred.py does, into `pred/` or (LongBench-E) `pred_e/`.
-
-    Raises:
-        RecordError: as `groups_of`, or if a file cannot be written; likewise the other exporters.
-    """
+    """Write one JSONL file per arm and data set, as the official pred.py does, into `pred/` or (for "E") `pred_e/`."""
     written = {}
     for group in groups_of(runs, LONGBENCH_ROWS):
         base = group.dataset.removesuffix("_e")
@@ -160,16 +146,11 @@ def _eval_results(group: Group, summary: ArmSummary) -> list[Any]:
 
     first = (group.good or group.records)[0]  # a failure may know no metric
     values = {first["metric"]: summary.score, "kl_to_full": summary.kl, "gold_nll": summary.gold_nll}
-    measured = summary.budget_measured
-    arguments = {
-        "method": summary.method, "budget": summary.budget,
-        "budget_measured": None if measured is None else round(measured, DIGITS), "options": first["options"],
-        "samples": summary.n, "samples_failed": summary.n_failed,
-    }  # fmt: skip
-    shared = {
-        "task_type": "text-generation", **_hub_dataset(group.dataset, first),
-        "metric_args": {name: argument for name, argument in arguments.items() if argument not in (None, {})},
-    }  # fmt: skip
+    measured = None if summary.budget_measured is None else round(summary.budget_measured, DIGITS)
+    arguments = {"method": summary.method, "budget": summary.budget, "budget_measured": measured,
+                 "options": first["options"], "samples": summary.n, "samples_failed": summary.n_failed}  # fmt: skip
+    shared = {"task_type": "text-generation", **_hub_dataset(group.dataset, first)}
+    shared["metric_args"] = {name: argument for name, argument in arguments.items() if argument not in (None, {})}
     return [
         EvalResult(metric_type=name, metric_name=f"{name} ({summary.arm})", metric_value=round(value, DIGITS), **shared)
         for name, value in values.items() if value is not None
@@ -179,14 +160,13 @@ def _eval_results(group: Group, summary: ArmSummary) -> list[Any]:
 def _hub_dataset(name: str, record: RecordDict) -> dict[str, Any]:
     """A data set as the hub names it; synthetic tasks are on no hub and keep their own name."""
     if name in LONGBENCH_ROWS:
-        repo, title, config, split = LONGBENCH_REPO, f"LongBench {name}", name, "test"
-        more = {"dataset_revision": LONGBENCH_REVISION}
-    elif name in ZEROSCROLLS_ROWS:
-        config, more = name.removeprefix(ZEROSCROLLS_PREFIX), {}
-        repo, title, split = ZEROSCROLLS_REPO, f"ZeroSCROLLS {config}", record["meta"].get("split")
-    else:
-        return {"dataset_type": f"kvbench-{name}", "dataset_name": f"kvbench {name}"}
-    return {"dataset_type": repo, "dataset_name": title, "dataset_config": config, "dataset_split": split, **more}
+        return {"dataset_type": LONGBENCH_REPO, "dataset_name": f"LongBench {name}", "dataset_config": name,
+                "dataset_split": "test", "dataset_revision": LONGBENCH_REVISION}  # fmt: skip
+    if name in ZEROSCROLLS_ROWS:
+        config = name.removeprefix(ZEROSCROLLS_PREFIX)
+        return {"dataset_type": ZEROSCROLLS_REPO, "dataset_name": f"ZeroSCROLLS {config}", "dataset_config": config,
+                "dataset_split": record["meta"].get("split")}  # fmt: skip
+    return {"dataset_type": f"kvbench-{name}", "dataset_name": f"kvbench {name}"}
 
 
 def _safe(name: str) -> str:
@@ -205,8 +185,8 @@ def _write(path: Path, text: str) -> None:
         scratch.write_bytes(text.encode("utf-8", "backslashreplace"))
         scratch.replace(path)
     except OSError as error:
-        remedy = "choose another place with --out DIR"
-        raise RecordError(f"{path} cannot be written ({error.strerror}): {remedy}") from error
+        what = f"{path} cannot be written ({error.strerror})"
+        raise RecordError(f"{what}: choose another place with --out DIR") from error
 
 
 EXPORTERS = {"longbench": export_longbench, "zeroscrolls": export_zeroscrolls, "model-index": export_model_index}

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvbench.paths import file_stem
 from kvbench.results.cells import Table
 from kvbench.results.summary import REFERENCE_METHOD, ArmSummary, aggregate_score, grouped
@@ -56,8 +58,7 @@ def drawn(table: Table) -> Iterator[tuple[str, Figure]]:
     """The figures that the records of a table allow, by name."""
     with style():
         for name, (_, draw) in FIGURES.items():
-            figure = draw(table) if table.records else None
-            if figure is not None:
+            if table.records and (figure := draw(table)) is not None:
                 yield name, figure
 
 
@@ -116,8 +117,7 @@ def needle_figure(table: Table) -> Figure | None:
     lengths, depths = (sorted({r["meta"][name] for r in rows}) for name in ("length_tokens", "depth"))
     if not arms or len(depths) < 2:
         return None
-    n_columns = min(3, len(arms))
-    n_rows = -(-len(arms) // n_columns)
+    n_columns, n_rows = min(3, len(arms)), -(-len(arms) // 3)
     figure, axes = subplots(n_rows, n_columns, (3.0 * n_columns, 0.9 + 1.9 * n_rows))
     image: Any = None
     for axis in list(axes.flat)[len(arms) :]:
@@ -125,16 +125,15 @@ def needle_figure(table: Table) -> Figure | None:
     for axis, arm in zip(axes.flat, arms, strict=False):
         cells = grouped(({**r["meta"], **r} for r in by_arm[arm]), "depth", "length_tokens")
         scores = [[aggregate_score(cells.get((depth, length), [])) for length in lengths] for depth in depths]
-        grid = [[float("nan") if score is None else score for score in line] for line in scores]
+        grid = np.array(scores, dtype=float)  # nan for None
         image = axis.imshow(grid, vmin=0, vmax=100, cmap=SEQUENTIAL, aspect="auto")
         axis.grid(False)
         axis.set_title(arm, fontsize=8)
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7)
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
-        for i, line in enumerate(grid):
-            for j, value in enumerate(line):
-                text = "–" if value != value else f"{value:.0f}"
-                axis.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if value < 55 else "black")
+        for (i, j), value in np.ndenumerate(grid):
+            text = "–" if np.isnan(value) else f"{value:.0f}"
+            axis.text(j, i, text, ha="center", va="center", fontsize=6, color="white" if value < 55 else "black")
     figure.supxlabel("prompt length, tokens", fontsize=9)
     figure.supylabel("depth of the needle", fontsize=9)
     figure.colorbar(image, ax=axes, label="score", shrink=0.8)

@@ -3,9 +3,8 @@
 Everything that a model or a data set wrote goes through the template's escaping, and a content security policy allows
 one script and one style sheet by their hashes, so that even an escaped escape could not run.
 
-The sample browser shows each arm's output beside the full cache's. Records hold token ids, not token texts, and a page
-loads no tokenizer: the first differing token is counted from the ids, and the word in which the texts first differ is
-what gets marked.
+The sample browser shows each arm's output beside the full cache's. Records hold token ids, not token texts: the
+first differing token is counted from the ids, and the word in which the texts first differ is what gets marked.
 """
 
 from __future__ import annotations
@@ -37,18 +36,14 @@ from kvbench.results.tables import (
     environment_text,
     heading,
     interval_text,
-)
+)  # fmt: skip
 
 PROMPT_CHARACTERS = 4000  # of a longer prompt the beginning and the end are shown
 _WORD = re.compile(r"\S+")
 
 
 def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
-    """The page; runs of one model share tables, and the same run folders give the same bytes.
-
-    Raises:
-        RecordError: if a folder is no run folder, or environments are mixed without leave.
-    """
+    """The page; runs of one model share tables, and the same run folders give the same bytes."""
     by_model: dict[str, list[Path]] = {}
     for run in runs:
         by_model.setdefault(model_name(run), []).append(run)
@@ -56,23 +51,20 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
     samples: list[dict[str, Any]] = []
     for table, group in zip(tables, by_model.values(), strict=True):
         prompts = {key: text for run in group for key, text in read_prompts(run).items()}
-        samples += browser_samples(table.records, prompts, [arm.key for arm in table.spec.arms])
+        samples += browser_samples(table, prompts)
     templates = resources.files("kvbench.results") / "templates"
     names = ("report.html.j2", "report.css", "report.js")
     page, css, script = ((templates / name).read_text(encoding="utf-8") for name in names)
+    n_runs, n_records = f"{len(runs)} run{'s' if len(runs) > 1 else ''}", sum(len(table.records) for table in tables)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(page).render(
-        title="kvbench: " + ", ".join(by_model),
-        lead=f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {len(samples)} samples, "
-        f"{sum(len(table.records) for table in tables)} records.",
-        reading=READING.replace("**", ""),
-        missing=MISSING, detail_header=DETAIL_HEADER, detail_rows=detail_rows, heading=heading,
-        interval_text=interval_text, no_cell=Cell(), tables=tables,
+        title="kvbench: " + ", ".join(by_model), lead=f"{n_runs}, {len(samples)} samples, {n_records} records.",
+        reading=READING.replace("**", ""), missing=MISSING, detail_header=DETAIL_HEADER, detail_rows=detail_rows,
+        heading=heading, interval_text=interval_text, no_cell=Cell(), tables=tables,
         figures=[figure for table in tables for figure in _figures(table)],
         datasets=sorted({sample["dataset"] for sample in samples}),
         arms=list(dict.fromkeys(a.key for table in tables for a in table.spec.arms if a.method != REFERENCE_METHOD)),
-        samples=samples,
-        runs=[_run_view(run) for run in runs],
+        samples=samples, runs=[_run_view(run) for run in runs],
         style=Markup(css), script=Markup(script), style_hash=_csp_hash(css), script_hash=_csp_hash(script),
     )  # fmt: skip
 
@@ -120,13 +112,11 @@ def data_checksums(records: Iterable[RecordDict], prompts: Mapping[tuple[str, st
     return checksums
 
 
-def browser_samples(
-    records: Iterable[RecordDict], prompts: Mapping[tuple[str, str], str], arm_order: Sequence[str]
-) -> list[dict[str, Any]]:
+def browser_samples(table: Table, prompts: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
     """One entry per sample of one model's runs, by data set and sample id, with its arms in the table's order."""
-    rank = {key: index for index, key in enumerate(arm_order)}
+    rank = {arm.key: index for index, arm in enumerate(table.spec.arms)}
     samples = []
-    for (dataset, sample), rows in sorted(grouped(records, "dataset", "sample").items()):
+    for (dataset, sample), rows in sorted(grouped(table.records, "dataset", "sample").items()):
         rows.sort(key=lambda row: (rank.get(row["arm"], len(rank)), row["arm"]))
         full = next((r for r in rows if r["method"] == REFERENCE_METHOD and r["status"] == "ok"), None)
         prompt = prompts.get((dataset, sample))
@@ -154,9 +144,9 @@ def lost(full: RecordDict | None, arm: RecordDict) -> bool:
     return bool(arm["score"] <= full["score"] / 2)
 
 
-def marked_parts(text: str, full_text: str) -> list[dict[str, Any]]:
-    """The text in pieces, the word in which it first differs from the full cache's marked."""
-    if text == full_text:
+def marked_parts(text: str, full_text: str | None = None) -> list[dict[str, Any]]:
+    """The text in pieces, the word in which it first differs from the full cache's (if there is one) marked."""
+    if full_text is None or text == full_text:
         return [{"text": text, "marked": False}]
     common = next((i for i, (a, b) in enumerate(zip(text, full_text, strict=False)) if a != b), None)
     start = end = min(len(text), len(full_text)) if common is None else common
@@ -170,18 +160,16 @@ def marked_parts(text: str, full_text: str) -> list[dict[str, Any]]:
 
 def _arm(row: RecordDict, full: RecordDict | None) -> dict[str, Any]:
     if row["status"] != "ok":
-        parts = [{"text": row["reason"], "marked": False}]
-        return {"key": row["arm"], "facts": "failed", "lost": False, "parts": parts}
+        return {"key": row["arm"], "facts": "failed", "lost": False, "parts": marked_parts(row["reason"])}
     facts = [f"score {_score(row)}", f"{len(row['token_ids'])} tokens"]
     if row["budget_measured"] is not None:
         facts.append(f"{row['budget_measured']:.1%} kept, {row['cache_bytes'] / 2**20:.2f} MiB")
     if row["kl"] is not None:
         facts.append(f"KL {row['kl']:.4f}")
-    parts = [{"text": row["prediction"], "marked": False}]
     if full is not None and row is not full:
         first = first_divergence(row["token_ids"], full["token_ids"])
         facts.append("same tokens as full" if first is None else f"differs from token {first + 1} on")
-        parts = marked_parts(row["prediction"], full["prediction"])
+    parts = marked_parts(row["prediction"], full["prediction"] if full else None)
     return {"key": row["arm"], "facts": " · ".join(facts), "lost": lost(full, row), "parts": parts}
 
 

@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, bootstrap
 
 from kvbench.metrics import get_metric
-from kvbench.metrics.base import BestAnswerMetric
-from kvbench.metrics.zeroscrolls import ROUGE_TYPES, GeometricRouge
 
 N_RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -66,8 +64,8 @@ class Comparison:
     n: int  # common samples
     difference: float  # score of `first` minus score of `second` on them, 0..100 scale
     interval: Interval | None  # its paired bootstrap interval; None below 2 samples
-    wins: int  # samples on which `first` scores higher
-    losses: int  # samples on which `second` does
+    wins: int  # samples on which `first` scores higher; `losses`: lower
+    losses: int
     p_bootstrap: float
     p_sign: float  # ties are left out
     p_bootstrap_holm: float = 1.0
@@ -83,16 +81,16 @@ class Comparison:
 def bootstrap_scores(dataset: str, scores: Scores, samples: tuple[str, ...]) -> Floats:
     """The data set's score in every resample of some samples, `(resamples,)` on the 0..100 scale.
 
-    The aggregates of our metrics are written out for all resamples at once. A metric of another kind is asked one
-    resample at a time, which is right as long as its aggregate depends on the means of its parts alone.
+    A metric that names its `averaged_parts` is computed for all resamples at once; another is asked one resample at a
+    time, which is right as long as its aggregate depends on the means of its parts alone.
     """
     metric = get_metric(scores.metric)
-    rouge, plain = isinstance(metric, GeometricRouge), isinstance(metric, BestAnswerMetric)
-    names = ROUGE_TYPES if rouge else ("score",) if plain else tuple(sorted(scores.parts[samples[0]]))
+    averaged = getattr(metric, "averaged_parts", ())
+    names = averaged or tuple(sorted(scores.parts[samples[0]]))
 
     def aggregate(*parts: Floats, axis: int) -> Floats:
         means = np.stack([part.mean(axis) for part in parts], axis=-1)
-        if rouge or plain:
+        if averaged:
             return 100.0 * np.prod(means, axis=-1) ** (1.0 / len(names))
         rows = [dict(zip(names, row, strict=True)) for row in np.atleast_2d(means).tolist()]
         return np.array([metric.aggregate([row]) for row in rows]).reshape(means.shape[:-1])
@@ -115,11 +113,7 @@ def percentile_interval(values: Floats, n: int) -> Interval | None:
 
 
 def score_interval(columns: Mapping[str, Scores]) -> Interval | None:
-    """Interval of one arm's score (data set -> scores), over several data sets that of their unweighted mean.
-
-    Returns:
-        The interval; None if a data set has fewer than 2 samples, as its spread is then unknown.
-    """
+    """Interval of one arm's score by data set, over several that of their unweighted mean; None if one has 1 sample."""
     if not columns or any(len(scores.parts) < 2 for scores in columns.values()):
         return None
     total = np.zeros(N_RESAMPLES)
@@ -129,14 +123,9 @@ def score_interval(columns: Mapping[str, Scores]) -> Interval | None:
 
 
 def compare_arms(columns: Mapping[str, Mapping[str, Scores]]) -> list[Comparison]:
-    """All pairs of arms over one or more data sets, Holm-corrected for the number of pairs.
+    """All pairs of arms that share samples in every data set (data set -> arm key -> scores), in sorted order.
 
-    Args:
-        columns: data set -> arm key -> scores. With several data sets the difference is that of the unweighted means,
-            and only arms present in all of them are compared.
-
-    Returns:
-        One comparison per pair that shares samples in every data set, in sorted order of the arm keys.
+    Over several data sets the difference is that of the unweighted means. Holm's correction counts the pairs.
     """
     found = []
     arms = sorted(set.intersection(*map(set, columns.values()))) if columns else []

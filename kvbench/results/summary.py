@@ -57,8 +57,7 @@ def grouped(rows: Iterable[RecordDict], *fields: str) -> dict[Any, list[RecordDi
 
 def summarise(records: Iterable[RecordDict]) -> list[ArmSummary]:
     """One summary per arm, over any number of data sets, in `arm_order`."""
-    summaries = [_summary(arm, rows) for arm, rows in grouped(records, "arm").items()]
-    return sorted(summaries, key=arm_order)
+    return sorted((_summary(arm, rows) for arm, rows in grouped(records, "arm").items()), key=arm_order)
 
 
 def arm_order(summary: ArmSummary) -> tuple[bool, str, float, str]:
@@ -69,19 +68,12 @@ def arm_order(summary: ArmSummary) -> tuple[bool, str, float, str]:
 def _summary(arm: str, rows: Sequence[RecordDict]) -> ArmSummary:
     good = [row for row in rows if row["status"] == "ok"]
     full_slots = sum(row["full_slots"] for row in good)
+    measured = sum(sum(row["slots_per_layer"]) for row in good) / full_slots if full_slots else None
+    means = {name: _mean(row[name] for row in good) for name in ("gold_nll", "kl", "cache_bytes")}
     return ArmSummary(
-        arm=arm,
-        method=rows[0]["method"],
-        budget=rows[0]["budget"],
-        n=len(good),
-        n_failed=len(rows) - len(good),
-        score=aggregate_score(good),
-        gold_nll=_mean(row["gold_nll"] for row in good),
-        kl=_mean(row["kl"] for row in good),
-        budget_measured=sum(sum(row["slots_per_layer"]) for row in good) / full_slots if full_slots else None,
-        cache_bytes=_mean(row["cache_bytes"] for row in good),
-        seconds=sum(row["seconds"] for row in good),
-    )
+        arm=arm, method=rows[0]["method"], budget=rows[0]["budget"], n=len(good), n_failed=len(rows) - len(good),
+        score=aggregate_score(good), budget_measured=measured, seconds=sum(row["seconds"] for row in good), **means,
+    )  # fmt: skip
 
 
 def aggregate_score(rows: Iterable[RecordDict]) -> float | None:
@@ -91,12 +83,11 @@ def aggregate_score(rows: Iterable[RecordDict]) -> float | None:
 
 
 def agreements(records: Sequence[RecordDict]) -> dict[str, dict[str, float | None]]:
-    """How closely each arm follows the full cache's answers, for the arms that answered any sample the full cache did.
+    """How closely each arm follows the full cache's answers, over the samples that both answered.
 
-    Returns:
-        By arm: `identical_share` of the samples whose answers are token for token the same; `first_divergence_tokens`,
-        the median number of shared tokens before the first difference over the samples that differ, None if none does;
-        `equal_share`, the mean share of equal tokens, position by position; `rouge_l`, the mean ROUGE-L of the texts.
+    By arm: `identical_share` of the samples whose answers are token for token the same; `first_divergence_tokens`, the
+    median number of shared tokens before the first difference over the samples that differ, None if none does;
+    `equal_share`, the mean share of equal tokens, position by position; `rouge_l`, the mean ROUGE-L of the texts.
     """
     good = [row for row in records if row["status"] == "ok"]
     full = {(row["dataset"], row["sample"]): row for row in good if row["method"] == REFERENCE_METHOD}

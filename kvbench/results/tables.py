@@ -79,15 +79,12 @@ def interval_text(cell: Cell) -> str:
 def detail_rows(table: Table) -> list[list[str]]:
     """Budgets, bytes, closeness to the full cache and time of every arm, as text, after `DETAIL_HEADER`."""
     rows = []
-    for arm in table.spec.arms:
-        s, closeness = table.summaries.get(arm.key), table.agreements.get(arm.key, {})
-        if s is not None and s.n:
-            mib = None if s.cache_bytes is None else s.cache_bytes / 2**20
-            rows.append([
-                arm.key, number(s.budget_measured, ".2%"), number(mib, ".2f"), number(s.kl, ".4f"),
-                number(s.gold_nll, ".3f"), *(number(closeness.get(name), spec) for name, spec in CLOSENESS),
-                number(s.seconds / s.n, ".2f"),
-            ])  # fmt: skip
+    for s in (table.summaries[arm.key] for arm in table.spec.arms if arm.key in table.summaries):
+        mib, closeness = None if s.cache_bytes is None else s.cache_bytes / 2**20, table.agreements.get(s.arm, {})
+        measures = (s.budget_measured, ".2%"), (mib, ".2f"), (s.kl, ".4f"), (s.gold_nll, ".3f")
+        shares = ((closeness.get(name), spec) for name, spec in CLOSENESS)
+        if s.n:
+            rows.append([s.arm, *(number(*one) for one in (*measures, *shares, (s.seconds / s.n, ".2f")))])
     return rows
 
 
@@ -131,17 +128,13 @@ def _score_rows(table: Table, footnotes: dict[str, str]) -> Iterable[list[str]]:
         shown = [_cell(column.cells.get(arm.key, Cell()), len(_sizes(column)) > 1) for column in table.all_columns]
         yield [f"`{arm.key}`", *shown]
         if numbers := table.published.get(arm.key):
-            names = [_published_name(table, column) for column in table.all_columns]
+            nine = AVERAGE_OF_NINE if len(table.averaged) in (0, len(table.columns)) else None
+            names = [nine if column is table.average else column.name for column in table.all_columns]
             yield ["published", *(" / ".join(_cite(p, footnotes) for p in numbers if p.dataset == n) for n in names)]
 
 
 def _sizes(column: Column) -> set[int]:
     return {cell.n for cell in column.cells.values() if cell.score is not None}
-
-
-def _published_name(table: Table, column: Column) -> str | None:
-    nine = AVERAGE_OF_NINE if len(table.averaged) in (0, len(table.columns)) else None
-    return nine if column is table.average else column.name
 
 
 def _cite(published: Any, footnotes: dict[str, str]) -> str:
@@ -162,7 +155,7 @@ def _cell(cell: Cell, show_n: bool) -> str:
 
 def _sources(table: Table, footnotes: dict[str, str]) -> list[str]:
     unplaced = [
-        f"- {p.method} at {p.budget}, {p.dataset}: {_cite(p, footnotes)}" + (f" ({p.note})" if p.note else "")
+        f"- {p.method} at {p.budget}, {p.dataset}: {_cite(p, footnotes)}{f' ({p.note})' if p.note else ''}"
         for p in table.unplaced
     ]
     if not footnotes:
@@ -231,10 +224,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _harmless(cell: object) -> object:
-    """The cell; a text that a spreadsheet would run as a formula gets an apostrophe before it.
-
-    Names of arms and data sets come from records, which anyone may have written. Numbers stay numbers.
-    """
+    """The cell; an apostrophe before a text that spreadsheets would run (anyone may have written the records)."""
     harmless = not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS) or NUMBER.fullmatch(cell)
     return cell if harmless else f"'{cell}"
 
@@ -243,10 +233,8 @@ def latex(table: Table) -> str:
     """The scores as a `tabular` for the booktabs package."""
     columns = table.all_columns
     header = ["arm", *(_tex(heading(table, column)) for column in columns)]
-    rows = [
-        [_tex(arm.key), *(_tex_cell(column.cells.get(arm.key, Cell())) for column in columns)]
-        for arm in table.spec.arms
-    ]
+    keys = [arm.key for arm in table.spec.arms]
+    rows = [[_tex(key), *(_tex_cell(column.cells.get(key, Cell())) for column in columns)] for key in keys]
     frame = pd.DataFrame(rows, columns=pd.Index(header, dtype=object), dtype=object)
     tabular = frame.to_latex(index=False, escape=False, column_format="l" + "r" * len(columns))
     return f"% {_tex(table.spec.title)}; needs \\usepackage{{booktabs}}\n{tabular}"
