@@ -33,7 +33,7 @@ _MARKS = {PASSED: ("ok", "green"), BROKEN: ("BROKEN", "bold red"), NOT_RUN: ("no
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; `arguments` are the words after the command, None for those of the process."""
+    """Command line; returns the exit code."""
     about = "Check that a compression method keeps the contract of a policy."
     parser = argparse.ArgumentParser(prog="python -m kvbench.check", description=about)
     parser.add_argument("target", help="a method name (h2o), module:Class, or file.py:Class")
@@ -45,8 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed = all(finding.status != BROKEN for finding in findings)
     if words.json:
         method = str(getattr(policy, "name", type(policy).__name__))
-        report: dict[str, Any] = {"method": method, "policy": repr(policy), "passed": passed}
-        report["findings"] = [finding._asdict() for finding in findings]
+        report = {
+            "method": method,
+            "policy": repr(policy),
+            "passed": passed,
+            "findings": [f._asdict() for f in findings],
+        }
         print(strict_json.dumps(report, ensure_ascii=False))
     else:
         _show(repr(policy), findings, Console(width=None if sys.stdout.isatty() else 120))
@@ -75,10 +79,8 @@ def policy_from(target: str, settings: Sequence[str] = ()) -> Policy:
     try:
         kind = getattr(_module(source), name)
     except (ImportError, AttributeError, SyntaxError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"{target} cannot be loaded ({error}): write module:Class, with the module's folder in the current "
-            "directory or installed, or file.py:Class"
-        ) from error
+        remedy = "write module:Class, with the module's folder in the current directory or installed, or file.py:Class"
+        raise ConfigError(f"{target} cannot be loaded ({error}): {remedy}") from error
     if not (isinstance(kind, type) and issubclass(kind, Policy)):
         raise ConfigError(f"{target} is not a subclass of kvbench.methods.base.Policy: derive it from that class")
     known = [field.name for field in dataclasses.fields(kind)]

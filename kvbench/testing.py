@@ -43,7 +43,7 @@ from kvbench.methods.base import (
     constant_state,
     make_state,
     slot_state,
-)  # fmt: skip
+)
 from kvbench.methods.full import Full
 from kvbench.methods.registry import load_policies, method_config
 from kvbench.models.config import named_config
@@ -83,14 +83,10 @@ class Finding(NamedTuple):
 
 
 def check_policy(policy: Policy | type[Policy], on_fail: str | None = "raise") -> list[Finding]:
-    """Look at a policy with every rule, at its own budget and at 10, 20, 35, 50 and 100 %; it takes a second or two.
+    """One finding per rule, at the policy's own budget and at 10, 20, 35, 50 and 100 %; it takes a second or two.
 
-    Args:
-        policy: the policy with the options to check, or its class for those of its defaults.
-        on_fail: "raise" `Broken`, whose message names all broken rules, or None to get their findings, too.
-
-    Returns:
-        One finding per rule, in the order of `RULES`.
+    A class is checked with its defaults. `on_fail` "raise" raises `Broken`, whose message names all broken rules; None
+    returns their findings, too.
     """
     trial = Trial(policy)
     findings = [trial.finding(rule) for rule in RULES]
@@ -320,15 +316,13 @@ GENERATORS: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable
     "torch": (lambda: torch.get_rng_state().numpy(), lambda s: torch.set_rng_state(torch.tensor(s)), torch.manual_seed),
     "NumPy": (np.random.get_state, np.random.set_state, np.random.seed),
     "random": (random.getstate, random.setstate, random.seed),
-}
-"""Get, set and seed each global generator."""
+}  # get, set and seed each global generator
 
 
 def _repeats(cases: list[Case], run: Callable[[Case], _Holder]) -> Iterator[tuple[Case, str, str]]:
     """Run the cases, then again in reverse order, each with seeded global generators that are put back after it.
 
-    Yields:
-        Each case with the names of what differs and of the global generators that have moved.
+    Yields each case with the names of what differs and of the global generators that have moved.
     """
 
     def seeded(case: Case) -> tuple[dict[str, object], str]:
@@ -338,8 +332,7 @@ def _repeats(cases: list[Case], run: Callable[[Case], _Holder]) -> Iterator[tupl
         before = {name: pickle.dumps(get()) for name, (get, _, _) in GENERATORS.items()}
         try:
             bits = _bits(run(case))
-            moved = [name for name, (get, _, _) in GENERATORS.items() if pickle.dumps(get()) != before[name]]
-            return bits, ", ".join(moved)
+            return bits, ", ".join(n for n, (get, _, _) in GENERATORS.items() if pickle.dumps(get()) != before[n])
         finally:
             for name, (_, put_back, _) in GENERATORS.items():
                 put_back(held[name])
@@ -393,10 +386,9 @@ def check_needs(trial: Trial) -> Looks:
 @rule()
 def check_bad_budgets(trial: Trial) -> Looks:
     """A budget outside (0, 1] raises `ConfigError` when the policy is built."""
-    bad: tuple[Any, ...] = (0.0, -0.5, 1.5, math.nan, "half")
-    for budget in bad:
+    for budget in (0.0, -0.5, 1.5, math.nan, "half"):
         with suppress(ConfigError):
-            dataclasses.replace(trial.policy, budget=budget)
+            dataclasses.replace(trial.policy, budget=budget)  # type: ignore[arg-type]
             yield True, f"budget={budget!r} was taken", "call super().__post_init__() first in __post_init__"
     return "0, -0.5, 1.5, nan and a word are refused"
 
@@ -419,8 +411,7 @@ def check_options(trial: Trial) -> Looks:
         seen = f"no configuration can be made of the class: {' '.join(str(error).split())}"
         yield True, seen, "annotate options with int, float, bool, str or one of them and None, each with a default"
     known = load_policies().get(policy.name, kind)
-    seen = f"method={policy.name} builds a {known.__name__}"
-    yield known is not kind, seen, "choose a name that is not taken"
+    yield known is not kind, f"method={policy.name} builds a {known.__name__}", "choose a name that is not taken"
     return "unchanged by JSON; configured by the class alone"
 
 
@@ -429,8 +420,7 @@ def _described(policy: Policy) -> dict[str, object]:
     fields: dict[str, object] = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     for name, option in fields.items():
         if isinstance(option, Policy):
-            target = f"{type(option).__module__}.{type(option).__qualname__}"
-            fields[name] = {"_target_": target, **_described(option)}
+            fields[name] = {"_target_": f"{type(option).__module__}.{type(option).__qualname__}", **_described(option)}
     return fields
 
 
@@ -459,9 +449,9 @@ def check_layer_budgets(trial: Trial) -> Looks:
         budgets = policy.layer_budgets(n_tokens, n_layers)
         integers = len(budgets) == n_layers and all(type(slots) is int for slots in budgets)
         yield not integers, f"{where}: {len(budgets)} entries", "return one int per layer"
-        seen = f"{where}: a layer gets {min(budgets)} slots, another {max(budgets)}"
+        low, high = min(budgets), max(budgets)
         remedy = "raise BudgetError where a layer would get none, and cap at T"
-        yield min(budgets) < 1 or max(budgets) > n_tokens, seen, remedy
+        yield low < 1 or high > n_tokens, f"{where}: a layer gets {low} slots, another {high}", remedy
         given, expected = sum(budgets), n_layers * policy.budget_tokens(n_tokens)
         seen = f"{where}: layers get {given} slots per KV head in all, the budget is {expected}"
         remedy = "let the entries sum to n_layers * budget_tokens(n_tokens), or set exact_budget to False"
@@ -488,8 +478,8 @@ def check_compress(trial: Trial) -> Looks:
             kept = trial.compress(case)
         except Exception as error:  # foreign code: whatever it raises is a finding
             yield True, f"{case}: {_describe(error)}", remedy
-        came = f"{case}: a {type(kept).__name__} came back"
-        yield not isinstance(kept, CompressedLayer), came, "return a CompressedLayer"
+        wrong = not isinstance(kept, CompressedLayer)
+        yield wrong, f"{case}: a {type(kept).__name__} came back", "return a CompressedLayer"
         trial.kept[case] = kept
     yield not trial.kept, "no case could be tried", "take at least one of the budgets 0.1 to 1"
     lengths, budgets = (sorted({getattr(case, name) for case in trial.kept}) for name in ("n_tokens", "budget"))
@@ -521,8 +511,8 @@ def check_dtypes(trial: Trial) -> Looks:
             if (tensor := getattr(kept, name)) is not None:
                 remedy = f"return {name} as {dtype}: .to(layer.keys.dtype)"
                 yield tensor.dtype != dtype, f"{case}: {name} are {tensor.dtype}", remedy
-                seen = f"{case}: {name} lie on {tensor.device}"
-                yield tensor.device != device, seen, "create tensors with device=layer.keys.device"
+                remedy = "create tensors with device=layer.keys.device"
+                yield tensor.device != device, f"{case}: {name} lie on {tensor.device}", remedy
     return ", ".join(sorted({str(case.dtype).removeprefix("torch.") for case in trial.kept}))
 
 
@@ -531,8 +521,8 @@ def check_lengths(trial: Trial) -> Looks:
     """Ragged heads say how many slots they keep: `lengths (H_k,)` int64, 1 to m; a policy that steps has none."""
     ragged = [(case, kept.lengths, kept.keys) for case, kept in trial.kept.items() if kept.lengths is not None]
     for case, lengths, keys in ragged:
-        seen = f"{case}: lengths beside steps"
-        yield trial.policy.steps, seen, "keep equal heads in a policy that steps, or drop the step"
+        remedy = "keep equal heads in a policy that steps, or drop the step"
+        yield trial.policy.steps, f"{case}: lengths beside steps", remedy
         wrong = lengths.dtype != torch.int64 or lengths.shape != keys.shape[:1]
         yield wrong, f"{case}: lengths {lengths.dtype} {tuple(lengths.shape)}", "return (H_k,) of torch.int64"
         low, high, n_slots = int(lengths.min()), int(lengths.max()), keys.shape[1]
@@ -686,9 +676,8 @@ def check_in_place(trial: Trial) -> Looks:
         for name, (tensor, shape) in before.items():
             same = now.get(name) is tensor and tensor.shape == shape
             yield not same, f"{case}: slots.{name} was rebound or resized", remedy
-        added = ", ".join(now.keys() - before.keys())
+        added, index = ", ".join(now.keys() - before.keys()), int(slots.step_index)
         yield bool(added), f"{case}: slots.{added} was added", remedy
-        index = int(slots.step_index)
         yield index != 0, f"{case}: step_index was changed to {index}", "the cache counts; only read it"
     return "same tensors, same sizes"
 
@@ -696,14 +685,13 @@ def check_in_place(trial: Trial) -> Looks:
 @rule(*_STEPS)
 def check_new_tokens(trial: Trial) -> Looks:
     """New tokens reach the slots 0 .. m-1: the scratch slot is overwritten by the next token."""
-    moved = total = 0
+    moved, total = 0, N_STEPS * len(trial.step_cases)
     for case in trial.step_cases:
         slots = decode_slots(trial.kept[case])
         for number in range(N_STEPS):
             before = _bits(slots)
             trial.advance(case, slots, number)
             moved += not {"keys", "values"}.isdisjoint(_differences(before, _bits(slots)).split(", "))
-            total += 1
     remedy = "move the scratch slot (index m) over another slot, with its state; or leave out `steps`"
     yield not moved, f"none of {total} new tokens left a trace in slots 0 .. m-1", remedy
     return f"{moved} of {total} new tokens changed the kept slots"
@@ -744,8 +732,8 @@ def check_no_host_reads(trial: Trial) -> Looks:
 
 HOST_READS = {
     "tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__format__",
-    "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "equal", "allclose",
-    "_local_scalar_dense", "_unique2",
+    "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "equal", "allclose", "_local_scalar_dense",
+    "_unique2", "a boolean mask as index",
 }  # fmt: skip
 
 
@@ -764,7 +752,7 @@ def _host_reads() -> Iterator[list[str]]:
             name = func.overloadpacket.__name__
             indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
             masked = any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
-            seen.extend({"a boolean mask as index" if masked else name} & (HOST_READS | {"a boolean mask as index"}))
+            seen.extend({"a boolean mask as index" if masked else name} & HOST_READS)
             return func(*args, **(kwargs or {}))
 
     with Functions(), Operators():
@@ -788,16 +776,15 @@ def check_engines(trial: Trial) -> Looks:
     for engine in (PlainEngine(), FusedEngine()):
         answers.append([])
         for answer in engine.run(_tiny_model(), requests):
-            if isinstance(answer, Answer):
-                answers[-1].append(answer)
-            else:
+            if not isinstance(answer, Answer):
                 yield True, f"{type(engine).__name__}: {answer.reason}", "see that keys and values stay finite"
+            else:
+                answers[-1].append(answer)
         answers[-1].sort(key=lambda answer: (answer.index, answer.arm.key))
     for expected, got in zip(*answers, strict=True):
         where = f"{got.arm.key}, {expected.compressed_tokens} tokens compressed"
-        for what, ours, theirs in (
-            ("slots", got.slots_per_layer, expected.slots_per_layer), ("tokens", got.token_ids, expected.token_ids),
-        ):  # fmt: skip
+        for what, field in (("slots", "slots_per_layer"), ("tokens", "token_ids")):
+            ours, theirs = getattr(got, field), getattr(expected, field)
             yield ours != theirs, f"{where}: {what} {ours} against {theirs}", remedy
         gap = max(abs(a - b) for a, b in zip(got.gold_nll + got.kl, expected.gold_nll + expected.kl, strict=True))
         yield not gap < TOLERANCE_NATS, f"{where}: likelihood or KL differ by {gap:.2g} nats", remedy

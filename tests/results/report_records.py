@@ -27,9 +27,8 @@ def make_run(root: Path, name: str, records: list[Record]) -> Path:
     run = root / name
     (run / "records").mkdir(parents=True)
     (run / "config.json").write_text(json.dumps({"model": {"name": "m"}, "protocol": {"seed": 0}, "config": {}}))
-    (run / "environment.json").write_text(
-        json.dumps({"kvbench": "0.1.0", "commit": "abc", "torch_threads": 2, "devices": [], "packages": {"torch": "2"}})
-    )
+    environment = {"kvbench": "0.1.0", "commit": "abc", "torch_threads": 2, "devices": [], "packages": {"torch": "2"}}
+    (run / "environment.json").write_text(json.dumps(environment))
     for arm in {record.arm for record in records}:
         lines = [json.dumps(record.to_dict()) for record in records if record.arm == arm]
         (run / "records" / f"{arm}.jsonl").write_text("\n".join(lines) + "\n")

@@ -10,15 +10,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from kvbench.analysis import (
-    THRESHOLDS,
-    adjacent_cosines,
-    attention_uniformity,
-    kept_shares,
-    main,
-    measure_prompt,
-    unrotated,
-)
+from kvbench.analysis import THRESHOLDS, adjacent_cosines, attention_uniformity, kept_shares, measure_prompt, unrotated
+from kvbench.analysis import main as analyse
 from kvbench.results import analysis
 from kvbench.results.analysis import variance_shares
 
@@ -113,14 +106,19 @@ def test_shares_sum_to_one_and_match_a_plain_decomposition(noise):
     assert shares.samples == pytest.approx(within / total)
 
 
-def test_measure_then_draw(tmp_path):
+def test_measure_then_draw(tmp_path, capsys):
     folder = tmp_path / "analysis"
     measure = ["measure", "--model", "tiny-random", "--task", "passkey", "niah", "--limit", "2"]
-    assert main(["--folder", str(folder), *measure, "--override", "task.lengths=[160]"]) == 0
-    assert len(json.loads((folder / "tiny-random.json").read_text())["samples"]) == 4
+    settings = ["--override", "task.lengths=[160]", "model.name='org/m'"]
+    assert analyse(["--folder", str(folder), *measure, *settings]) == 0
+    (path,) = folder.iterdir()
+    assert str(path) == capsys.readouterr().out.strip()
+    assert path.name.startswith("org_m-")  # a name with a slash gets a file all the same
+    document = json.loads(path.read_text())
+    assert (document["model"], len(document["samples"])) == ("org/m", 4)
 
     def drawn():
-        assert main(["--folder", str(folder), "draw"]) == 0
+        assert analyse(["--folder", str(folder), "draw"]) == 0
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
 
     files = drawn()
@@ -135,19 +133,9 @@ def test_measure_then_draw(tmp_path):
 def test_the_committed_tables_come_from_the_committed_measurements(tmp_path):
     committed = Path(__file__).resolve().parents[2] / "results" / "analysis"
     shutil.copy(committed / "smollm2-135m.json", tmp_path)
-    assert main(["--folder", str(tmp_path), "draw"]) == 0
+    assert analyse(["--folder", str(tmp_path), "draw"]) == 0
     for path in tmp_path.glob("*.csv"):
         assert path.read_bytes() == (committed / path.name).read_bytes()
-
-
-def test_a_name_with_a_slash_gets_a_file_all_the_same(tmp_path, capsys):
-    measure = ["measure", "--model", "tiny-random", "--task", "passkey", "--limit", "1"]
-    settings = ["--override", "task.lengths=[128]", "model.n_layers=1", "model.name='org/m'"]
-    assert main(["--folder", str(tmp_path), *measure, *settings]) == 0
-    (path,) = tmp_path.iterdir()
-    assert str(path) == capsys.readouterr().out.strip()
-    assert path.name.startswith("org_m-")
-    assert json.loads(path.read_text())["model"] == "org/m"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +148,7 @@ def test_a_name_with_a_slash_gets_a_file_all_the_same(tmp_path, capsys):
 )
 def test_what_cannot_be_measured_or_drawn_is_one_line(folder, words, message, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--folder", str(tmp_path / folder), *words]) == 2
+    assert analyse(["--folder", str(tmp_path / folder), *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("kvbench: ")
     assert message in line

@@ -132,11 +132,10 @@ def test_long_prompts_show_both_ends():
     assert shortened("short") == "short"
 
 
-def asked(sample, answers=("yes",), dataset="qasper", **more):
-    return {"dataset": dataset, "sample": sample, "answers": list(answers), **more}
-
-
 def test_checksums_follow_every_prompt_answer_sample_and_data_set_and_nothing_else():
+    def asked(sample, answers=("yes",), dataset="qasper", **more):
+        return {"dataset": dataset, "sample": sample, "answers": list(answers), **more}
+
     prompts = {("qasper", "a"): "A?", ("qasper", "b"): "B?"}
     records = [asked("a", arm="full"), asked("b", arm="full"), asked("a", arm="h2o@0.5", score=0.0)]
     assert data_checksums(records, prompts) == data_checksums(reversed(records), dict(reversed(prompts.items())))

@@ -17,12 +17,8 @@ START = 1_000_000.0
 
 def shard(root: Path, number: int) -> RunFolder:
     folder = RunFolder(root, "passkey-m", {"model": "m"}, f"{number}-of-2")
-    folder.note_call(
-        {
-            "started_at": START, "host": f"node{number}", "process": 1, "shard": f"{number}/2", "arms": list(ARMS),
-            "task_samples": 6, "missing_answers": 6,
-        }
-    )  # fmt: skip
+    call = {"started_at": START, "host": f"node{number}", "process": 1, "shard": f"{number}/2", "arms": list(ARMS)}
+    folder.note_call({**call, "task_samples": 6, "missing_answers": 6})
     return folder
 
 
@@ -43,14 +39,10 @@ def test_both_shards_count_and_their_rate_gives_the_time_left(run):
     assert [tuple(arm.values()) for arm in seen["arms"]] == [("full", 3, 1, 6), ("h2o@0.5", 3, 1, 6)]
     assert seen["samples_per_minute"] == pytest.approx(3.0)
     assert seen["left_s"] == pytest.approx(60.0)
-    assert [tuple(call.values()) for call in seen["calls"]] == [
-        ("1/2", "node1", 4, 6, 40.0), ("2/2", "node2", 2, 6, 30.0),
-    ]  # fmt: skip
+    calls = [tuple(call.values()) for call in seen["calls"]]
+    assert calls == [("1/2", "node1", 4, 6, 40.0), ("2/2", "node2", 2, 6, 30.0)]
     assert not seen["complete"]
-
-
-def test_a_run_that_stands_still_has_no_rate_and_an_unknown_end(run):
-    seen = RunWatch(run).look(START + 5000)
+    seen = RunWatch(run).look(START + 5000)  # it stands still
     assert (seen["samples_per_minute"], seen["left_s"]) == (0.0, None)
 
 
@@ -59,13 +51,10 @@ def test_each_look_reads_what_is_new_and_half_a_line_waits_for_its_end(run, tmp_
     assert watch.look(START + 60)["arms"][0]["n_done"] == 3
     path = run / "shards" / "1-of-2" / "records" / "full.jsonl"
     line = json.dumps(answers("d", 70)[0].to_dict()) + "\n"
-    with path.open("a") as file:
-        file.write(line[:40])
-        file.flush()
-        assert watch.look(START + 80)["arms"][0]["n_done"] == 3
-        file.write(line[40:])
-        file.flush()
-        assert watch.look(START + 80)["arms"][0]["n_done"] == 4
+    for half, n_done in ((line[:40], 3), (line[40:], 4)):
+        with path.open("a") as file:
+            file.write(half)
+        assert watch.look(START + 80)["arms"][0]["n_done"] == n_done
 
 
 def test_a_failure_that_is_retried_counts_no_longer(run, tmp_path):

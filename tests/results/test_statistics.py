@@ -6,24 +6,19 @@ import scipy.stats
 from report_records import make_scores as scores
 
 from kvbench.results import statistics
-from kvbench.results.statistics import (
-    Scores,
-    best_arm,
-    bootstrap_scores,
-    compare_arms,
-    holm,
-    percentile_interval,
-    score_interval,
-    sign_test,
-)
+from kvbench.results.statistics import Scores, best_arm, bootstrap_scores, compare_arms, score_interval
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
 
 def rouge(rows):
-    return Scores(
-        "zs_rouge", {f"s{i:04d}": {"score": 0.0, **dict(zip(ROUGES, r, strict=True))} for i, r in enumerate(rows)}
-    )
+    rows = ({"score": 0.0, **dict(zip(ROUGES, row, strict=True))} for row in rows)
+    return Scores("zs_rouge", {f"s{i:04d}": row for i, row in enumerate(rows)})
+
+
+def others_draws(data, statistic, **options):
+    options |= {"n_resamples": 20_000, "method": "percentile", "rng": np.random.default_rng(1)}
+    return scipy.stats.bootstrap(data, statistic, **options)
 
 
 def mean(rows, axis):
@@ -42,9 +37,7 @@ def geometric(*rows, axis):
 def test_interval_agrees_with_other_draws_of_scipy(make, shape, statistic, error):
     rows = np.random.default_rng(0).beta(2, 3, size=shape)
     ours = score_interval({"qasper": make(rows)})
-    theirs = scipy.stats.bootstrap(
-        tuple(rows.T), statistic, paired=True, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
+    theirs = others_draws(tuple(rows.T), statistic, paired=True).confidence_interval
     assert tuple(ours) == pytest.approx(tuple(theirs), abs=error)  # Monte Carlo error of the ends
     assert ours.high - ours.low > 5
 
@@ -80,7 +73,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(monkeypatch):
     hits = 0
     for trial in range(300):
         data = scores(generator.beta(2, 2, size=40))
-        interval = percentile_interval(bootstrap_scores(f"t{trial}", data, tuple(data.parts)), 40)
+        interval = statistics.percentile_interval(bootstrap_scores(f"t{trial}", data, tuple(data.parts)), 40)
         hits += interval.low <= 50.0 <= interval.high
     assert 0.90 <= hits / 300 <= 0.98  # percentile intervals of 40 samples cover a little less than 95 %
 
@@ -103,11 +96,11 @@ def test_the_average_resamples_within_each_data_set():
 
 
 def test_sign_test_and_holm_by_hand():
-    assert sign_test(9, 1) == pytest.approx(22 / 1024)
-    assert sign_test(0, 0) == 1.0
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert holm([]) == []
+    assert statistics.sign_test(9, 1) == pytest.approx(22 / 1024)
+    assert statistics.sign_test(0, 0) == 1.0
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert statistics.holm([]) == []
 
 
 def test_a_small_steady_lead_is_found_paired_and_a_noise_lead_is_not():
@@ -128,9 +121,7 @@ def test_paired_bootstrap_agrees_with_scipy():
     generator = np.random.default_rng(6)
     a, b = generator.random(30), generator.random(30)
     (ours,) = compare_arms({"d": {"a": scores(a), "b": scores(b)}})
-    theirs = scipy.stats.bootstrap(
-        (100 * (a - b),), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
-    )
+    theirs = others_draws((100 * (a - b),), np.mean)
     assert tuple(ours.interval) == pytest.approx(tuple(theirs.confidence_interval), abs=0.6)
     below = (theirs.bootstrap_distribution <= 0).mean()
     assert ours.p_bootstrap == pytest.approx(2 * min(below, 1 - below), abs=0.02)
@@ -162,11 +153,8 @@ def test_only_common_samples_are_compared_and_correction_counts_the_pairs():
 
 
 def test_over_data_sets_the_difference_is_that_of_the_unweighted_means():
-    columns = {
-        "d": {"a": scores([1, 1]), "b": scores([0, 0])},
-        "e": {"a": scores([0, 0, 0, 0]), "b": scores([1, 1, 0, 0])},
-    }
-    (pair,) = compare_arms(columns)
+    second = {"a": scores([0, 0, 0, 0]), "b": scores([1, 1, 0, 0])}
+    (pair,) = compare_arms({"d": {"a": scores([1, 1]), "b": scores([0, 0])}, "e": second})
     assert (pair.difference, pair.n, pair.wins, pair.losses) == (25.0, 6, 2, 2)
 
 

@@ -44,10 +44,8 @@ def test_data_sets_are_averaged_unweighted():
 
 
 def answered(arm, answers):
-    return [
-        make_record(arm, f"s{i}", 1.0, token_ids=ids, prediction=text).to_dict()
-        for i, (ids, text) in enumerate(answers)
-    ]
+    rows = enumerate(answers)
+    return [make_record(arm, f"s{i}", 1.0, token_ids=ids, prediction=text).to_dict() for i, (ids, text) in rows]
 
 
 def test_agreement_by_hand():

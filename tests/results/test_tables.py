@@ -61,18 +61,16 @@ def test_no_winner_where_samples_disagree_or_the_best_misses_its_budget(tmp_path
 
 
 def test_missing_cells_say_so_and_name_their_command(tmp_path):
-    run = make_run(tmp_path, "a", steady(arms=ARMS[:2]))
+    failed = make_record("h2o@0.5", "s99", 0.0, status="failed", parts={})
+    run = make_run(tmp_path, "a", [*steady(arms=ARMS[:2]), failed])
     text = markdown(build_table(make_spec(("qasper", run), ("trec", tmp_path / "none"))))
+    assert "(1 failed)" in text
     assert "| `kvmerger@0.5` | no records | no records |" in text
     assert "- qasper: `make qasper`" in text
     assert "- trec: `make trec`" in text
     empty = build_table(make_spec(("trec", tmp_path / "none")))
     assert markdown(empty).count("no records |") == len(ARMS)
     assert write_figures(empty, tmp_path / "figures") == []
-
-
-def test_failed_samples_are_named_in_their_cell(build):
-    assert "(1 failed)" in markdown(build([*steady(), make_record("h2o@0.5", "s99", 0.0, status="failed", parts={})]))
 
 
 def test_average_is_over_the_data_sets_all_arms_share(tmp_path):
@@ -116,11 +114,8 @@ def test_csv_files_hold_every_cell_and_pair(table):
 
 
 def test_files_are_rebuilt_byte_for_byte(tmp_path):
-    grid = [
-        make_record(arm, f"n{i}", SCORES[arm], "niah", meta={"length_tokens": 100 * (1 + i % 2), "depth": i // 2 / 2})
-        for arm in ARMS
-        for i in range(4)
-    ]
+    places = [{"length_tokens": length, "depth": depth} for depth in (0.0, 0.5) for length in (100, 200)]
+    grid = [make_record(a, f"n{i}", SCORES[a], "niah", meta=meta) for a in ARMS for i, meta in enumerate(places)]
     run, other = make_run(tmp_path, "a", steady()), make_run(tmp_path, "b", grid)
 
     def build(name):
