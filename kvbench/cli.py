@@ -32,15 +32,13 @@ from kvbench.shards import spell_out_shards
 class Job:
     """The function that Hydra runs for each job, in this process or pickled to a worker.
 
-    Attributes:
-        outcomes: what the jobs of this call did, in order. In the process that called Hydra this list is complete: its
-            own jobs append to it, and `hydra_plugins.kvbench.sweeper` fills in what workers sent back.
-        begun: whether any configuration was composed; an error before that is one of composition.
+    In the process that called Hydra, `outcomes` is complete: its own jobs append to it, and
+    `hydra_plugins.kvbench.sweeper` fills in what workers sent back.
     """
 
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
-        self.begun = False
+        self.begun = False  # whether any configuration was composed; an error before that is one of composition
 
     def __call__(self, config: DictConfig) -> Outcome | None:
         """Run one composed configuration; None if a former job of this process was refused, for there a sweep ends."""
@@ -84,11 +82,7 @@ def main() -> int:
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    """Print the table of one run and, as the last line, one JSON document.
-
-    Args:
-        outcomes: of one or more jobs, all of one run: its shards, or a sweep over its arms.
-    """
+    """Print the table of one run, of whose shards or arms these are, and, as the last line, one JSON document."""
     first = outcomes[0]
     samples = {position: key for outcome in outcomes for position, key in outcome.samples.items()}
     order = {key: rank for rank, (_, key) in enumerate(sorted(samples.items()))}
@@ -105,13 +99,9 @@ def report(outcomes: Sequence[Outcome]) -> None:
             print(note)
     shards = sorted({outcome.shard for outcome in outcomes if outcome.shard is not None})
     document: dict[str, Any] = {
-        "run": str(first.folder),
-        "model": first.model,
-        "task": first.task,
-        **({"shards": shards} if shards else {}),
-        "n_samples": len(samples),
+        "run": str(first.folder), "model": first.model, "task": first.task,
+        **({"shards": shards} if shards else {}), "n_samples": len(samples),
         "wall_s": round(max(o.ended_at for o in outcomes) - min(o.started_at for o in outcomes), 2),
-        **({"notes": notes} if notes else {}),
-        "arms": [summary.to_dict() for summary in summarise(records)],
-    }
+        **({"notes": notes} if notes else {}), "arms": [summary.to_dict() for summary in summarise(records)],
+    }  # fmt: skip
     print(strict_json.dumps(document, ensure_ascii=False), flush=True)

@@ -76,20 +76,20 @@ def mendable(error: Exception) -> str | None:
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return one_line(error)
     if isinstance(error, OSError) and error.filename is not None:
-        problem = f"{error.filename} cannot be used ({error.strerror}): check the path, its permissions and free space"
-        return printable(problem)
+        return printable(
+            f"{error.filename} cannot be used ({error.strerror}): check the path, its permissions and free space"
+        )
     return None
 
 
 def one_line(error: BaseException) -> str:
     """Hydra's message in one line, with what it knows of the cause."""
-    parts: list[str] = []
+    parts: dict[str, None] = {}
     current: BaseException | None = error
     while current is not None:
-        parts.append(" ".join(str(current).split()))
+        parts[" ".join(str(current).split())] = None
         current = current.__cause__
-    unique = [part for i, part in enumerate(parts) if part and part not in parts[:i]]
-    line = " <- ".join(unique)
+    line = " <- ".join(filter(None, parts))
     if ".backend'. To append to your config" in line:
         from kvbench.methods.registry import BACKEND_HAS_GONE  # late: not every command loads torch
 
@@ -147,9 +147,7 @@ class _Output:
 
     def _give_up(self) -> None:
         """Send what is left to nowhere: Python would try to write it once more at its end, and complain."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        _to_nowhere(self._stream.fileno())
 
 
 class _Notes(_Output):
@@ -167,11 +165,15 @@ def _open(stream: TextIO | None, descriptor: int) -> TextIO:
     """The stream; for one that was closed (`>&-`), nowhere, so that no file is opened under its number."""
     if stream is not None:
         return stream
+    _to_nowhere(descriptor)
+    return os.fdopen(descriptor, "w", encoding="utf-8", closefd=False)
+
+
+def _to_nowhere(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if nowhere != descriptor:
         os.dup2(nowhere, descriptor)
         os.close(nowhere)
-    return os.fdopen(descriptor, "w", encoding="utf-8", closefd=False)
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
@@ -180,8 +182,6 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("kvbench", _escape)
-
-
 FIRST = "\nkvbench: finishing the samples in flight; Ctrl-C again stops now, without them\n"
 
 
@@ -198,14 +198,7 @@ class Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let a short piece of work, such as writing a record, come to its end even if Ctrl-C is pressed twice.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            KeyboardInterrupt: at the end of the block, if it was pressed the second time meanwhile.
-        """
+        """Let a short piece of work, such as writing a record, come to its end even if Ctrl-C is pressed twice."""
         self._held = True
         try:
             yield
@@ -229,9 +222,6 @@ def interruptible() -> Iterator[Interrupts]:
     """Handle Ctrl-C in two steps until the block ends.
 
     Only the main thread can, and a process that was started to ignore it (nohup, background jobs) goes on ignoring it.
-
-    Yields:
-        What was asked for.
     """
     interrupts = Interrupts()
     former = signal.getsignal(signal.SIGINT)

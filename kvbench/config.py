@@ -29,7 +29,7 @@ class ProtocolConfig:
     Attributes:
         compress: "after_question" (the whole prompt is compressed, as in the papers) or "before_question" (only the
             context is compressed; the question is read with the compressed cache).
-        seed: seed of everything random in a policy, per sample.
+        seed: of everything random in a policy, per sample.
         gold_tokens: at most this many tokens of the gold answer are teacher-forced for likelihood and KL; 0 skips both.
         max_new_tokens: overrides the task's generation limit; null keeps it.
     """
@@ -42,28 +42,18 @@ class ProtocolConfig:
 
 @dataclass
 class DataConfig:
-    """Where benchmark data is.
+    """Where benchmark data is; null for what is fetched."""
 
-    Attributes:
-        root: folder with `<dataset>.jsonl` files; null for the fetched data.
-        official: folder with the official LongBench configuration files; null for the fetched ones.
-    """
-
-    root: str | None = None
-    official: str | None = None
+    root: str | None = None  # folder with `<dataset>.jsonl` files
+    official: str | None = None  # folder with the official LongBench configuration files
 
 
 @dataclass
 class OutputConfig:
-    """Where runs are kept.
+    """Where runs are kept, and what is printed."""
 
-    Attributes:
-        root: folder of run folders, created if missing.
-        table: whether to print the table after the run.
-    """
-
-    root: str = "runs"
-    table: bool = True
+    root: str = "runs"  # folder of run folders, created if missing
+    table: bool = True  # whether to print the table after the run
 
 
 @dataclass
@@ -103,11 +93,7 @@ def group_options(group: str) -> list[str]:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse words after a command that Hydra would refuse without saying which.
-
-    Raises:
-        ConfigError: if one is no text in UTF-8, or gives a group a value that cannot be the name of an option.
-    """
+    """Refuse what Hydra would without saying which: words not in UTF-8, groups with a value that can name no option."""
     for argument in arguments:
         if argument.encode("utf-8", "replace") != argument.encode("utf-8", "surrogateescape"):
             raise ConfigError(f"argument {argument!r} is not UTF-8: give it in that encoding")

@@ -18,12 +18,8 @@ def printable(text: str) -> str:
 
     Messages quote data sets and models; `\x1b[2J` in a row would otherwise clear the reader's screen.
     """
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in UNSAFE_CATEGORIES
-        else character
-        for character in text
-    )
+    unsafe = {character for character in text if unicodedata.category(character) in UNSAFE_CATEGORIES}
+    return "".join(c.encode("unicode_escape").decode() if c in unsafe else c for c in text)
 
 
 class KvbenchError(Exception):

@@ -42,15 +42,11 @@ Seed = Annotated[int, Within(-(2**63), 2**63 - 1)]
 
 
 def check_fields(config: Any, group: str) -> None:
-    """Check every field of a dataclass instance.
+    """Refuse (`ConfigError`) the first field of a dataclass instance whose value is not what its annotation says.
 
-    Args:
-        config: the instance. Understood are int, float (finite), bool, str (printable), None, `Literal`, sequences,
-            mappings, unions, classes, and `Annotated` with a `Within`; any other annotation lets everything pass.
-        group: what stands before the field's name in messages, e.g. "task".
-
-    Raises:
-        ConfigError: at the first field whose value is not what its annotation says.
+    Understood are int, float (finite), bool, str (printable), None, `Literal`, sequences, mappings, unions, classes,
+    and `Annotated` with a `Within`; any other annotation lets everything pass. `group`, e.g. "task", stands before the
+    field's name in messages.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
@@ -83,18 +79,13 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(
-            fits(k, arguments[0]) and fits(v, arguments[1]) for k, v in value.items()
-        )
+        key, item = arguments
+        return isinstance(value, Mapping) and all(fits(k, key) and fits(v, item) for k, v in value.items())
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return isinstance(value, (list, tuple)) and all(fits(item, arguments[0]) for item in value)
     if annotation in (int, float):
-        kinds = int if annotation is int else (int, float)
-        return (
-            isinstance(value, kinds)
-            and not isinstance(value, bool)
-            and (annotation is int or abs(value) <= sys.float_info.max)
-        )
+        is_number = isinstance(value, (int, annotation)) and not isinstance(value, bool)
+        return is_number and (annotation is int or abs(value) <= sys.float_info.max)
     return isinstance(value, annotation) if annotation is not Any and isinstance(annotation, type) else True
 
 

@@ -40,19 +40,10 @@ def config_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """`$KVBENCH_CACHE` if set, else `$XDG_CACHE_HOME/kvbench` unless relative, else `~/.cache/kvbench`; created.
-
-    Raises:
-        DataError: if the folder cannot be created.
-    """
+    """`$KVBENCH_CACHE` if set, else `$XDG_CACHE_HOME/kvbench` unless relative, else `~/.cache/kvbench`; created."""
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     named = os.environ.get("KVBENCH_CACHE")
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    if named:
-        folder = user_path(named)
-    elif xdg and Path(xdg).is_absolute():
-        folder = Path(xdg) / "kvbench"
-    else:
-        folder = user_path("~") / ".cache" / "kvbench"
+    folder = user_path(named) if named else (xdg if xdg.is_absolute() else user_path("~/.cache")) / "kvbench"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,9 +74,6 @@ def ensure_folder(
         identity: what the content depends on (checksums, versions); JSON values.
         write: fills an empty folder; called only if needed. What it returns is kept in the manifest as "source".
         waiting: called once if another process is writing the folder, before waiting for it.
-
-    Raises:
-        DataError: if the folder cannot be written.
     """
     if complete_folder(folder, identity):
         return folder
@@ -93,15 +81,13 @@ def ensure_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             waiting()
-            lock.acquire()
-        try:
+            held = lock.acquire()
+        with held:
             if not complete_folder(folder, identity):
                 _write(folder, identity, write)
-        finally:
-            lock.release()
     except OSError as error:
         raise DataError(f"{folder} cannot be written ({error}): free space, or set KVBENCH_CACHE=DIR") from error
     return folder

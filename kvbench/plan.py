@@ -32,43 +32,29 @@ UNIDENTIFYING_TASK_KEYS = ("limit", "root", "official")  # nor does how much of 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs to know: the composed configuration, built; what it leaves unsaid is said here.
-
-    Attributes:
-        arms: arms to measure, in order.
-        reference: the full-cache arm that KL is measured against.
-        output_root: folder of run folders.
-        identity: what defines the run; hashed into its folder's name.
-        config: the full composed configuration, plain types.
-        shard: the part of the samples to run, or None for all; no part of the identity.
-    """
+    """Everything a run needs to know: the composed configuration (`kvbench.config` explains its fields), built."""
 
     model: ModelConfig
     task: Task
-    arms: tuple[Arm, ...]
-    reference: Arm
+    arms: tuple[Arm, ...]  # to measure, in order
+    reference: Arm  # the full cache, against which KL is measured
     engine: Engine
     compress: str
     seed: int
     gold_tokens: int
     max_new_tokens: int | None
-    output_root: Path
+    output_root: Path  # folder of run folders
     retry_failed: bool
-    identity: dict[str, Any]
-    config: dict[str, Any]
+    identity: dict[str, Any]  # what defines the run; hashed into its folder's name
+    config: dict[str, Any]  # the full composed configuration, plain types
     mix_environments: bool = False
-    shard: Shard | None = None
+    shard: Shard | None = None  # the part of the samples to run, or None for all; no part of the identity
 
 
 def build_plan(config: DictConfig) -> Plan:
-    """Build a plan from the composed configuration (`kvbench.config.RootConfig`).
-
-    Raises:
-        ConfigError: if a value is unknown, of the wrong type or out of range.
-    """
-    protocol = config.protocol
-    if protocol.compress not in COMPRESS_CHOICES:
-        raise ConfigError(f"protocol.compress={protocol.compress!r} is not one of {', '.join(COMPRESS_CHOICES)}")
+    """The plan of a composed `kvbench.config.RootConfig`; `ConfigError` if a value is unknown or out of range."""
+    if (compress := config.protocol.compress) not in COMPRESS_CHOICES:
+        raise ConfigError(f"protocol.compress={compress!r} is not one of {', '.join(COMPRESS_CHOICES)}")
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     for group, kind in (("protocol", ProtocolConfig), ("data", DataConfig), ("output", OutputConfig)):
         check_fields(kind(**plain[group]), group)
@@ -76,22 +62,12 @@ def build_plan(config: DictConfig) -> Plan:
     task = _instantiate(config.task, "task", Task)
     identity = {"model": _model_identity(model), "task": _task_identity(task), "protocol": plain["protocol"]}
     return Plan(
-        model=model,
-        task=task,
-        arms=_arms(config),
-        reference=Arm.of(Full()),
-        engine=_instantiate(config.engine, "engine", Engine),
-        compress=protocol.compress,
-        seed=protocol.seed,
-        gold_tokens=protocol.gold_tokens,
-        max_new_tokens=protocol.max_new_tokens,
-        output_root=user_path(config.output.root),
-        retry_failed=config.retry_failed,
-        identity=identity,
-        config=plain,
+        model=model, task=task, arms=_arms(config), reference=Arm.of(Full()),
+        engine=_instantiate(config.engine, "engine", Engine), **vars(ProtocolConfig(**plain["protocol"])),
+        output_root=user_path(config.output.root), retry_failed=config.retry_failed, identity=identity, config=plain,
         mix_environments=config.mix_environments,
         shard=None if config.shard is None else Shard.parse(config.shard),
-    )
+    )  # fmt: skip
 
 
 def _arms(config: DictConfig) -> tuple[Arm, ...]:
@@ -128,15 +104,14 @@ def _refuse_namesakes(policy: Policy, known: Arm) -> None:
 def _policy(node: DictConfig, name: str) -> Policy:
     """Build a method; one whose class has no `backend` (any more) may still come with it."""
     try:
-        policy: Policy = _instantiate(node, name, Policy)
+        return _instantiate(node, name, Policy)
     except ConfigError as error:
         if "unexpected keyword argument 'backend'" not in str(error):
             raise
-        without = copy.deepcopy(node)
-        with open_dict(without):
-            pass_over_backend(without.pop("backend"))
-        policy = _instantiate(without, name, Policy)
-    return policy
+    without = copy.deepcopy(node)
+    with open_dict(without):
+        pass_over_backend(without.pop("backend"))
+    return _instantiate(without, name, Policy)
 
 
 def _model_identity(model: ModelConfig) -> dict[str, Any]:

@@ -38,42 +38,26 @@ _SAME_IN_RECORDS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running one plan did: a value that can be pickled, since a worker cannot reach the process that sent it.
+    """What running one plan did: a value that can be pickled, since a worker cannot reach the process that sent it."""
 
-    Attributes:
-        error: one line if the job was refused, else empty; the fields below then mean nothing.
-        folder: the run folder.
-        model: name of the model.
-        task: name of the task.
-        compress: "after_question" or "before_question".
-        shard: "2/8", or None without shards.
-        table: whether a table is wanted.
-        samples: (dataset, sample id) of the plan's samples (its shard's only), by position in the task.
-        n_failed: samples that failed in this call.
-        mix_environments: whether answers of several environments may stand side by side.
-        started_at: seconds since 1970, as `ended_at`.
-    """
-
-    error: str = ""
-    folder: Path = Path()
+    error: str = ""  # one line if the job was refused; the fields below then mean nothing
+    folder: Path = Path()  # the run folder
     model: str = ""
     task: str = ""
     compress: str = ""
-    shard: str | None = None
-    table: bool = True
-    samples: dict[int, tuple[str, str]] = field(default_factory=dict)
-    n_failed: int = 0
+    shard: str | None = None  # "2/8", or None without shards
+    table: bool = True  # whether one is wanted
+    samples: dict[int, tuple[str, str]] = field(default_factory=dict)  # (dataset, id) by position; the shard's only
+    n_failed: int = 0  # samples that failed in this call
     mix_environments: bool = False
-    started_at: float = 0.0
+    started_at: float = 0.0  # seconds since 1970
     ended_at: float = 0.0
 
 
 def run_plan(plan: Plan, console: Console) -> Outcome:
     """Compute what is missing, and what was made by another question, model or method; append it to the run folder.
 
-    Raises:
-        KvbenchError: for anything the user can mend; what was recorded before stays valid.
-        KeyboardInterrupt: if Ctrl-C ended the run before its last sample; what was finished is recorded.
+    KeyboardInterrupt if Ctrl-C ended the run before its last sample. Whatever is raised, what was recorded stays.
     """
     started_at = time.time()
     samples = plan.task.samples()
@@ -82,7 +66,8 @@ def run_plan(plan: Plan, console: Console) -> Outcome:
     check_environment()  # what cannot be scored ends the run before a weight is loaded
     for sample in samples:
         get_metric(sample.metric)
-    samples = [_limited(sample, plan) for sample in samples]
+    if plan.max_new_tokens:
+        samples = [replace(sample, max_new_tokens=plan.max_new_tokens) for sample in samples]
     positions = range(len(samples)) if plan.shard is None else plan.shard.positions(samples)
     with console.status("reading the prompts") as status:
         prepared = prepare_model(plan.model, report=status.update)
@@ -116,7 +101,9 @@ def run_plan(plan: Plan, console: Console) -> Outcome:
                     folder.append(records)
                 if broken := [record for record in records if record.status == "failed"]:
                     failed.add(result.index)
-                    _tell(console, broken)
+                    arms = ", ".join(record.arm for record in broken)
+                    text = printable(f"sample {sample.id} failed for {arms}: {broken[0].reason}")
+                    console.print(text, style="red", markup=False, highlight=False)
                 waiting[result.index] -= len(records)
                 if not waiting[result.index]:
                     advance()
@@ -133,11 +120,7 @@ def run_plan(plan: Plan, console: Console) -> Outcome:
 def _missing(
     plan: Plan, samples: list[Sample], making: Making, folder: RunFolder, console: Console
 ) -> dict[int, tuple[Arm, ...]]:
-    """The arms to compute, by position of the sample.
-
-    Raises:
-        RecordError: if answers of another environment would then stand beside today's, and nobody said that they may.
-    """
+    """The arms to compute, by position of the sample; refused if answers of two environments would mix."""
     recorded, stale = folder.recorded(), 0
     missing: dict[int, tuple[Arm, ...]] = {}
     beside: list[dict[str, Any]] = []
@@ -169,22 +152,11 @@ def _missing(
 def _call(plan: Plan, task_samples: int, todo: dict[int, tuple[Arm, ...]], making: Making) -> dict[str, Any]:
     """What this call sets out to do, and in what environment; see `kvbench.records.read.read_calls`."""
     return {
-        "id": making.call,
-        "started_at": round(time.time(), 3),
-        "host": platform.node(),
-        "process": os.getpid(),
-        "shard": None if plan.shard is None else str(plan.shard),
-        "arms": [arm.key for arm in plan.arms],
-        "task_samples": task_samples,
-        "missing_answers": sum(map(len, todo.values())),
-        "environment": making.environment,
-        "hashes": {"model": making.model, "methods": making.methods},
-    }
-
-
-def _limited(sample: Sample, plan: Plan) -> Sample:
-    """The sample with the plan's generation limit, if it has one."""
-    return replace(sample, max_new_tokens=plan.max_new_tokens) if plan.max_new_tokens else sample
+        "id": making.call, "started_at": round(time.time(), 3), "host": platform.node(), "process": os.getpid(),
+        "shard": None if plan.shard is None else str(plan.shard), "arms": [arm.key for arm in plan.arms],
+        "task_samples": task_samples, "missing_answers": sum(map(len, todo.values())),
+        "environment": making.environment, "hashes": {"model": making.model, "methods": making.methods},
+    }  # fmt: skip
 
 
 def _request(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt: EncodedPrompt) -> Request:
@@ -196,18 +168,14 @@ def _request(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, pr
                 "protocol.compress=before_question needs: use after_question or another task"
             )
         compress_at = prompt.question_start_token
+    # A seed per sample, so that neither order nor process decides what is random.
+    digest = hashlib.sha256(f"{plan.seed}|{sample.dataset}|{sample.id}".encode()).digest()
     return Request(
-        index=index,
-        input_ids=prompt.input_ids,
-        compress_at=compress_at,
-        gold_ids=_gold_ids(prepared, sample, plan.gold_tokens),
-        arms=plan.arms,
-        reference=plan.reference,
-        stop_ids=prompt.stop_token_ids,
-        max_new_tokens=sample.max_new_tokens,
-        min_new_tokens=prompt.min_new_tokens,
-        seed=_seed(plan.seed, sample),
-    )
+        index=index, input_ids=prompt.input_ids, compress_at=compress_at,
+        gold_ids=_gold_ids(prepared, sample, plan.gold_tokens), arms=plan.arms, reference=plan.reference,
+        stop_ids=prompt.stop_token_ids, max_new_tokens=sample.max_new_tokens, min_new_tokens=prompt.min_new_tokens,
+        seed=int.from_bytes(digest[:4], "big") >> 1,
+    )  # fmt: skip
 
 
 def _gold_ids(prepared: PreparedModel, sample: Sample, limit: int) -> tuple[int, ...]:
@@ -219,17 +187,23 @@ def _gold_ids(prepared: PreparedModel, sample: Sample, limit: int) -> tuple[int,
     return tuple(encode_text(text, prepared)[:limit])
 
 
-def _seed(seed: int, sample: Sample) -> int:
-    """A seed per sample, so that neither order nor process decides what is random."""
-    digest = hashlib.sha256(f"{seed}|{sample.dataset}|{sample.id}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
-
-
 def _scored(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, answer: Answer, making: Making) -> Record:
     """The answer's record; a metric that raises or gives no number is that record's failure, never a score of 0."""
     identity = _identity(sample, answer.arm, answer.index, making)
+    same = {name: getattr(answer, name) for name in _SAME_IN_RECORDS}
+    parts: dict[str, float] = {}
     try:
-        record = _record(loaded, sample, prompt, answer, identity)
+        prediction = str(loaded.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        if sample.answers:  # rows without references (ZeroSCROLLS' test split) are answered, not scored
+            parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
+        record = Record(
+            **identity, **same, score=parts.get("score"), parts=parts, prediction=prediction,
+            gold_nll=_mean(answer.gold_nll), gold_tokens=len(answer.gold_nll),
+            kl=_mean(answer.kl), kl_per_token=[round(value, 6) for value in answer.kl],
+            n_prompt_tokens=len(prompt.input_ids), truncated_tokens=prompt.truncated_tokens,
+            budget_measured=sum(answer.slots_per_layer) / answer.full_slots,
+            seconds=round(answer.seconds, 4), engine=answer.settings,
+        )  # fmt: skip
     except Exception as error:
         reason = f"metric {sample.metric} raised {failure_reason(error)}"
         return Record(**identity, status="failed", reason=reason)
@@ -240,54 +214,14 @@ def _scored(loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, answer: 
     return record
 
 
-def _record(
-    loaded: LoadedModel, sample: Sample, prompt: EncodedPrompt, answer: Answer, identity: dict[str, Any]
-) -> Record:
-    prediction = str(loaded.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
-    parts: dict[str, float] = {}
-    if sample.answers:  # rows without references (ZeroSCROLLS' test split) are answered, not scored
-        parts = get_metric(sample.metric).score(prediction, sample.answers, sample.all_classes, sample.dataset)
-    same = {name: getattr(answer, name) for name in _SAME_IN_RECORDS}
-    return Record(
-        **identity,
-        **same,
-        score=parts.get("score"),
-        parts=parts,
-        prediction=prediction,
-        gold_nll=_mean(answer.gold_nll),
-        gold_tokens=len(answer.gold_nll),
-        kl=_mean(answer.kl),
-        kl_per_token=[round(value, 6) for value in answer.kl],
-        n_prompt_tokens=len(prompt.input_ids),
-        truncated_tokens=prompt.truncated_tokens,
-        budget_measured=sum(answer.slots_per_layer) / answer.full_slots,
-        seconds=round(answer.seconds, 4),
-        engine=answer.settings,
-    )
-
-
-def _tell(console: Console, broken: list[Record]) -> None:
-    arms = ", ".join(record.arm for record in broken)
-    text = f"sample {broken[0].sample} failed for {arms}: {broken[0].reason}"
-    console.print(printable(text), style="red", markup=False, highlight=False)
-
-
 def _identity(sample: Sample, arm: Arm, position: int, making: Making) -> dict[str, Any]:
     """The fields every record of a sample has, failed or not."""
     return {
-        "sample": sample.id,
-        "dataset": sample.dataset,
-        "arm": arm.key,
-        "method": arm.policy.name,
-        "budget": arm.policy.budget,
-        "options": arm.policy.options(),
-        "metric": sample.metric,
-        "answers": list(sample.answers),
-        "all_classes": list(sample.all_classes),
-        "length": sample.length,
-        "meta": sample.meta,
+        "sample": sample.id, "dataset": sample.dataset, "length": sample.length, "meta": sample.meta,
+        "metric": sample.metric, "answers": list(sample.answers), "all_classes": list(sample.all_classes),
+        "arm": arm.key, "method": arm.policy.name, "budget": arm.policy.budget, "options": arm.policy.options(),
         **making.fields(position, arm.key),
-    }
+    }  # fmt: skip
 
 
 def _mean(values: list[float]) -> float | None:

@@ -62,14 +62,11 @@ class Shard:
 
 def spell_out_shards(arguments: Sequence[str]) -> list[str]:
     """Replace `shard=range(3)` among a command's arguments by `shard=1/3,2/3,3/3`, which Hydra sweeps over."""
-    return [_spelled_out(argument) for argument in arguments]
-
-
-def _spelled_out(argument: str) -> str:
-    match = re.fullmatch(r"shard=range\((.*)\)", argument.replace(" ", ""))
-    if match is None:
-        return argument
-    count = int(match[1]) if re.fullmatch(r"\d{1,6}", match[1], re.ASCII) else 0
-    if not 1 <= count <= MAX_SHARDS:
-        raise ConfigError(f"{argument} does not name a number of shards from 1 to {MAX_SHARDS}: {REMEDY}")
-    return "shard=" + ",".join(str(Shard(number, count)) for number in range(1, count + 1))
+    spelled = list(arguments)
+    for place, argument in enumerate(arguments):
+        if match := re.fullmatch(r"shard=range\((.*)\)", argument.replace(" ", "")):
+            count = int(match[1]) if re.fullmatch(r"\d{1,6}", match[1], re.ASCII) else 0
+            if not 1 <= count <= MAX_SHARDS:
+                raise ConfigError(f"{argument} does not name a number of shards from 1 to {MAX_SHARDS}: {REMEDY}")
+            spelled[place] = "shard=" + ",".join(str(Shard(number, count)) for number in range(1, count + 1))
+    return spelled

@@ -34,32 +34,15 @@ class RayLauncher(Launcher):
 
     def __init__(self, init: Mapping[str, Any], remote: Mapping[str, Any]) -> None:
         self.init, self.remote = _plain(init), _plain(remote)
-        self.hydra_context: HydraContext | None = None
-        self.task_function: TaskFunction | None = None
-        self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra calls this before `launch`."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs.
-
-        Args:
-            job_overrides: overrides of each job.
-            initial_job_idx: number of the first job.
-
-        Returns:
-            What Hydra's `run_job` returned, in the order of the jobs.
-
-        Raises:
-            LaunchError: if Ray is not installed, cannot be reached, or lost a worker for good.
-        """
+        """Run the jobs; `LaunchError` if Ray is not installed, cannot be reached, or lost a worker for good."""
         from kvbench.errors import LaunchError  # late: Hydra imports its plug-ins at every start
 
-        assert self.hydra_context is not None
-        assert self.task_function is not None
-        assert self.config is not None
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         try:
@@ -74,26 +57,20 @@ class RayLauncher(Launcher):
             if started:
                 ray.init(**self.init)
             task = ray.remote(**self.remote)(_run) if self.remote else ray.remote(_run)
-            state = Singleton.get_state()
-            jobs = [
-                task.remote(
-                    self.hydra_context, self._job_config(overrides, number), self.task_function, state, Path.cwd()
-                )
-                for number, overrides in enumerate(job_overrides, initial_job_idx)
-            ]
-            returned: list[JobReturn] = ray.get(jobs)
+            configs = [self._job_config(words, number) for number, words in enumerate(job_overrides, initial_job_idx)]
+            same = (self.task_function, Singleton.get_state(), Path.cwd())
+            returned: list[JobReturn] = ray.get([task.remote(self.hydra_context, one, *same) for one in configs])
             return returned
         except (ray.exceptions.RayError, ConnectionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise LaunchError(
-                f"Ray gave up ({_first_line(error)}): finished samples are recorded, the same command goes on"
+                f"Ray gave up ({reason}): finished samples are recorded, the same command goes on"
             ) from error
         finally:
             if started:
                 ray.shutdown()
 
     def _job_config(self, overrides: Sequence[str], number: int) -> DictConfig:
-        assert self.hydra_context is not None
-        assert self.config is not None
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
@@ -108,19 +85,9 @@ def _run(
     setup_globals()
     Singleton.set_state(state)
     HydraConfig.instance().set_config(config)
-    return run_job(
-        hydra_context=context,
-        task_function=task_function,
-        config=config,
-        job_dir_key="hydra.sweep.dir",
-        job_subdir_key="hydra.sweep.subdir",
-    )
+    return run_job(task_function, config, "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context=context)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     plain: Any = OmegaConf.to_container(OmegaConf.create(dict(settings)), resolve=True)
     return {name: value for name, value in plain.items() if value is not None}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -33,11 +33,7 @@ class OutcomeSweeper(BasicSweeper):
 
     @staticmethod
     def split_arguments(overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """The jobs of the sweep; see Hydra's.
-
-        Raises:
-            ConfigError: if there are none, or more than `MAX_JOBS`.
-        """
+        """The jobs of the sweep, as Hydra's; `ConfigError` if there are none, or more than `MAX_JOBS`."""
         from kvbench.errors import ConfigError  # late: Hydra imports its plug-ins at every start
 
         counts = {override.input_line: _count(override) for override in overrides if override.is_discrete_sweep()}
@@ -57,14 +53,7 @@ class OutcomeSweeper(BasicSweeper):
         self._job.begun = True
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch the jobs and collect what they returned.
-
-        Args:
-            arguments: the overrides of the command line.
-
-        Returns:
-            What Hydra's sweeper returns: per batch the jobs' returns.
-        """
+        """Launch the jobs and collect what they returned."""
         batches = super().sweep(arguments)
         if hasattr(self._job, "outcomes"):
             returned = [job.return_value for batch in batches for job in batch]
