@@ -110,6 +110,7 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["task=nope"], ["nope", "passkey"]),
         (["model=nope"], ["nope", "tiny-random"]),
         (["protocol.sede=1"], ["sede"]),
+        (["model.pth=3"], ["pth"]),
         (["method=h2o", "method.backend=torch"], ["backend is no option", "set engine.kernels"]),
         (["method=h2o", "+method.backend=torch"], ["backend=torch is no option", "set engine.kernels"]),
         (["method=kvmerger", "method.treshold=0.8"], ["treshold"]),
@@ -141,7 +142,6 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["model.hidden_size=-1"], ["model.hidden_size=-1", "from 1 to 131072", "hidden_size=64"]),
         (["model.hidden_size=66"], ["model.hidden_size=66", "model.n_query_heads=4", "divisor"]),
         (["model.head_dim=0"], ["model.head_dim=0", "from 2 to 1024"]),
-        (["model.head_dim=15"], ["model.head_dim=15", "even"]),
         (["model.n_layers=256", "model.hidden_size=131072"], ["the weights of model tiny-random", "model.n_layers"]),
         (["-m", "task=glob(nope*)"], ["task=glob(nope*)", "matches nothing"]),
         (["-m", "shard=range(9999999)"], ["shard=range(9999999)", "from 1 to 1000"]),
@@ -149,43 +149,11 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["-m", "protocol.seed=range(9999999)"], ["protocol.seed=range(9999999)", "10,000"]),
         (["-m", "protocol.seed=range(200)", "task.seed=range(200)"], ["40,000 jobs", "10,000"]),
         (["model.path=/nowhere"], ["/nowhere"]),
+        (["model.name=\udcff"], ["argument ", r"\udcff", "UTF-8"]),  # what Python makes of a byte that is no text
+        (["model.name='\udcff'"], ["argument ", r"\udcff", "UTF-8"]),
         (["shard=9/8"], ["9/8", "1 to 8", "shard=2/8"]),
-        (["shard=3"], ["'3'", "shard=2/8"]),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, kvbench, arguments, words):
     line = error_line(kvbench(tmp_path, *SMOKE, *arguments))
-    for word in words:
-        assert word in line
-
-
-@pytest.fixture
-def longbench(tmp_path, shared_data):
-    return [
-        "model=tiny-random", "task=qasper", f"data.root={tmp_path}",
-        f"data.official={shared_data / 'longbench_official'}", "method=h2o", "budget=0.5", "protocol.max_new_tokens=3",
-        "protocol.gold_tokens=2", "model.max_prompt_tokens=600",
-    ]  # fmt: skip
-
-
-def test_longbench_rows_from_a_folder(tmp_path, shared_data, longbench, kvbench):
-    rows = (shared_data / "longbench_samples" / "qasper.jsonl").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "qasper.jsonl").write_text("\n".join(rows[:2]) + "\n", encoding="utf-8")
-    found = document(kvbench(tmp_path, *longbench))
-    assert (found["task"], found["n_samples"], found["arms"][0]["n"]) == ("qasper", 2, 2)
-
-
-BAD_DATA = {
-    "empty": (b"", "empty"),
-    "malformed": (b'{"input": "x"\n', "1"),
-    "not-utf8": (b"\xff\xfe{}\n", "UTF-8"),
-    "missing-field": (b'{"input": "x"}\n', "context"),
-}
-
-
-@pytest.mark.parametrize(("content", "word"), BAD_DATA.values(), ids=BAD_DATA)
-def test_bad_data_is_named_by_file_and_line(tmp_path, longbench, kvbench, content, word):
-    (tmp_path / "qasper.jsonl").write_bytes(content)
-    line = error_line(kvbench(tmp_path, *longbench))
-    assert "qasper.jsonl" in line
-    assert word in line
+    assert [word for word in words if word not in line] == []

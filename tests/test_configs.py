@@ -1,12 +1,10 @@
 """Every configuration file composes, and what it describes can be built: a config nobody runs rots."""
 
-import re
 from dataclasses import dataclass
 
 import pytest
 
 from kvbench.config import group_options
-from kvbench.errors import ConfigError
 from kvbench.experiments import composed
 from kvbench.plan import _task_identity, build_plan
 from kvbench.tasks.base import Mix, Task
@@ -29,29 +27,17 @@ def test_a_configuration_from_before_kernels_were_the_engine_s(caplog):
     assert "set engine.kernels" in caplog.text
 
 
-TASKS = [name for name in group_options("task") if name not in ("longbench", "zeroscrolls")]
+ABSTRACT = ("task=longbench", "task=zeroscrolls", "model=local")
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if f"longbench/{name}" not in TASKS])  # else a shorter name
-def test_every_task_builds(name):
-    assert plan_of(f"task={name}").task.name
-
-
-@pytest.mark.parametrize("name", [n for n in group_options("model") if n != "local"])
-def test_every_model_composes(name):
-    assert plan_of(f"model={name}").model.name == name
-
-
-@pytest.mark.parametrize("group", ["arms", "engine"])
+@pytest.mark.parametrize("group", ["task", "model", "arms", "engine"])
 def test_every_option_of_the_other_groups_builds(group):
     for name in group_options(group):
-        assert plan_of(f"{group}={name}").arms
-
-
-@pytest.mark.parametrize("key", ["protocol.sede", "model.pth"])
-def test_a_mistyped_key_fails_at_composition_with_its_name(key):
-    with pytest.raises(ConfigError, match=re.escape(key)):
-        composed([f"{key}=3"])
+        if f"{group}={name}" not in ABSTRACT:
+            plan = plan_of(f"{group}={name}")
+            assert plan.arms
+            assert plan.task.name
+            assert group != "model" or plan.model.name == name
 
 
 def test_where_a_model_runs_and_where_data_lies_do_not_define_a_run():

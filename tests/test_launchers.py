@@ -1,15 +1,20 @@
 """Jobs in other processes, really started: Ray, submitit's local executor and joblib; what happens there comes back."""
 
 import json
+import re
 import subprocess
 import sys
+from unittest.mock import ANY
 
 import pytest
+from rich.console import Console
 
 from kvbench.cli import main
 from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, one_line
 from kvbench.experiments import composed
+from kvbench.plan import build_plan
 from kvbench.records.read import read_calls, read_records
+from kvbench.run import run_plan
 
 SMOKE = [
     "model=tiny-random", "task=passkey", "task.limit=4", "task.lengths=[300]", "protocol.max_new_tokens=6",
@@ -61,23 +66,28 @@ def kvbench(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch, capfd):
+    """The command line in this process, for jobs that run elsewhere; its exit code and output."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["kvbench", "-m", *SMOKE, *arguments])
+        return main(), *capfd.readouterr()
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The folder of a run in one process."""
-    folder = tmp_path_factory.mktemp("plain")
-    assert kvbench(folder, *SMOKE).returncode == 0
-    (run,) = (folder / "runs").glob("passkey-*")
-    return run
+    plan = build_plan(composed([*SMOKE, f"output.root={tmp_path_factory.mktemp('plain')}"]))
+    return run_plan(plan, Console(quiet=True)).folder
 
 
 def records(run):
     times = ("seconds", "recorded_at", "call")
     return {(r["sample"], r["arm"]): {k: v for k, v in r.items() if k not in times} for r in read_records(run)}
-
-
-def error_line(call):
-    (line,) = (line for line in call.stderr.splitlines() if line.startswith("kvbench: "))
-    return line
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -91,40 +101,31 @@ def test_two_workers_share_a_run_and_give_its_records(launcher, plain, tmp_path,
     assert (document["n_samples"], document["arms"][0]["n"]) == (4, 4)
     shared = tmp_path / document["run"]
     assert shared.name == plain.name
-    found, expected = records(shared), records(plain)
-    assert found.keys() == expected.keys()
-    for key, record in found.items():
-        assert record == expected[key]
+    assert records(shared) == records(plain)
     calls = read_calls(shared)
     assert len(calls) == len({call["process"] for call in calls}) == 2  # the caller's own process would be one twice
 
 
-def test_what_goes_wrong_in_a_worker_reaches_the_line_and_the_exit_code(ray_workers, tmp_path):
-    refused = kvbench(tmp_path, "-m", *SMOKE, "budget=0.002", *RAY)
-    assert refused.returncode == EXIT_MEND
-    assert "0.002" in error_line(refused)
+def test_what_goes_wrong_in_a_worker_reaches_the_line_and_the_exit_code(ray_workers, here):
+    code, _, err = here(*RAY, "budget=0.002")
+    assert (code, re.findall("^kvbench: .*0.002", err, re.MULTILINE)) == (EXIT_MEND, [ANY])
     broken = ["method._target_=broken.Broken", "hydra/launcher=ray"]
-    failed = kvbench(tmp_path, "-m", *SMOKE, *broken, "shard=range(2)")
-    assert failed.returncode == EXIT_FAILED_SAMPLES
-    (arm,) = json.loads(failed.stdout.splitlines()[-1])["arms"]
-    assert (arm["n"], arm["n_failed"]) == (0, 4)
-    died = kvbench(tmp_path, "-m", *SMOKE, *broken, "+method.deadly=true", "hydra.launcher.remote.max_retries=0")
-    assert died.returncode == EXIT_MEND
-    assert "Ray gave up" in error_line(died)
+    code, out, _ = here(*broken, "shard=range(2)")
+    (arm,) = json.loads(out.splitlines()[-1])["arms"]
+    assert (code, arm["n"], arm["n_failed"]) == (EXIT_FAILED_SAMPLES, 0, 4)
+    code, _, err = here(*broken, "+method.deadly=true", "hydra.launcher.remote.max_retries=0")
+    assert (code, re.findall("^kvbench: Ray gave up", err, re.MULTILINE)) == (EXIT_MEND, [ANY])
 
 
-def test_without_the_package_the_remedy_is_named(tmp_path, monkeypatch, capfd):
+def test_without_the_package_the_remedy_is_named(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kvbench", "-m", *SMOKE, *RAY])
-    assert main() == EXIT_MEND
-    assert "pip install 'kvbench[ray]'" in capfd.readouterr().err
+    code, _, err = here(*RAY)
+    assert code == EXIT_MEND
+    assert "pip install 'kvbench[ray]'" in err
 
 
-@pytest.mark.parametrize("name", ["ray", "slurm", "processes"])
-def test_every_launcher_composes(name):
-    config = composed([f"hydra/launcher={name}"], hydra_too=True)
-    assert config.hydra.launcher._target_.startswith("hydra_plugins.")
+def test_the_launcher_that_needs_a_cluster_composes():
+    assert composed(["hydra/launcher=slurm"], hydra_too=True).hydra.launcher._target_.startswith("hydra_plugins.")
 
 
 @pytest.mark.parametrize(("name", "extra"), [("submitit_slurm", "slurm"), ("joblib", "joblib")])

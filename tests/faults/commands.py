@@ -48,6 +48,7 @@ class Command:
     def wait(self) -> int:
         if self.code is None:
             self.code = os.waitstatus_to_exitcode(self.server.ask({"wait": self.pid})["status"])
+            assert "Traceback" not in self.stderr, self.stderr
         return self.code
 
     @property
@@ -66,7 +67,6 @@ class Command:
     @property
     def error_line(self) -> str:
         """The one line that a command ends with when there is something to mend."""
-        assert "Traceback" not in self.stderr
         lines = [line for line in self.stderr.splitlines() if line.startswith("kvbench: ")]
         assert len(lines) == 1, self.stderr
         return lines[0]

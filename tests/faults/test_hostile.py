@@ -45,6 +45,8 @@ def test_a_row_that_spells_special_tokens_is_asked_as_text(ask, tmp_path):
 
 
 HOSTILE = {
+    "empty": (b"", "is empty"),
+    "not UTF-8": (b"\xff\xfe{}\n", "UTF-8"),
     "deep": (b'{"context": ' + b"[" * 200_000 + b"\n", "qasper.jsonl:1: JSON is nested too deeply"),
     "raw escapes": (b'{"\x1b[2J\x1b]0;title\x07": 1}\n', "malformed JSON"),
     "escaped escapes": (b'{"\\u001b[2J\\u009b31m\\u202e": 1}\n', "(fields: \\x1b[2J\\x9b31m\\u202e)"),
@@ -55,6 +57,7 @@ HOSTILE = {
 @pytest.mark.parametrize(("content", "words"), HOSTILE.values(), ids=HOSTILE)
 def test_hostile_rows_end_in_one_printable_line(ask, content, words):
     command = ask(content, 2)
+    assert "qasper.jsonl" in command.error_line
     assert words in command.error_line
     assert not set(command.stderr) & {"\x1b", "\x9b", "\x07", "\u202e"}
 

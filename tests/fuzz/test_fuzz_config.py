@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from verdicts import CASES, NASTY, QASPER, QUALITY, Tally, shown
+from verdicts import CASES, NASTY, QASPER, QUALITY, Tally
 
 from kvbench.config import group_options
 from kvbench.experiments import composed
+from kvbench.fields import shown
 from kvbench.plan import build_plan
 from kvbench.run import run_plan
 

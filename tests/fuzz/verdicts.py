@@ -88,15 +88,6 @@ def _alarm() -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def shown(value: object) -> str:
-    """A value for a message: short and printable."""
-    try:
-        text = ascii(value)
-    except ValueError:
-        text = "an integer of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def damaged(content: bytes, random: random.Random) -> bytes:
     """The content cut short, or with bytes flipped, replaced, doubled or left out."""
     found = bytearray(content)
