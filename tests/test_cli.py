@@ -106,21 +106,15 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["method=nope"], ["nope", "h2o", "kvmerger"]),
-        (["task=nope"], ["nope", "passkey"]),
-        (["model=nope"], ["nope", "tiny-random"]),
-        (["protocol.sede=1"], ["sede"]),
-        (["model.pth=3"], ["pth"]),
+        (["method=nope"], ["nope", "h2o", "kvmerger"]), (["task=nope"], ["nope", "passkey"]),
+        (["model=nope"], ["nope", "tiny-random"]), (["protocol.sede=1"], ["sede"]), (["model.pth=3"], ["pth"]),
         (["method=h2o", "method.backend=torch"], ["backend is no option", "set engine.kernels"]),
         (["method=h2o", "+method.backend=torch"], ["backend=torch is no option", "set engine.kernels"]),
         (["method=kvmerger", "method.treshold=0.8"], ["treshold"]),
-        (["budget=0", "method=h2o"], ["budget=0", "(0, 1]"]),
-        (["budget=1.5", "method=h2o"], ["1.5", "(0, 1]"]),
-        (["budget=half", "method=h2o"], ["half"]),
-        (["method=h2o", "budget=0.002"], ["0.002", "slots", "at least"]),
+        (["budget=0", "method=h2o"], ["budget=0", "(0, 1]"]), (["budget=1.5", "method=h2o"], ["1.5", "(0, 1]"]),
+        (["budget=half", "method=h2o"], ["half"]), (["method=h2o", "budget=0.002"], ["0.002", "slots", "at least"]),
         (["method=kvmerger", "budget=0.5"], ["0.5", "whole"]),
-        (["protocol.compress=never"], ["never", "after_question"]),
-        (["task.lengths=[9000]"], ["16384"]),
+        (["protocol.compress=never"], ["never", "after_question"]), (["task.lengths=[9000]"], ["16384"]),
         (["output.root=/proc/none"], ["/proc/none", "output.root"]),
         (["task.limit=0"], ["task.limit=0", INTEGER_OR_NULL]),
         (["task.limit=abc"], ["task.limit='abc'", INTEGER_OR_NULL]),
@@ -134,10 +128,8 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["method=h2o", "method.budget=true"], ["budget=True", "(0, 1]"]),
         (["protocol.gold_tokens=-1"], ["protocol.gold_tokens=-1", "at least 0"]),
         (["protocol.max_new_tokens=0"], ["protocol.max_new_tokens=0", "at least 1 or null"]),
-        (["method=null"], ["method=null", "leave it out", "kvmerger"]),
-        (["arms=null"], ["arms=null", "paper"]),
-        (["model=5"], ["model=5", "tiny-random"]),
-        (["~model"], ["model"]),
+        (["method=null"], ["method=null", "leave it out", "kvmerger"]), (["arms=null"], ["arms=null", "paper"]),
+        (["model=5"], ["model=5", "tiny-random"]), (["~model"], ["model"]),
         (["model.device=meta"], ["model.device='meta'", "cuda:N"]),
         (["model.hidden_size=-1"], ["model.hidden_size=-1", "from 1 to 131072", "hidden_size=64"]),
         (["model.hidden_size=66"], ["model.hidden_size=66", "model.n_query_heads=4", "divisor"]),
@@ -150,10 +142,9 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["-m", "protocol.seed=range(200)", "task.seed=range(200)"], ["40,000 jobs", "10,000"]),
         (["model.path=/nowhere"], ["/nowhere"]),
         (["model.name=\udcff"], ["argument ", r"\udcff", "UTF-8"]),  # what Python makes of a byte that is no text
-        (["model.name='\udcff'"], ["argument ", r"\udcff", "UTF-8"]),
-        (["shard=9/8"], ["9/8", "1 to 8", "shard=2/8"]),
+        (["model.name='\udcff'"], ["argument ", r"\udcff", "UTF-8"]), (["shard=9/8"], ["9/8", "1 to 8", "shard=2/8"]),
     ],
-)
+)  # fmt: skip
 def test_bad_input_ends_in_one_line(tmp_path, kvbench, arguments, words):
     line = error_line(kvbench(tmp_path, *SMOKE, *arguments))
     assert [word for word in words if word not in line] == []
