@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kvbench import strict_json
-from kvbench.commands import command
-from kvbench.experiments import composed
+from kvbench.commands import command, strict_json
+from kvbench.config import composed
 from kvbench.methods.base import LayerStates
 from kvbench.models.load import LoadedModel, load_model
 from kvbench.models.prompt import encode_sample
@@ -144,7 +143,7 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
     document |= {"window_queries": WINDOW_QUERIES, "kvbench": environment["kvbench"], "commit": environment["commit"]}
     document |= {name: environment["packages"][name] for name in ("torch", "transformers")} | {"samples": measured}
     path = folder / f"{file_stem(loaded.name)}.json"
-    path.write_text(strict_json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    path.write_text(strict_json(document, separators=(",", ":")) + "\n", encoding="utf-8")
     return path
 
 

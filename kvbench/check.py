@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvbench import strict_json
-from kvbench.commands import command
+from kvbench.commands import command, strict_json
 from kvbench.errors import ConfigError
 from kvbench.methods.base import Policy
 from kvbench.methods.registry import build_policy
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "passed": passed,
             "findings": [f._asdict() for f in findings],
         }
-        print(strict_json.dumps(report, ensure_ascii=False))
+        print(strict_json(report, ensure_ascii=False))
     else:
         _show(repr(policy), findings, Console(width=None if sys.stdout.isatty() else 120))
     return 0 if passed else 1

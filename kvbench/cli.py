@@ -16,17 +16,15 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from kvbench import strict_json
-from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, command, one_line
+from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, command, one_line, strict_json
 from kvbench.config import check_arguments, register
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.paths import config_folder
-from kvbench.plan import build_plan
+from kvbench.plan import build_plan, spell_out_shards
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
 from kvbench.results.summary import print_tables, summarise
 from kvbench.run import Outcome, run_plan
-from kvbench.shards import spell_out_shards
 
 
 class Job:
@@ -104,4 +102,4 @@ def report(outcomes: Sequence[Outcome]) -> None:
         "wall_s": round(max(o.ended_at for o in outcomes) - min(o.started_at for o in outcomes), 2),
         **({"notes": notes} if notes else {}), "arms": [summary.to_dict() for summary in summarise(records)],
     }  # fmt: skip
-    print(strict_json.dumps(document, ensure_ascii=False), flush=True)
+    print(strict_json(document, ensure_ascii=False), flush=True)

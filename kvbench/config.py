@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import MISSING, DictConfig
 
+from kvbench.commands import one_line
 from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within
 from kvbench.methods.registry import all_arms, load_policies, method_config
@@ -101,3 +104,15 @@ def check_arguments(arguments: Sequence[str]) -> None:
         if value and (options := group_options(value[1])):
             choices = ", ".join(options)
             raise ConfigError(f"{argument} names no option of {value[1]}: leave it out, or choose one of {choices}")
+
+
+def composed(overrides: Sequence[str], hydra_too: bool = False) -> DictConfig:
+    """The configuration that these overrides compose (`ConfigError` if none); with `hydra_too` its `hydra` node too."""
+    register()
+    check_arguments(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose("config", overrides=list(overrides), return_hydra_config=hydra_too)
+    except Exception as error:  # Hydra refuses some overrides with a plain ValueError
+        raise ConfigError(one_line(error)) from error

@@ -16,8 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvbench import strict_json
-from kvbench.commands import command
+from kvbench.commands import command, strict_json
 from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.read import read_calls, read_records
 from kvbench.results.exports import EXPORTERS
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calls = [call for run in options.runs for call in read_calls(run)]
         refuse_mixture(environments(records, calls), "the export", "say that it may with --mix-environments")
     written = EXPORTERS[options.format](options.runs, options.out)
-    print(strict_json.dumps({str(path): rows for path, rows in written.items()}))
+    print(strict_json({str(path): rows for path, rows in written.items()}))
     return 0
 
 

@@ -27,8 +27,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from kvbench import strict_json
-from kvbench.commands import EXIT_FAILED_SAMPLES, command
+from kvbench.commands import EXIT_FAILED_SAMPLES, command, strict_json
 from kvbench.errors import RecordError, printable
 from kvbench.records.read import consistent, keep_newest, parsed, parts, read_calls
 from kvbench.records.schema import HASHES, checked
@@ -175,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.once:
         found = look()
         Console(width=None if sys.stdout.isatty() else 120).print(draw(found))
-        print(strict_json.dumps(found, ensure_ascii=False))
+        print(strict_json(found, ensure_ascii=False))
         return EXIT_FAILED_SAMPLES if any(arm["n_failed"] for run in found for arm in run["arms"]) else 0
     try:
         with Live(draw(look()), console=Console(), refresh_per_second=4) as live:

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
-from kvbench import strict_json
-from kvbench.commands import command
+from kvbench.commands import command, strict_json
 from kvbench.errors import DataError
 from kvbench.metrics.base import check_environment, get_metric
 from kvbench.metrics.longbench import DATASETS, LENGTH_BUCKETS, averages, base_dataset, bucket_mean, length_buckets
@@ -137,12 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         path = options.folder / "result.json"
         try:
-            path.write_text(strict_json.dumps(result, ensure_ascii=False, indent=4), encoding="utf-8")
+            path.write_text(strict_json(result, ensure_ascii=False, indent=4), encoding="utf-8")
         except OSError as error:
             problem = f"{path} cannot be written ({error.strerror})"
             raise DataError(f"{problem}; leave out --write or copy the folder") from error
     _print_tables(scores, options.e)
-    print(strict_json.dumps(result, ensure_ascii=False))
+    print(strict_json(result, ensure_ascii=False))
     return 0
 
 

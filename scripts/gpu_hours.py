@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.experiments import ExperimentPart, experiment_names, experiment_parts
 from kvbench.metrics.longbench import ROWS
-from kvbench.paper import merged_plans
+from kvbench.paper import ExperimentPart, experiment_names, experiment_parts, merged_plans
 from kvbench.plan import Plan
 from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.zeroscrolls import ZeroScrolls

@@ -6,8 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kvbench.models.load import LoadedModel
-from kvbench.models.random_llama import byte_tokenizer
+from kvbench.models.load import LoadedModel, byte_tokenizer
 from kvbench.runtime.requests import Answer, Arm, Request
 
 VOCABULARY = 61

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvbench.config import group_options
-from kvbench.experiments import composed
+from kvbench.config import composed, group_options
 from kvbench.plan import _task_identity, build_plan
 from kvbench.tasks.base import Mix, Task
 

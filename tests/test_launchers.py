@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kvbench.cli import main
 from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, one_line
-from kvbench.experiments import composed
+from kvbench.config import composed
 from kvbench.plan import build_plan
 from kvbench.records.read import read_calls, read_records
 from kvbench.run import run_plan

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from kvbench import paper
-from kvbench.experiments import experiment_grid, experiment_names, experiment_part
 from kvbench.metrics.longbench import KVMERGER_DATASETS
+from kvbench.paper import experiment_grid, experiment_names, experiment_part
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 SMALL = ["arms=smoke", "protocol.max_new_tokens=4", "protocol.gold_tokens=4", "task.lengths=[160]", "task.depths=[0.5]"]

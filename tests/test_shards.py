@@ -5,12 +5,11 @@ import random
 import pytest
 from rich.console import Console
 
+from kvbench.config import composed
 from kvbench.errors import ConfigError
-from kvbench.experiments import composed
-from kvbench.plan import build_plan
+from kvbench.plan import Shard, build_plan, spell_out_shards
 from kvbench.records.read import read_records, record_files
 from kvbench.run import run_plan
-from kvbench.shards import Shard, spell_out_shards
 from kvbench.tasks.base import Sample
 
 TIMES = ("seconds", "recorded_at", "call")

@@ -17,8 +17,16 @@ import numpy as np
 from fuzzywuzzy import utils
 
 from kvbench.metrics.base import BestAnswerMetric
-from kvbench.metrics.rouge_l import check_pairs, lcs_length, rouge_l
-from kvbench.metrics.text import chinese_words, first_line, multiset_f1, normalize_answer, normalize_chinese_token
+from kvbench.metrics.text import (
+    check_pairs,
+    chinese_words,
+    first_line,
+    lcs_length,
+    multiset_f1,
+    normalize_answer,
+    normalize_chinese_token,
+    rouge_l,
+)
 
 CATEGORIES = ("single-document QA", "multi-document QA", "summarization", "few-shot", "synthetic", "code")
 """Those of the leaderboard."""

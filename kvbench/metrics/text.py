@@ -1,4 +1,20 @@
-"""Text normalisation that the official scorers share, exact matches of our own tasks, agreement of two answers."""
+"""Text normalisation that the official scorers share, exact matches of our own tasks, agreement of two answers.
+
+ROUGE-L as LongBench reports it, and the longest common subsequences under it: bit-parallel, exact, of any length.
+
+Equal bit for bit to `Rouge().get_scores([prediction], [reference], avg=True)["rouge-l"]["f"]` of the package `rouge`
+1.0.1 (PyPI, pltrdy/rouge), which LongBench/metrics.py calls. It is our own code because the package recurses once a
+word (two texts of 1,200 words overflow, which LongBench's bare except turns into 0.0) and fills a table for every pair
+of sentences. Where the package raises because a text has no sentence, the score is 0.0, as LongBench says. It is not
+the ROUGE-L of `rouge_score`: no lower-casing, no stemming, punctuation sticks to the words.
+
+One row of the usual length table T is one integer. Bit j-1 of row i is 0 exactly where T[i, j] = T[i, j-1] + 1, so a
+whole row is updated by four operations on integers as wide as the second sequence (Hyyrö 2004, "Bit-parallel LCS-length
+computation revisited"). The rows are also all that walking back needs: where the items differ,
+T[i-1, j] > T[i, j-1] holds exactly if T[i, j] = T[i, j-1] + 1, that is if the bit is 0.
+
+No exact algorithm is known that needs much less than the product of both lengths, so that product has a bound here.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +23,11 @@ import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from kvbench.errors import MetricError
 from kvbench.metrics.base import BestAnswerMetric
 
 # Punctuation that LongBench/metrics.py deletes from Chinese answers, in its own order; "《" and "·" are not in it.
@@ -99,3 +116,120 @@ METRICS = (
     BestAnswerMetric("needle", "answer in the first line, as whole words", lambda p, a, c: needle(p, a)),
     BestAnswerMetric("first_word", "first word equals the answer", lambda p, a, c: first_word(p, a)),
 )
+
+
+MAX_PAIRS = 10**10
+"""Pairs of items that one comparison may look at: 100,000 words or characters on either side, some seconds."""
+
+
+def check_pairs(n_pairs: int) -> None:
+    """Refuse a comparison that looks at more than `MAX_PAIRS` pairs of items and so takes minutes or more."""
+    if n_pairs > MAX_PAIRS:
+        raise MetricError(
+            f"scoring one prediction against one answer takes {n_pairs:,} pairs of words or characters, more than the "
+            f"limit of {MAX_PAIRS:,}: shorten the prediction (fewer new tokens) or leave the row out"
+        )
+
+
+def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """Length of the longest common subsequence of two sequences of items (characters or words); see `check_pairs`."""
+    check_pairs(len(first) * len(second))
+    places: dict[Hashable, list[int]] = {}
+    for place, item in enumerate(second):
+        places.setdefault(item, []).append(place)
+    everything = (1 << len(second)) - 1
+    masks = {item: _bits(places[item], len(second)) for item in places.keys() & set(first)}
+    row = everything
+    for item in first:
+        row = _next_row(row, masks.get(item, 0), everything)
+    return len(second) - row.bit_count()
+
+
+def lcs_words(first: Iterable[Sequence[str]], second: Iterable[Sequence[str]]) -> set[str]:
+    """Words in the longest common subsequence of any sentence of one text and any of another.
+
+    Of several longest ones the package `rouge` 1.0.1 takes that of walking back from both ends: equal words are taken;
+    otherwise the word of the first sentence is dropped if that keeps a longer subsequence than dropping the word of the
+    second; in every other case, ties included, the word of the second sentence is dropped.
+
+    The sentences of `second` lie side by side in one integer, a guard bit between them, so that a word of `first` meets
+    all of them in a few operations, also on the way back. What is no longer needed does not count in `check_pairs`.
+    """
+    sentences, others = dict.fromkeys(map(tuple, first)), dict.fromkeys(map(tuple, second))
+    common = {word for sentence in sentences for word in sentence} & {word for other in others for word in other}
+    places: dict[str, list[int]] = {word: [] for word in common}
+    tops, guards, width = [], [0], 1
+    # The walk always drops a word of `second` that `first` lacks.
+    for other in dict.fromkeys(tuple(word for word in other if word in common) for other in others):
+        for place, word in enumerate(other, start=width):
+            places[word].append(place)
+        width += len(other) + 1
+        guards.append(width - 1)
+        if other:
+            tops.append(width - 2)
+    everything = ((1 << width) - 1) ^ _bits(guards, width)
+    ends = _bits(tops, width)
+    taken: set[str] = set()
+    n_pairs = 0
+    for sentence in sentences:
+        if (common & set(sentence)) <= taken:
+            continue  # nothing that this sentence could add
+        n_pairs += len(sentence) * width
+        check_pairs(n_pairs)
+        masks = {word: _bits(places[word], width) for word in common & set(sentence)}
+        rows = [everything]
+        for word in sentence:
+            rows.append(_next_row(rows[-1], masks.get(word, 0), everything))
+        walkers = ends
+        for word, row in zip(reversed(sentence), reversed(rows), strict=False):
+            matches = masks.get(word, 0)
+            walkers = _drop(walkers, row & ~matches) & everything
+            if found := walkers & matches:
+                taken.add(word)
+                walkers = ((walkers ^ found) | (found >> 1)) & everything
+            if not walkers:
+                break
+    return taken
+
+
+def _next_row(row: int, matches: int, everything: int) -> int:
+    matches &= row
+    return ((row + matches) | (row - matches)) & everything if matches else row
+
+
+def _bits(places: Iterable[int], width: int) -> int:
+    octets = bytearray(width // 8 + 1)
+    for place in places:
+        octets[place >> 3] |= 1 << (place & 7)
+    return int.from_bytes(octets, "little")
+
+
+def _drop(walkers: int, passable: int) -> int:
+    """Let every walker go down, one bit at a time, as long as the bit it stands on is passable; by doubled strides."""
+    reached, open_, stride = walkers, passable, 1
+    while moving := reached & open_:
+        reached |= moving >> stride
+        open_ &= open_ << stride
+        stride *= 2
+    return reached & ~passable
+
+
+def _sentences(text: str) -> list[list[str]]:
+    """Words between full stops (that in 12.5, too); empty pieces are dropped, blank ones hold one empty word."""
+    return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F-measure of `lcs_words`, counted in distinct words; equal texts score 0.999999995 (see the last line)."""
+    predicted, referenced = _sentences(prediction), _sentences(reference)
+    if not predicted or not referenced:
+        return 0.0
+    hits = lcs_words(referenced, predicted)
+    recall = len(hits) / len({word for sentence in referenced for word in sentence})
+    precision = len(hits) / len({word for sentence in predicted for word in sentence})
+    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+
+
+def rouge_l_to_full(text: str, full_text: str) -> float:
+    """ROUGE-L of an arm's text against the full cache's; exactly 1.0 for equal texts, also empty ones."""
+    return 1.0 if text == full_text else rouge_l(text, full_text)

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kvbench.metrics.base import BestAnswerMetric, Metric, Scores, mean_times_100
-from kvbench.metrics.rouge_l import lcs_length
-from kvbench.metrics.text import multiset_f1, normalize_answer
+from kvbench.metrics.text import lcs_length, multiset_f1, normalize_answer
 
 
 class ZeroScrollsTask(NamedTuple):

@@ -57,7 +57,7 @@ class ModelConfig:
     n_kv_heads: Annotated[int, Within(1, 1024)] = 2  # H_k, a divisor of H
     head_dim: Annotated[int, Within(2, 1024)] = 16  # D, even: rotary positions turn pairs of channels
     intermediate_size: Annotated[int, Within(1, 2**20)] = 128
-    vocab_size: Annotated[int, Within(1, 2**20)] = 512  # at least `random_llama.MIN_VOCAB_SIZE`
+    vocab_size: Annotated[int, Within(1, 2**20)] = 512  # at least `load.MIN_VOCAB_SIZE`
     max_context_tokens: Annotated[int, Within(2, 2**24)] = 8192
 
     def __post_init__(self) -> None:

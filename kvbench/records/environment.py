@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from kvbench import __version__, strict_json
+from kvbench import __version__
+from kvbench.commands import strict_json
 from kvbench.errors import RecordError
 
 PACKAGES = (
@@ -104,4 +105,4 @@ def _commit() -> str | None:
 
 
 if __name__ == "__main__":
-    print(strict_json.dumps(describe_environment(), indent=2))
+    print(strict_json(describe_environment(), indent=2))

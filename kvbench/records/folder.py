@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from kvbench import strict_json
+from kvbench.commands import strict_json
 from kvbench.errors import RecordError
 from kvbench.records.read import read_config, read_prompts, read_records
 from kvbench.records.schema import Record
@@ -76,7 +76,7 @@ class RunFolder:
             return
         target = self.path / "config.json"
         scratch = target.with_suffix(f".tmp{uuid4().hex}")
-        content = strict_json.dumps({**self.identity, "config": config}, indent=2, ensure_ascii=False, default=str)
+        content = strict_json({**self.identity, "config": config}, indent=2, ensure_ascii=False, default=str)
         try:
             with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(content + "\n")

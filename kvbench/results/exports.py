@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from kvbench import __version__, strict_json
+from kvbench import __version__
+from kvbench.commands import strict_json
 from kvbench.errors import RecordError
 from kvbench.metrics.longbench import ROWS as LONGBENCH_ROWS
 from kvbench.metrics.zeroscrolls import PREFIX as ZEROSCROLLS_PREFIX
@@ -87,7 +88,7 @@ def export_longbench(runs: Sequence[Path], out: Path) -> dict[Path, int]:
              "length": record["length"]}
             for record in group.good
         ]  # fmt: skip
-        _write(path, "".join(strict_json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(path, "".join(strict_json(row, ensure_ascii=False) + "\n" for row in rows))
         written[path] = len(rows)
     return written
 

@@ -22,7 +22,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvbench import strict_json
+from kvbench.commands import strict_json
 from kvbench.metrics.text import first_divergence
 from kvbench.records.read import model_name, read_environments, read_prompts, read_records, record_files
 from kvbench.results.cells import Cell, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
@@ -94,7 +94,7 @@ def _run_view(run: Path) -> dict[str, Any]:
         "checksums": "\n".join(f"{checksum.hexdigest()}  {name}" for name, checksum in checksums.items()),
         "data": "\n".join(f"{checksum}  {dataset}" for dataset, checksum in data.items()),
         "config": (run / "config.json").read_text(encoding="utf-8", errors="replace").strip(),
-        "environment": "\n".join(strict_json.dumps(environment, indent=2) for environment in environments),
+        "environment": "\n".join(strict_json(environment, indent=2) for environment in environments),
     }
 
 

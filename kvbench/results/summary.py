@@ -18,8 +18,7 @@ from rich.text import Text
 
 from kvbench.errors import printable
 from kvbench.metrics import get_metric
-from kvbench.metrics.rouge_l import rouge_l_to_full
-from kvbench.metrics.text import equal_share, first_divergence
+from kvbench.metrics.text import equal_share, first_divergence, rouge_l_to_full
 
 RecordDict = dict[str, Any]
 REFERENCE_METHOD = "full"

@@ -31,9 +31,10 @@ def register_benchmarks(task_folder: Path) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "mix":  # until 0.1 a module of its own, which copies of configs/task/demo.yaml name
-        logging.getLogger(__name__).warning("kvbench.tasks.mix.Mix is now kvbench.tasks.base.Mix: change _target_")
-        from kvbench.tasks import base
+    if name in ("mix", "mini"):  # until 0.1 modules of their own, which copies of configs/task/*.yaml name
+        from kvbench.tasks import base, synthetic
 
-        return base
+        home = base if name == "mix" else synthetic
+        logging.getLogger(__name__).warning("%s.%s is now %s: change _target_", __name__, name, home.__name__)
+        return home
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ import json
 import pytest
 from commands import RUN, rows
 
-from kvbench.models.random_llama import BOS, EOS, byte_tokenizer
+from kvbench.models.load import BOS, EOS, byte_tokenizer
 
 SMALL = [*RUN, "task.limit=1", "output.root=runs"]
 OTHER_TASK = [argument for argument in SMALL if not argument.startswith("task.lengths")]

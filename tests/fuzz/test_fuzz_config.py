@@ -14,8 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from verdicts import CASES, NASTY, QASPER, QUALITY, Tally
 
-from kvbench.config import group_options
-from kvbench.experiments import composed
+from kvbench.config import composed, group_options
 from kvbench.fields import shown
 from kvbench.plan import build_plan
 from kvbench.run import run_plan

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from verdicts import CASES, NASTY, QASPER, QUALITY, Tally, damaged
 
-from kvbench.experiments import composed
+from kvbench.config import composed
 from kvbench.fields import shown
 from kvbench.models.config import ModelConfig
 from kvbench.models.load import load_model

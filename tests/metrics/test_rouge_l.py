@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from rouge import Rouge
 
 from kvbench.errors import MetricError
-from kvbench.metrics import rouge_l as module
-from kvbench.metrics.rouge_l import lcs_length, lcs_words, rouge_l
+from kvbench.metrics import text as module
+from kvbench.metrics.text import lcs_length, lcs_words, rouge_l
 
 
 def package_rouge_l(prediction, reference):

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 
-from kvbench.metrics.rouge_l import rouge_l_to_full
 from kvbench.metrics.text import (
     CHINESE_PUNCTUATION,
     chinese_words,
@@ -13,6 +12,7 @@ from kvbench.metrics.text import (
     first_word,
     needle,
     normalize_answer,
+    rouge_l_to_full,
 )
 
 

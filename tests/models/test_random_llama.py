@@ -8,8 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kvbench.errors import ConfigError
 from kvbench.models.config import named_config
-from kvbench.models.load import load_model
-from kvbench.models.random_llama import BOS, EOS, MIN_VOCAB_SIZE, PAD, byte_tokenizer
+from kvbench.models.load import BOS, EOS, MIN_VOCAB_SIZE, PAD, byte_tokenizer, load_model
 
 TOKENIZER = byte_tokenizer(8192)
 

@@ -9,8 +9,8 @@ from llama_like import llama_like_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from kvbench.errors import ModelError
+from kvbench.models.load import BOS, EOS, PAD, byte_tokenizer
 from kvbench.models.prompt import encode_sample, encode_text
-from kvbench.models.random_llama import BOS, EOS, PAD, byte_tokenizer
 from kvbench.models.special_tokens import PRIVATE_USE, _put_back, encode_data_as_text, special_tokens, spellings_in
 from kvbench.tasks.base import Sample
 

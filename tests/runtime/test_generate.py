@@ -19,7 +19,7 @@ from kvbench.methods.cam import CaM
 from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O
 from kvbench.methods.kvmerger import KVMerger, KVMergerBias
-from kvbench.models.random_llama import byte_tokenizer
+from kvbench.models.load import byte_tokenizer
 
 LONG = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 MODES = {

@@ -12,7 +12,7 @@ from kvbench.cli import main
 from kvbench.errors import ModelError
 from kvbench.methods.full import Full
 from kvbench.methods.h2o import H2O
-from kvbench.models.random_llama import MIN_VOCAB_SIZE, byte_tokenizer
+from kvbench.models.load import MIN_VOCAB_SIZE, byte_tokenizer
 from kvbench.runtime import model_check
 from kvbench.runtime.fused import FusedEngine
 from kvbench.runtime.model_check import check_model

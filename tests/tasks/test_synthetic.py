@@ -11,8 +11,17 @@ import pytest
 from kvbench.errors import ConfigError, DataError
 from kvbench.metrics import metric_names
 from kvbench.tasks import synthetic
-from kvbench.tasks.mini import Mini, rows
-from kvbench.tasks.synthetic import CATEGORIES, FACTS, FewShot, NeedleInHaystack, PassKey, generator_for, hide
+from kvbench.tasks.synthetic import (
+    CATEGORIES,
+    FACTS,
+    FewShot,
+    Mini,
+    NeedleInHaystack,
+    PassKey,
+    generator_for,
+    hide,
+    rows,
+)
 
 GOLDEN = {  # a change here changes what every recorded run was asked
     PassKey(): "ce9dcbdc31ea4271",
