@@ -163,7 +163,7 @@ class CompiledLayers:
         for layer in self._layers:
             layer.compile(backend=backend, dynamic=True, options=options)
             self._calls.append(layer._compiled_call_impl)
-            layer._compiled_call_impl = None
+            vars(layer).pop("_compiled_call_impl", None)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -187,7 +187,7 @@ class CompiledLayers:
             ) from error
         finally:
             for layer in self._layers:
-                layer._compiled_call_impl = None
+                vars(layer).pop("_compiled_call_impl", None)
 
 
 # ---- the output matrix with a padded number of rows ------------------------------------------------------------------
