@@ -166,13 +166,17 @@ def test_tile_sizes_do_not_change_the_result(triton_device, blocks):
     assert error(got, attention.sum(1)) < 2e-6
 
 
-def test_observe_with_triton_agrees_with_softmax(triton_device):
+def test_observe_with_triton_agrees_with_torch(triton_device):
     states = random_states(4, 2, 100, 36, device=triton_device)
-    expected = softmax_attention(*states, 0.2)
-    got = observe(*states, 0.2, column_sums=True, window_tokens=8, kernels="triton")
-    assert got.kernels == "triton"
-    assert_agrees(got, expected, 8)
-    assert error(forward_with_log_sum_exp(*states, 0.2)[1], expected[2]) < 1e-6
+    got, expected = (observe(*states, 0.2, column_sums=True, window_tokens=8, kernels=k) for k in ("triton", "torch"))
+    assert (got.kernels, expected.kernels) == ("triton", "torch")
+    for name in ("output", "column_sums", "window_attention"):
+        assert error(getattr(got, name), getattr(expected, name).double()) < 2e-6
+
+
+def test_log_sum_exp_of_the_fused_forward(triton_device):
+    states = random_states(6, 2, 45, 20, device=triton_device)
+    assert error(forward_with_log_sum_exp(*states, 0.2)[1], softmax_attention(*states, 0.2)[2]) < 1e-6
 
 
 def test_a_head_too_wide_is_refused(triton_device):
