@@ -388,7 +388,7 @@ def check_bad_budgets(trial: Trial) -> Looks:
     """A budget outside (0, 1] raises `ConfigError` when the policy is built."""
     for budget in (0.0, -0.5, 1.5, math.nan, "half"):
         with suppress(ConfigError):
-            dataclasses.replace(trial.policy, budget=budget)  # type: ignore[arg-type]
+            dataclasses.replace(trial.policy, budget=budget)  # type: ignore[arg-type]  # "half"
             yield True, f"budget={budget!r} was taken", "call super().__post_init__() first in __post_init__"
     return "0, -0.5, 1.5, nan and a word are refused"
 

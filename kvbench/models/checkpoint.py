@@ -71,7 +71,7 @@ def _integer_weights(folder: Path, model: PreTrainedModel) -> list[str]:
     floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     found = []
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="pt") as tensors:  # which is no mapping
             keys = [key for key in tensors.keys() if key in floating or key.endswith(".weight")]  # noqa: SIM118
             found += [key for key in keys if tensors.get_slice(key).get_dtype() not in FLOATS]
     return found

@@ -149,7 +149,7 @@ def test_an_unknown_quantisation_is_refused(folder, method):
 
 def test_progress_bar_setting_is_restored():
     assert logging.is_progress_bar_enabled()
-    with pytest.raises(RuntimeError, match="broken"), quiet():  # noqa: PT012
+    with pytest.raises(RuntimeError, match="broken"), quiet():  # noqa: PT012  (the block is on trial)
         assert not logging.is_progress_bar_enabled()
         raise RuntimeError("broken")
     assert logging.is_progress_bar_enabled()
