@@ -85,6 +85,8 @@ def register() -> None:
     for name, policy in load_policies().items():
         store.store(group="method", name=name, node=method_config(policy), provider=policy.__module__)
     store.store(group="arms", name="all", node=all_arms(), provider="kvbench")
+    everyone = all_arms(before_question=True)
+    store.store(group="arms", name="all_before_question", node=everyone, provider="kvbench")
 
 
 def group_options(group: str) -> list[str]:

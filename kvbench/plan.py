@@ -27,11 +27,11 @@ from kvbench.config import DataConfig, OutputConfig, ProtocolConfig
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.fields import check_fields, shown
 from kvbench.methods.base import Policy
-from kvbench.methods.full import Full
+from kvbench.methods.full import Full, in_effect
 from kvbench.methods.registry import load_policies, pass_over_backend
 from kvbench.models.config import ModelConfig
 from kvbench.paths import user_path
-from kvbench.runtime.requests import Arm, Engine
+from kvbench.runtime.requests import RECONSTRUCTION, Arm, Engine
 from kvbench.tasks.base import Sample, Task
 
 MAX_SHARDS = 1000
@@ -125,9 +125,16 @@ def build_plan(config: DictConfig) -> Plan:
         check_fields(kind(**plain[group]), group)
     model = ModelConfig.from_mapping(plain["model"])
     task = _instantiate(config.task, "task", Task)
+    arms = _arms(config)
+    repeating = [arm.key for arm in arms if RECONSTRUCTION in in_effect(arm.policy).needs]
+    if repeating and compress != "before_question":
+        raise ConfigError(
+            f"protocol.compress={compress} puts the question into the prompt that {', '.join(repeating)} has the model "
+            "repeat, which is another method: set protocol.compress=before_question, or leave it out"
+        )
     identity = {"model": _model_identity(model), "task": _task_identity(task), "protocol": plain["protocol"]}
     return Plan(
-        model=model, task=task, arms=_arms(config), reference=Arm.of(Full()),
+        model=model, task=task, arms=arms, reference=Arm.of(Full()),
         engine=_instantiate(config.engine, "engine", Engine), **vars(ProtocolConfig(**plain["protocol"])),
         output_root=user_path(config.output.root), retry_failed=config.retry_failed, identity=identity, config=plain,
         mix_environments=config.mix_environments,

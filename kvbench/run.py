@@ -21,7 +21,7 @@ from kvbench.errors import DataError, failure_reason, printable
 from kvbench.metrics import get_metric
 from kvbench.metrics.base import check_environment
 from kvbench.models.load import LoadedModel, PreparedModel, load_weights, prepare_model
-from kvbench.models.prompt import EncodedPrompt, encode_sample, encode_text
+from kvbench.models.prompt import EncodedPrompt, encode_demands, encode_sample, encode_text
 from kvbench.plan import Plan
 from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.folder import RunFolder
@@ -160,21 +160,21 @@ def _call(plan: Plan, task_samples: int, todo: dict[int, tuple[Arm, ...]], makin
 
 
 def _request(plan: Plan, prepared: PreparedModel, index: int, sample: Sample, prompt: EncodedPrompt) -> Request:
-    compress_at = len(prompt.input_ids)
+    compress_at, demand_ids = len(prompt.input_ids), None
     if plan.compress == "before_question":
         if not prompt.question_start_token:
             raise DataError(
                 f"sample {sample.id} of {sample.dataset} cannot tell context from question, which "
                 "protocol.compress=before_question needs: use after_question or another task"
             )
-        compress_at = prompt.question_start_token
+        compress_at, demand_ids = prompt.question_start_token, encode_demands(sample, prepared)
     # A seed per sample, so that neither order nor process decides what is random.
     digest = hashlib.sha256(f"{plan.seed}|{sample.dataset}|{sample.id}".encode()).digest()
     return Request(
         index=index, input_ids=prompt.input_ids, compress_at=compress_at,
         gold_ids=_gold_ids(prepared, sample, plan.gold_tokens), arms=plan.arms, reference=plan.reference,
         stop_ids=prompt.stop_token_ids, max_new_tokens=sample.max_new_tokens, min_new_tokens=prompt.min_new_tokens,
-        seed=int.from_bytes(digest[:4], "big") >> 1,
+        seed=int.from_bytes(digest[:4], "big") >> 1, demand_ids=demand_ids,
     )  # fmt: skip
 
 

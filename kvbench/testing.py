@@ -139,6 +139,7 @@ class Trial:
         self.policy = policy if isinstance(policy, Policy) else policy()
         self.kept: dict[Case, CompressedLayer] = {}  # filled by the rule that calls `compress` first
         self._states: dict[tuple[object, ...], LayerStates] = {}
+        self._allocations: dict[Case, list[int]] = {}
         self._findings: dict[str, Finding] = {}
 
     def finding(self, name: str) -> Finding:
@@ -200,8 +201,20 @@ class Trial:
         return [case for case in self.some_cases if case.budget in (0.2, 0.5, 1.0) and not case.equal_keys]
 
     def budget_tokens(self, case: Case) -> int:
-        """Slots per KV head of the case's layer."""
-        return self.policies[case.budget].layer_budgets(case.n_tokens, N_LAYERS)[case.layer_index]
+        """Slots of the case's layer: per KV head, or of all heads together if the policy allocates them."""
+        policy = self.policies[case.budget]
+        if policy.allocates:
+            return self.allocation(case._replace(layer_index=0))[case.layer_index]
+        return policy.layer_budgets(case.n_tokens, N_LAYERS)[case.layer_index]
+
+    def allocation(self, case: Case) -> list[int]:
+        """What a policy allocates to the layers that are like the case's."""
+        policy = self.policies[case.budget]
+        if case not in self._allocations:
+            layers = [self.states(case._replace(layer_index=index)) for index in range(N_LAYERS)]
+            preferences = [policy.preference(copy.deepcopy(layer)) for layer in layers]
+            self._allocations[case] = policy.allocate(preferences, case.n_tokens, HEADS[case.heads][1])
+        return self._allocations[case]
 
     def states(self, case: Case) -> LayerStates:
         """The case's inputs; shared by all budgets, so never handed to the policy itself."""
@@ -251,17 +264,22 @@ def layer_states(case: Case, policy: Policy) -> LayerStates:
     Queries and values are random, keys like a model's: neighbours are alike, and all of a head share a mean.
     """
     n_query_heads, n_kv_heads = HEADS[case.heads]
-    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(SEED + case.n_tokens))
+    layer_seed = 1000 * case.layer_index if policy.allocates else 0  # who compares layers gets different ones
+    seed = SEED + case.n_tokens + layer_seed
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     noise = normal(n_kv_heads, case.n_tokens + 2, HEAD_DIM)
     keys = normal(n_kv_heads, 1, HEAD_DIM) + noise[:, 2:] + noise[:, 1:-1] + noise[:, :-2]
     if case.equal_keys:
         keys = keys[:, :1].repeat(1, case.n_tokens, 1)
     query, values = normal(n_query_heads, case.n_tokens, HEAD_DIM), normal(n_kv_heads, case.n_tokens, HEAD_DIM)
+    output_weight = normal(n_query_heads, HEAD_DIM, 24).to(case.dtype)
+    reconstruction = normal(n_kv_heads, case.n_tokens).sigmoid()
     caught: list[LayerStates] = []
     observer = Observer(
         needs=policy.needs, window_tokens=policy.window_tokens, n_layers=N_LAYERS, n_query_heads=n_query_heads,
         seed=SEED, on_layer=caught.append, kernels="torch",
         config=LlamaConfig(hidden_size=n_query_heads * HEAD_DIM, num_attention_heads=n_query_heads, head_dim=HEAD_DIM),
+        given={"output_weight": [output_weight] * N_LAYERS, "reconstruction": [reconstruction] * N_LAYERS},
     )  # fmt: skip
     query, keys, values = (tensor.to(case.dtype)[None] for tensor in (query, keys, values))
     observer.attend(case.layer_index, query, keys, values, HEAD_DIM**-0.5)
@@ -463,12 +481,33 @@ def check_layer_budgets(trial: Trial) -> Looks:
     return f"{n_taken} combinations of budget, length and depth, {kind}{some}"
 
 
+@rule("needs", "layer_budgets")
+def check_allocate(trial: Trial) -> Looks:
+    """`allocate` gives every layer H_k to `H_k * T` slots that add up to the budget, from what all layers prefer."""
+    if not trial.policy.allocates:
+        raise SkipTest("layer_budgets decides: the policy does not allocate")
+    lowest, highest = math.inf, 0.0
+    for case in dict.fromkeys(case._replace(layer_index=0) for case in trial.cases if case.budget < 1.0):
+        budgets, n_kv_heads = trial.allocation(case), HEADS[case.heads][1]
+        integers = len(budgets) == N_LAYERS and all(type(slots) is int for slots in budgets)
+        yield not integers, f"{case}: {len(budgets)} entries", "return one int per layer"
+        low, high, most = min(budgets), max(budgets), n_kv_heads * case.n_tokens
+        seen = f"{case}: a layer gets {low} slots, another {high}"
+        yield low < n_kv_heads or high > most, seen, f"give each layer {n_kv_heads} to {most}"
+        expected = N_LAYERS * n_kv_heads * trial.policies[case.budget].budget_tokens(case.n_tokens)
+        wrong = trial.policy.exact_budget and sum(budgets) != expected
+        remedy = "let the entries sum to n_layers * H_k * budget_tokens(n_tokens)"
+        yield wrong, f"{case}: layers get {sum(budgets)} slots in all, the budget is {expected}", remedy
+        lowest, highest = min(lowest, low / most), max(highest, high / most)
+    return f"layers get {100 * lowest:.0f} to {100 * highest:.0f} % of their slots"
+
+
 # ---- what compress returns -------------------------------------------------------------------------------------------
 
 _SOUND = ("shapes", "dtypes", "lengths")
 
 
-@rule("needs", "layer_budgets")
+@rule("needs", "layer_budgets", "allocate")
 def check_compress(trial: Trial) -> Looks:
     """`compress` returns a `CompressedLayer` for MHA, GQA and MQA, for short and long prompts, at every budget."""
     remedy = f"mend it; needs declares {', '.join(sorted(trial.policy.needs)) or 'nothing'}, so only that is there. "
@@ -537,7 +576,7 @@ def check_exact_budget(trial: Trial) -> Looks:
     exact, remedy = trial.policy.exact_budget, "keep budget_tokens slots per KV head on average"
     remedy += ", or set exact_budget to False if a threshold decides" if exact else ""
     for case, kept in trial.kept.items():
-        allowed = HEADS[case.heads][1] * trial.budget_tokens(case)
+        allowed = trial.budget_tokens(case) * (1 if trial.policies[case.budget].allocates else HEADS[case.heads][1])
         seen = f"{case}: {kept.n_slots} slots in all heads, {'expected' if exact else 'at most'} {allowed}"
         yield kept.n_slots > allowed or (exact and kept.n_slots < allowed), seen, remedy
     budgets = ", ".join(f"{100 * budget:g} %" for budget in sorted({case.budget for case in trial.kept}))
@@ -799,7 +838,7 @@ def _request(index: int, n_tokens: int, n_question: int, policies: list[Policy])
     return Request(
         index=index, input_ids=tuple(ids[:n_tokens]), compress_at=n_tokens - n_question, gold_ids=tuple(ids[n_tokens:]),
         arms=tuple(Arm(*arm) for arm in arms.items()), reference=Arm("reference", Full()), stop_ids=(2,),
-        max_new_tokens=8, seed=index,
+        max_new_tokens=8, seed=index, demand_ids=((5, 6, 7), (5, 6), (9,)),
     )  # fmt: skip
 
 

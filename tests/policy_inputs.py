@@ -43,6 +43,11 @@ def make_layer(
     attention = causal_attention(queries, keys)
     extras = {"queries": queries.to(dtype), "scaling": torch.tensor(head_dim**-0.5)}
     extras["rotary_frequencies"] = 100.0 ** -torch.linspace(0, 1, head_dim // 2)
+    every_row = queries @ keys.repeat_interleave(n_query_heads // n_kv_heads, 0).transpose(1, 2) / head_dim**0.5
+    future = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+    extras["window_logsumexp"] = every_row.masked_fill(future, -torch.inf).logsumexp(-1)[:, -window_tokens:]
+    extras["output_weight"] = normal(n_query_heads, head_dim, 24).to(dtype)
+    extras["reconstruction"] = normal(n_kv_heads, n_tokens).sigmoid()
     return LayerStates(
         keys.to(dtype), values.to(dtype), layer_index, n_layers, n_query_heads, seed=seed,
         column_sums=attention.sum(1), window_attention=attention[:, -window_tokens:], extras=extras,

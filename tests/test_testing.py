@@ -9,7 +9,7 @@ from unittest import SkipTest
 
 import pytest
 import wrong_policies
-from wrong_policies import MISTAKES, Newest, Stepper
+from wrong_policies import MISTAKES, Newest, Shares, Stepper
 
 from kvbench.check import main
 from kvbench.methods.registry import build_policy, load_policies
@@ -35,6 +35,7 @@ def test_every_method_passes(method):
     assert [finding.rule for finding in findings] == list(RULES)
     assert {finding.seen for finding in findings if finding.status == "not run"} <= {
         "one-shot: the policy declares no step",
+        "layer_budgets decides: the policy does not allocate",
         "exact_budget is false: a threshold may compress at any budget",
     }
 
@@ -46,7 +47,7 @@ def test_a_method_with_ragged_heads_and_no_exact_budget_passes():
     assert seen["full_budget"].startswith("exact_budget is false")
 
 
-@pytest.mark.parametrize("check", policy_checks(Stepper))
+@pytest.mark.parametrize("check", policy_checks(Stepper, Shares))
 def test_the_policy_that_the_mistakes_are_made_in_is_sound(check):
     check()
 
@@ -61,7 +62,7 @@ def test_a_mistake_breaks_its_rule_and_no_other(kind):
 
 
 def test_every_rule_has_a_mistake_that_breaks_it():
-    assert len(MISTAKES) == 36
+    assert len(MISTAKES) == 37
     assert set(MISTAKES.values()) == set(RULES)
 
 
@@ -87,12 +88,12 @@ def test_messages_name_the_case_and_the_remedy(name):
     if name in ("Greedy", "Rebinding"):  # the same in a test of one's own
         with pytest.raises(Broken) as error:
             check_policy(kind)
-        assert str(error.value) == f"{kind()} breaks 1 of 26 rules\n{broken}"
+        assert str(error.value) == f"{kind()} breaks 1 of 27 rules\n{broken}"
 
 
 def test_a_rule_without_ground_is_not_run_and_says_what_it_needs():
     seen = {finding.rule: finding for finding in findings_of(wrong_policies.Demanding)}
-    assert seen["compress"][2:4] == ("not run", "needs needs")
+    assert seen["compress"][2:4] == ("not run", "needs needs, allocate")
     assert seen["engines"].status == "not run"
 
 
@@ -110,7 +111,7 @@ def test_the_command_prints_a_row_per_rule_and_exits_with_0_or_1(capsys):
     out = capsys.readouterr().out
     assert "Newest(budget=0.3)" in out
     assert all(rule in out for rule in RULES)
-    assert "20 rules kept, 0 broken, 6 not run" in out
+    assert "20 rules kept, 0 broken, 7 not run" in out
     assert main([f"{wrong_policies.__file__}:Greedy"]) == 1
     out = capsys.readouterr().out
     assert "remedy: keep budget_tokens slots per KV head" in " ".join(out.replace("│", " ").split())

@@ -48,6 +48,35 @@ class Stepper(Newest):
         slots.move_new_token(slots.step_index.remainder(slots.n_slots).reshape(1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shares(Newest):
+    """Nothing is wrong: layers get slots by how much the model attends to their keys while it repeats the prompt."""
+
+    name: ClassVar[str] = "shares"
+    allocates: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"window_logsumexp", "output_weight", "window_attention"})
+    window_tokens: ClassVar[int] = 5
+
+    def preference(self, layer: LayerStates) -> Tensor:
+        log_sums, rows = layer.observed("window_logsumexp")[:, -5:], layer.window_attention[:, -5:]
+        return (log_sums.std() + rows.amax() + layer.observed("output_weight").float().norm()).reshape(1)
+
+    def allocate(self, preferences, n_tokens, n_kv_heads):
+        n_layers, total = len(preferences), len(preferences) * n_kv_heads * self.budget_tokens(n_tokens)
+        order = torch.cat(list(preferences)).argsort().tolist()
+        budgets = [total // n_layers] * n_layers
+        spare = min(total // n_layers - n_kv_heads, n_kv_heads * n_tokens - total // n_layers)
+        budgets[order[0]], budgets[order[-1]] = budgets[order[0]] - spare, budgets[order[-1]] + spare
+        return budgets
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        each, more = divmod(budget_tokens, layer.n_kv_heads)
+        lengths = torch.tensor([each + (head < more) for head in range(layer.n_kv_heads)])
+        kept = super().compress(layer, int(lengths.max()))
+        keys, values = kept.keys.clone(), kept.values.clone()
+        return CompressedLayer(keys, values, kept.positions.clone(), lengths=lengths)
+
+
 def breaks(rule):
     """Note the rule that a class breaks, and make it a policy that is sound otherwise."""
 
@@ -101,6 +130,12 @@ class StepUndeclared(Newest):
 class Overdrawn(Newest):
     def layer_budgets(self, n_tokens, n_layers):
         return [n_tokens, *super().layer_budgets(n_tokens, n_layers)[1:]]
+
+
+@breaks("allocate")
+class Overallocated(Shares):
+    def allocate(self, preferences, n_tokens, n_kv_heads):
+        return [slots + 1 for slots in super().allocate(preferences, n_tokens, n_kv_heads)]
 
 
 @breaks("lengths")

@@ -1,8 +1,9 @@
 """The whole contract between a compression method and everything else.
 
 A policy is a frozen dataclass (its fields are its options, so they are also its configuration) with one pure function
-on one layer, `compress`, called once at the end of the prompt, and optionally `step`, called once per new token. What a
-step remembers is a dataclass of tensors, the method's own; `rows_stepper` may name a
+on one layer, `compress`, called once at the end of the prompt, and optionally `step`, called once per new token.
+Budgets of layers follow from the prompt's length alone (`layer_budgets`) or from what all layers look like
+(`allocates`). What a step remembers is a dataclass of tensors, the method's own; `rows_stepper` may name a
 `kvbench.ops.steps.RowsStepper` that does all steps of a batch in one launch.
 
 Shapes, everywhere in this project: query heads H, KV heads H_k, group size G = H / H_k, prompt tokens T, kept slots m,
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,8 +50,15 @@ class LayerStates:
         window_attention: `(H, W, T)` fp32, softmax rows of the last W prompt queries, W at least the policy's
             `window_tokens` (or T if the prompt is shorter). Present if the policy needs "window_attention".
         extras: further tensors by name. With need "queries": "queries" `(H, T, D)` after RoPE, model dtype, and
-            "scaling", a scalar, the factor on their products with keys. With need "rotary_frequencies": that name,
-            `(R / 2,)` fp32 radians per token by which RoPE turns channels i and i + R / 2 of the first R.
+            "scaling", a scalar, the factor on their products with keys. With one of the needs below: its name.
+            "rotary_frequencies": `(R / 2,)` fp32 radians per token by which RoPE turns channels i and i + R / 2 of the
+            first R.
+            "window_logsumexp": `(H, W)` fp32, log of the sum of the exponentials of the logits (soft-capped where the
+            model caps them) behind each row of `window_attention`, which comes with it.
+            "output_weight": `(H, D, hidden)`, model dtype, a view of the layer's output projection: head h adds
+            `attention @ values @ output_weight[h]` to the hidden states.
+            "reconstruction": `(H_k, T)` fp32 in [0, 1], the most attention that each key gets while the model repeats
+            the prompt in a second pass (`kvbench.runtime.reconstruct`); only where the question is not in the prompt.
         kernels: "torch" or "triton", the engine's choice: which version of an operation to run where there are two.
     """
 
@@ -222,8 +230,9 @@ class Policy(ABC):
 
     Class attributes a subclass sets:
         name: the method's name in configuration, records and tables.
-        needs: which of "column_sums", "window_attention", "queries" and "rotary_frequencies" the prefill has to
-            provide; a property where that depends on the options.
+        needs: which of "column_sums", "window_attention", "window_logsumexp", "queries", "rotary_frequencies",
+            "output_weight" and "reconstruction" the prefill has to provide (see `LayerStates`); a property where that
+            depends on the options.
         steps: whether `step` does anything; a row whose policy steps keeps its size while decoding, any other row
             grows by one slot per new token.
 
@@ -256,8 +265,13 @@ class Policy(ABC):
 
     @property
     def window_tokens(self) -> int:
-        """How many last prompt queries `window_attention` must cover; 0 if not needed."""
+        """How many last prompt queries `window_attention` and `window_logsumexp` must cover; 0 if not needed."""
         return 0
+
+    @property
+    def allocates(self) -> bool:
+        """Whether `allocate` divides the slots among the layers, after all have been seen; may depend on options."""
+        return False
 
     @property
     def exact_budget(self) -> bool:
@@ -288,12 +302,25 @@ class Policy(ABC):
             )
         return [slots] * n_layers
 
+    def preference(self, layer: LayerStates) -> Tensor:
+        """What `allocate` has to know of a layer, small beside its keys; called only if `allocates` is true."""
+        raise RuntimeError(f"{self.name} allocates no slots to layers")
+
+    def allocate(self, preferences: Sequence[Tensor], n_tokens: int, n_kv_heads: int) -> list[int]:
+        """Slots of each layer, summed over its KV heads, from what `preference` gave for all of them, in order.
+
+        From H_k to `H_k * T` each, in all `n_layers * H_k * budget_tokens(n_tokens)`. Called only if `allocates` is
+        true; `layer_budgets` then only refuses budgets. Until then the layers are held, with what the policy needs.
+        """
+        raise RuntimeError(f"{self.name} allocates no slots to layers")
+
     @abstractmethod
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Compress one layer once, at the end of the prompt.
 
         The layer is not to be modified; what is returned may share memory with it (callers copy before they write).
-        `budget_tokens` is the layer's entry of `layer_budgets`: slots per KV head, averaged over the heads.
+        `budget_tokens` is the layer's entry of `layer_budgets`, slots per KV head, averaged over the heads; of a policy
+        that allocates its entry of `allocate`, slots of all KV heads together.
         """
 
     def step(self, slots: DecodeSlots, attention: Tensor) -> None:

@@ -63,15 +63,18 @@ def _written(option: dataclasses.Field[Any]) -> object:
     return "???" if value is dataclasses.MISSING else value
 
 
-def all_arms() -> dict[str, dict[str, Any]]:
+def all_arms(before_question: bool = False) -> dict[str, dict[str, Any]]:
     """What `arms=all` composes: every method of this package at 50, 35 and 20 %, the full cache once.
 
-    KVMerger and D2O leave three layers whole, which a model of few layers cannot pay for at the lower budgets.
+    Methods that have the model repeat a prompt without its question are in `arms=all_before_question` only. KVMerger
+    and D2O leave three layers whole, which a model of few layers cannot pay for at the lower budgets.
     """
     own = _own_policies()
     arms = {}
     for name in [*FIRST_IN_TABLES, *sorted(own.keys() - set(FIRST_IN_TABLES))]:
         policy = own[name]
+        if "reconstruction" in policy().needs and not before_question:
+            continue
         if policy is Full:
             arms[name] = method_config(policy)
         else:

@@ -20,6 +20,11 @@ from kvbench.tasks.base import Sample
 
 LLAMA2_FRAME = ("[INST]", "[/INST]")
 """LongBench's frame for Llama-2-chat: no spaces, no system prompt (`build_chat` in its `pred.py`)."""
+DEMANDS = (
+    "\n\nRepeat the previous context exactly.",
+    "\n\nRepeat the part of the previous context exactly, starting with ",
+)
+"""KVzip's demands for the first chunk of a context and for a later one (`self_task` in `model/wrapper.py`)."""
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 """Special tokens that end an assistant's turn in common chat templates; they stop generation where they exist."""
 RETOKENIZE_MARGIN_TOKENS = 16
@@ -76,6 +81,13 @@ def encode_sample(sample: Sample, loaded: PreparedModel) -> EncodedPrompt:
 def encode_text(text: str, loaded: PreparedModel) -> list[int]:
     """Token ids of a text of the data set by itself (a reference answer), without BOS."""
     return _encode(loaded, text, (0, len(text)), add_special_tokens=False)[0]
+
+
+def encode_demands(sample: Sample, loaded: PreparedModel) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Tokens that demand a repetition of the first chunk of a context, of a later one, and that open the answer."""
+    texts = (*DEMANDS, frame(loaded, chat=sample.chat)[1])
+    first, later, opening = (tuple(_encode(loaded, text, None, add_special_tokens=False)[0]) for text in texts)
+    return first, later, opening
 
 
 def stop_token_ids(loaded: PreparedModel, *, stop_newline: bool) -> tuple[int, ...]:

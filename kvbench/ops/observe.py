@@ -44,6 +44,8 @@ class Observation:
     """`(H, T)` fp32, attention mass each key received from all queries, or None if not asked for."""
     window_attention: Tensor | None
     """`(H, min(W, T), T)` fp32, the softmax rows of the last queries, or None if not asked for."""
+    window_logsumexp: Tensor | None
+    """`(H, min(W, T))` fp32, L of these rows, or None if not asked for."""
     kernels: str
     """What computed it: "sdpa", "torch" or "triton"."""
 
@@ -51,7 +53,7 @@ class Observation:
 @torch.no_grad()
 def observe(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, *, column_sums: bool, window_tokens: int,
-    kernels: str = "auto", softcap: float | None = None,
+    window_logsumexp: bool = False, kernels: str = "auto", softcap: float | None = None,
 ) -> Observation:  # fmt: skip
     """Exact causal attention of a prompt on itself, with column sums and last rows on request.
 
@@ -62,6 +64,7 @@ def observe(
         scaling: factor on the logits.
         column_sums: whether to sum each key's attention over all queries.
         window_tokens: how many last rows of the attention to return; 0 for none.
+        window_logsumexp: whether to return the log-sum-exp of their logits, too.
         kernels: "auto", "torch" or "triton" (see `choose_kernels`); concerns the column sums only.
         softcap: bound that logits are soft-capped to, which only the torch version knows (see `cap_logits`).
 
@@ -77,27 +80,32 @@ def observe(
         grouped = keys.shape[0] != query.shape[0]
         states = query[None], keys[None], values[None]
         output = scaled_dot_product_attention(*states, is_causal=True, scale=scaling, enable_gqa=grouped)[0]
-        return Observation(output, None, window_rows(query, keys, scaling, window_tokens), "sdpa")
+        return Observation(output, None, *window_rows(query, keys, scaling, window_tokens, window_logsumexp), "sdpa")
     if softcap is not None or choose_kernels(kernels, query.device) == "torch":
-        output, sums, rows = observe_torch(query, keys, values, scaling, window_tokens, softcap)
-        return Observation(output, sums if column_sums else None, rows, "torch")
+        options = window_tokens, softcap, window_logsumexp
+        output, sums, rows, last = observe_torch(query, keys, values, scaling, *options)
+        return Observation(output, sums if column_sums else None, rows, last, "torch")
     from kvbench.ops.column_sums_triton import column_sums_triton
 
     output, log_sum_exp = forward_with_log_sum_exp(query, keys, values, scaling)
     sums = column_sums_triton(query, keys, log_sum_exp, scaling)
-    return Observation(output, sums, window_rows(query, keys, scaling, window_tokens), "triton")
+    rows, _ = window_rows(query, keys, scaling, window_tokens)
+    last = log_sum_exp[:, -rows.shape[1] :] if window_logsumexp and rows is not None else None
+    return Observation(output, sums, rows, last, "triton")
 
 
 def observe_torch(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, window_tokens: int = 0, softcap: float | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, window_tokens: int = 0, softcap: float | None = None,
+    window_logsumexp: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Output, column sums and last rows from one pass over blocks of queries, on any device.
 
     Each block takes the softmax of its logits against all keys up to its end; all three come from that one block of
     probabilities. The logits above the diagonal outside the block are never computed. Arguments as `observe`.
 
     Returns:
-        output `(H, T, D)` in the queries' dtype, column sums `(H, T)` fp32, rows `(H, min(W, T), T)` fp32 or None.
+        output `(H, T, D)` in the queries' dtype, column sums `(H, T)` fp32, rows `(H, min(W, T), T)` fp32 or None, and
+        their log-sum-exp `(H, min(W, T))` fp32 or None.
     """
     (n_query_heads, n_tokens, head_dim), n_kv_heads = query.shape, keys.shape[0]
     group_size = n_query_heads // n_kv_heads
@@ -108,6 +116,7 @@ def observe_torch(
     sums = torch.zeros(n_query_heads, n_tokens, device=query.device)
     first_row = n_tokens - min(window_tokens, n_tokens)
     rows = torch.zeros(n_query_heads, n_tokens - first_row, n_tokens, device=query.device) if window_tokens else None
+    log_sums = rows.new_empty(rows.shape[:2]) if rows is not None and window_logsumexp else None
     block = max(MIN_BLOCK_QUERIES, min(MAX_BLOCK_QUERIES, BLOCK_LOGITS // (n_query_heads * n_tokens)))
     block = min(block, n_tokens)
     future = torch.full((block, block), -math.inf, device=query.device).triu_(1)
@@ -122,14 +131,16 @@ def observe_torch(
         torch.bmm(block_query, keys_transposed[:, :, :end], out=grouped)
         cap_logits(grouped, softcap)
         attention[:, :, start:end] += future[:count, :count]
+        inside = max(first_row - start, 0)
+        if log_sums is not None and end > first_row:
+            log_sums[:, start + inside - first_row : end - first_row] = attention[:, inside:].logsumexp(-1)
         torch.softmax(grouped, -1, out=grouped)
         sums[:, :end] += attention.sum(1)
         block_output = torch.bmm(grouped, values[:, :end])
         output[start:end] = block_output.view(n_query_heads, count, head_dim).transpose(0, 1)
         if rows is not None and end > first_row:
-            inside = max(first_row - start, 0)
             rows[:, start + inside - first_row : end - first_row, :end] = attention[:, inside:]
-    return output.transpose(0, 1), sums, rows
+    return output.transpose(0, 1), sums, rows, log_sums
 
 
 def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
@@ -165,16 +176,21 @@ def softmax_attention(
     return (weights @ value.float().unsqueeze(2)).view(query.shape).transpose(1, 2).to(query.dtype)
 
 
-def window_rows(query: Tensor, keys: Tensor, scaling: float, window_tokens: int) -> Tensor | None:
-    """Causal softmax rows `(H, min(W, T), T)` fp32 of the last W queries, by one matrix product; None for W = 0."""
+def window_rows(
+    query: Tensor, keys: Tensor, scaling: float, window_tokens: int, logsumexp: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Causal softmax rows `(H, min(W, T), T)` fp32 of the last W queries, by one matrix product; None for W = 0.
+
+    With `logsumexp` also the log-sum-exp `(H, min(W, T))` fp32 of their logits, else None.
+    """
     if not window_tokens:
-        return None
+        return None, None
     n_query_heads, n_tokens, head_dim = query.shape
     window = min(window_tokens, n_tokens)
     last = (query[:, n_tokens - window :].float() * scaling).reshape(keys.shape[0], -1, head_dim)
     logits = torch.bmm(last, keys.float().transpose(1, 2)).view(n_query_heads, window, n_tokens)
     logits[:, :, n_tokens - window :] += torch.full((window, window), -math.inf, device=query.device).triu_(1)
-    return logits.softmax(-1)
+    return logits.softmax(-1), logits.logsumexp(-1) if logsumexp else None
 
 
 def forward_with_log_sum_exp(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

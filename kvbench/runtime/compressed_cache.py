@@ -10,6 +10,7 @@ without its padding, exactly as it would be alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from kvbench.ops.observe import softmax_attention
 from kvbench.runtime.attention import IMPLEMENTATION, leave_note
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.model_check import layer_windows
-from kvbench.runtime.observe import Observer
+from kvbench.runtime.observe import Compressor, Observer
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,16 @@ class CompressedCache(Cache):
 
     layers: list[Any]  # transformers' own union of layer kinds lacks what all kinds used here have
 
-    def __init__(self, config: PreTrainedConfig, policy: Policy, seed: int = 0, kernels: str = "auto"):
+    def __init__(
+        self, config: PreTrainedConfig, policy: Policy, seed: int = 0, kernels: str = "auto",
+        output_weights: Sequence[Tensor] = (),
+    ):  # fmt: skip
         super().__init__(layers=_cache_layers(config))
         self.policy, self.seed, self.kernels = policy, seed, kernels
         self._config, self._closed = config, False
         full = [index for index, layer in enumerate(self.layers) if isinstance(layer, _CompressedLayer)]
         self._ranks = {index: rank for rank, index in enumerate(full)}  # of the compressed layers, among themselves
+        self._given = {"output_weight": [output_weights[index] for index in full] if output_weights else []}
         self.reset()
 
     # ---- for people ------------------------------------------------------------------------------------------------
@@ -147,6 +152,7 @@ class CompressedCache(Cache):
     def _free(self) -> None:
         self.layers = _cache_layers(self._config)
         self._rows: RaggedCache | None = None
+        self._compressors: list[Compressor] = []
 
     # ---- for the model ---------------------------------------------------------------------------------------------
 
@@ -210,26 +216,30 @@ class CompressedCache(Cache):
         kernels = "torch" if softcap is not None and self.kernels == "auto" else self.kernels
         if self._rows is None:
             self._prompt_tokens = _prompt_lengths(query, mask)
-            budgets = [policy.layer_budgets(n_tokens, n_layers) for n_tokens in self._prompt_tokens]
+            self._compressors = [Compressor(policy, n_tokens, n_layers) for n_tokens in self._prompt_tokens]
             self._rows = RaggedCache(n_layers, n_heads, n_kv_heads, head_dim, key.dtype, kernels, batch_size)
             for n_tokens in self._prompt_tokens:
                 self._rows.add_row(policy, position=n_tokens)
-            self._rows.reserve_rows(budgets)
+            self._rows.reserve_rows([compressor.budgets for compressor in self._compressors])
         caught: list[LayerStates] = []
+        written: set[int] = set()
         observer = Observer(
-            policy.needs, policy.window_tokens, n_layers, n_heads, self.seed, caught.append, kernels, self._config
-        )
+            policy.needs, policy.window_tokens, n_layers, n_heads, self.seed, caught.append, kernels, self._config,
+            self._given,
+        )  # fmt: skip
         output = query.new_zeros(batch_size, padded_tokens, n_heads, head_dim)
         for row, n_tokens in enumerate(self._prompt_tokens):
             tokens = slice(padded_tokens - n_tokens, None)
             q, k, v = (x[row : row + 1, :, tokens] for x in states)
             output[row, tokens] = observer.attend(rank, q, k, v, scaling, softcap)[0]
-            budget_tokens = policy.layer_budgets(n_tokens, n_layers)[rank]
-            self._rows.write(rank, row, policy.compress(caught.pop(), budget_tokens))
-        slots, n_bytes = self._rows.layer_use(rank)
+            for ready, compressed in self._compressors[row](caught.pop()):
+                self._rows.write(ready, row, compressed)
+                written.add(ready)
         full_slots = sum(self._prompt_tokens) * n_kv_heads
         full_bytes = full_slots * 2 * head_dim * key.element_size()
-        self._reports[layer_index] = LayerReport(layer_index, True, slots, full_slots, n_bytes, full_bytes)
+        for index in (index for index, its_rank in self._ranks.items() if its_rank in written):
+            slots, n_bytes = self._rows.layer_use(self._ranks[index])
+            self._reports[index] = LayerReport(index, True, slots, full_slots, n_bytes, full_bytes)
         return output
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -26,8 +26,18 @@ from kvbench.models.load import LoadedModel
 from kvbench.runtime.cache import RaggedCache
 from kvbench.runtime.decode import DecodeLoop, Sequence
 from kvbench.runtime.model_check import check_model
-from kvbench.runtime.observe import prefill
-from kvbench.runtime.requests import Answer, Arm, Engine, Request, SampleFailure, ends_the_run, is_out_of_memory
+from kvbench.runtime.observe import Compressor, prefill
+from kvbench.runtime.reconstruct import reconstruct
+from kvbench.runtime.requests import (
+    RECONSTRUCTION,
+    Answer,
+    Arm,
+    Engine,
+    Request,
+    SampleFailure,
+    ends_the_run,
+    is_out_of_memory,
+)
 
 CONCURRENT_TOKENS = 16_384
 """Longest prompt whose arms compress at the same time: beyond, the work fills the GPU and memory is worth more."""
@@ -199,7 +209,8 @@ class _Session:
                 cache.write(layer_index, row, compressed)
 
         fork = LayerFork([in_effect(arm.policy) for arm in arms], request.compress_at, self.shape["n_layers"], write)
-        logits, kernels_used = prefill(self.loaded, request, arms, fork, self.kernels)
+        scores, cost = reconstruct(self.loaded, request, arms)
+        logits, kernels_used = prefill(self.loaded, request, arms, fork, self.kernels, scores)
         observed |= kernels_used
         finite, nll = bool(torch.isfinite(logits).all()), list[float]()
         if not request.question_ids:
@@ -212,13 +223,18 @@ class _Session:
             sequence.finite = finite
             if sequence.first_tokens:
                 sequence.feed = [first_token]
-        seconds = (time.perf_counter() - start) / len(arms)
+        second_pass = cost.get("second_pass_seconds", 0.0)
+        seconds = (time.perf_counter() - start - second_pass) / len(arms)
+        askers = {arm.key for arm in arms if RECONSTRUCTION in in_effect(arm.policy).needs}
         blanks = []
         for arm in request.arms:
             row = rows[arm.key][0]
             answer = Answer.blank(self.loaded, request, arm, cache.row_slots(row), cache.row_bytes(row))
             answer.gold_nll, answer.kl = [*nll], [0.0] * len(nll)  # the same for every arm
             answer.seconds = seconds
+            if arm.key in askers:
+                answer.seconds += second_pass / len(askers)
+                answer.settings = cost
             blanks.append(answer)
         return sequences, blanks
 
@@ -256,7 +272,7 @@ def _outcomes(
             answer.gold_nll += [forced.nll[step] for step in judged]
             answer.kl += [max(0.0, forced.kl[step]) for step in judged]
         answer.seconds += seconds * (1 if forced is None else 2)
-        answer.settings = settings
+        answer.settings = settings | answer.settings
         yield answer
 
 
@@ -270,30 +286,29 @@ class LayerFork:
         self, policies: abc.Sequence[Policy], n_tokens: int, n_layers: int,
         write: Callable[[int, int, CompressedLayer], None],
     ):  # fmt: skip
-        self.policies, self.write = policies, write
-        self.budgets = [policy.layer_budgets(n_tokens, n_layers) for policy in policies]
+        self.write = write
+        self.compressors = [Compressor(policy, n_tokens, n_layers) for policy in policies]
 
     def __call__(self, states: LayerStates) -> None:
         """Compress and write one layer for all arms."""
-        device, index, arms = states.keys.device, states.layer_index, range(len(self.policies))
+        device, arms = states.keys.device, range(len(self.compressors))
         if device.type != "cuda" or states.n_tokens > CONCURRENT_TOKENS or len(arms) == 1:
             for arm in arms:
-                self.write(arm, index, self._compress(arm, states))
+                for index, compressed in self.compressors[arm](states):
+                    self.write(arm, index, compressed)
             return
         main = torch.cuda.current_stream(device)
-        ready = main.record_event()
-        compressed = []
+        seen = main.record_event()
+        ready_by_arm = []
         for arm in arms:
             stream = _stream(device, arm)
-            stream.wait_event(ready)
+            stream.wait_event(seen)
             with torch.cuda.stream(stream):
-                compressed.append(self._compress(arm, states))
+                ready_by_arm.append(list(self.compressors[arm](states)))
         for arm in arms:
             main.wait_stream(_stream(device, arm))
-            self.write(arm, index, compressed[arm])
-
-    def _compress(self, arm: int, states: LayerStates) -> CompressedLayer:
-        return self.policies[arm].compress(states, self.budgets[arm][states.layer_index])
+            for index, compressed in ready_by_arm[arm]:
+                self.write(arm, index, compressed)
 
 
 @functools.cache

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import Policy
+from kvbench.methods.full import in_effect
 from kvbench.runtime.attention import IMPLEMENTATION, attention_implementation
 from kvbench.runtime.compressed_cache import CompressedCache
-from kvbench.runtime.model_check import check_model
+from kvbench.runtime.model_check import check_model, output_weights
+from kvbench.runtime.requests import RECONSTRUCTION
 
 # Options of `generate` that read a prompt in pieces, take tokens back, bring a cache of their own or ask for attention
 # weights that no kernel here keeps, with the value that switches each off.
@@ -48,7 +50,7 @@ def compress(
         it as `past_key_values`.
 
     Raises:
-        ConfigError: if `policy` is none, or `kernels` cannot run here.
+        ConfigError: if `policy` is none or needs "reconstruction", or `kernels` cannot run here.
         ModelError: if the model is not supported (see `check_model`), or is inside such a block already.
     """
     if not isinstance(policy, Policy):
@@ -59,8 +61,15 @@ def compress(
             "you enter another"
         )
     check_model(model)
+    needs = in_effect(policy).needs
+    if RECONSTRUCTION in needs:
+        raise ConfigError(
+            f"policy={policy.name} has the model repeat the prompt, which here holds the question, too: run it by the "
+            "harness with protocol.compress=before_question, or use a method without need 'reconstruction'"
+        )
+    weights = output_weights(model) if "output_weight" in needs else ()
     with attention_implementation(model):
-        cache = CompressedCache(model.config, policy, seed, kernels)
+        cache = CompressedCache(model.config, policy, seed, kernels, weights)
         try:
             with _generate_with(model, cache):
                 yield cache

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -85,6 +85,34 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
                 f"full and sliding-window attention can be used, e.g. {EXAMPLES}"
             )
     return [getattr(layer, "sliding_window", None) for layer in layers]
+
+
+def output_weights(model: PreTrainedModel) -> list[Tensor]:
+    """The output projection of each layer's attention as a view `(H, D, hidden)`: head h adds `output @ weight[h]`.
+
+    `ModelError` unless every layer has one, `o_proj`, as a plain matrix.
+    """
+    shape = check_model(model).shape
+    n_heads, head_dim = shape["n_query_heads"], shape["head_dim"]
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        projection, index = getattr(module, "o_proj", None), getattr(module, "layer_idx", None)
+        if projection is None or not isinstance(index, int):
+            continue
+        columns = n_heads * head_dim
+        if type(projection) is not nn.Linear or projection.weight.is_meta or projection.in_features != columns:
+            raise ModelError(
+                f"o_proj of layer {index} of {type(model).__name__} is a {type(projection).__name__} and no plain "
+                f"matrix of {columns} columns, which need 'output_weight' asks for: load the model unquantised and "
+                "merge adapters, or leave out methods that weigh values by it"
+            )
+        found[index] = projection.weight.detach().unflatten(1, (n_heads, head_dim)).permute(1, 2, 0)
+    if sorted(found) != list(range(shape["n_layers"])):
+        raise ModelError(
+            f"{len(found)} of {shape['n_layers']} layers of {type(model).__name__} have the output projection o_proj "
+            "that need 'output_weight' asks for: use a model such as Llama, or leave out methods that ask for it"
+        )
+    return [found[index] for index in range(shape["n_layers"])]
 
 
 def check_lengths(model: PreTrainedModel, lengths: Sequence[tuple[int, int]]) -> None:

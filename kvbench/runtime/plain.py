@@ -23,7 +23,8 @@ from kvbench.methods.full import in_effect
 from kvbench.models.load import LoadedModel
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.model_check import check_model
-from kvbench.runtime.observe import prefill
+from kvbench.runtime.observe import Compressor, prefill
+from kvbench.runtime.reconstruct import reconstruct
 from kvbench.runtime.requests import Answer, Arm, Engine, Request, SampleFailure, ends_the_run, is_out_of_memory
 
 
@@ -62,7 +63,7 @@ def _answer(loaded: LoadedModel, request: Request, arm: Arm, reference: Tensor |
         answer.gold_nll, log_probs = _Row(loaded, request, arm).force()
         answer.kl = (reference.exp() * (reference - log_probs)).sum(-1).tolist()
     answer.seconds = time.perf_counter() - start
-    answer.settings = {"engine": "plain", "kernels": "torch"}
+    answer.settings = {"engine": "plain", "kernels": "torch", **row.cost}
     return answer
 
 
@@ -82,13 +83,15 @@ class _Row:
     def __init__(self, loaded: LoadedModel, request: Request, arm: Arm):
         self.loaded, self.request = loaded, request
         policy = in_effect(arm.policy)
-        budgets = policy.layer_budgets(request.compress_at, check_model(loaded.model).shape["n_layers"])
+        compressor = Compressor(policy, request.compress_at, check_model(loaded.model).shape["n_layers"])
         self.cache = PlainCache(policy, position=request.compress_at)
 
         def on_layer(states: LayerStates) -> None:
-            self.cache.add(policy.compress(states, budgets[states.layer_index]))
+            for _, compressed in compressor(states):
+                self.cache.add(compressed)
 
-        self.logits, _ = prefill(loaded, request, [arm], on_layer, kernels="torch")
+        scores, self.cost = reconstruct(loaded, request, [arm])
+        self.logits, _ = prefill(loaded, request, [arm], on_layer, kernels="torch", reconstruction=scores)
         for token in request.question_ids:
             self.logits = self._feed(token)
 

@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
-from kvbench.errors import KvbenchError
+from kvbench.errors import ConfigError, KvbenchError, ModelError
 from kvbench.methods.base import Policy
+from kvbench.methods.full import in_effect
 from kvbench.models.load import LoadedModel
-from kvbench.runtime.model_check import check_lengths, check_model
+from kvbench.runtime.model_check import check_lengths, check_model, output_weights
+
+RECONSTRUCTION = "reconstruction"
+"""The need of methods for which the model repeats the prompt; see `kvbench.runtime.reconstruct`."""
+SINK_TOKENS, CHUNK_TOKENS, OVERLAP_TOKENS = 4, 2000, 8
+"""First tokens in no chunk; a chunk's tokens, and those of the chunk before that open a demand: KVzip's 2,000 and 8."""
 
 OUT_OF_MEMORY_ON_CPU = "DefaultCPUAllocator"
 """PyTorch's CPU allocator reports missing memory as a plain RuntimeError that begins with its name."""
@@ -55,6 +61,8 @@ class Request:
         stop_ids: tokens that end an answer.
         min_new_tokens: tokens before which a stop token may not be chosen.
         seed: of the policies for this sample.
+        demand_ids: how the model is asked to repeat its prompt, where no question is in it: the demand for the first
+            chunk, for a later one, which goes on with the last tokens before it, and what opens the answer.
     """
 
     index: int
@@ -67,6 +75,26 @@ class Request:
     max_new_tokens: int
     min_new_tokens: int = 0
     seed: int = 0
+    demand_ids: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+
+    def repetitions(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """The prompt's chunks: first token, end, and the tokens fed to have it repeated, the chunk itself among them.
+
+        `ConfigError` if the prompt is not one to repeat.
+        """
+        if self.demand_ids is None:
+            raise ConfigError(
+                "demand_ids=None with a method that has the model repeat a prompt without its question: set "
+                "protocol.compress=before_question (kvbench.compress and lm_eval cannot run it), or leave it out"
+            )
+        (first, later, opening), found = self.demand_ids, []
+        sinks = min(SINK_TOKENS, self.compress_at)
+        for start in range(sinks, self.compress_at, CHUNK_TOKENS):
+            end = min(start + CHUNK_TOKENS, self.compress_at)
+            last_words = self.input_ids[max(sinks, start - OVERLAP_TOKENS) : start]
+            demand = first if start == sinks else later + last_words
+            found.append((start, end, demand + opening + self.input_ids[start:end]))
+        return found
 
     @property
     def question_ids(self) -> tuple[int, ...]:
@@ -147,6 +175,18 @@ class Engine(ABC):
     def check(loaded: LoadedModel, requests: Sequence[Request]) -> None:
         """Refuse a model that is not supported, or requests longer than it can be asked, in one line each."""
         spans = [(r.compress_at, len(r.input_ids) + max(r.max_new_tokens, len(r.gold_ids)) - 1) for r in requests]
+        needs = {need for request in requests for arm in request.arms for need in in_effect(arm.policy).needs}
+        if "output_weight" in needs:
+            output_weights(loaded.model)
+        if RECONSTRUCTION in needs:
+            longest = [max((len(ids) for *_, ids in r.repetitions()), default=0) + r.compress_at for r in requests]
+            spans += [(r.compress_at, end) for r, end in zip(requests, longest, strict=True)]
+            if max(longest) > loaded.max_context_tokens:
+                raise ModelError(
+                    f"{max(longest)} tokens of a prompt and what is repeated of it exceed the context of "
+                    f"{loaded.max_context_tokens} tokens of model {loaded.name}: lower model.max_prompt_tokens, or "
+                    "leave out methods that need 'reconstruction'"
+                )
         check_lengths(loaded.model, spans)
 
 

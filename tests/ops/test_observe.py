@@ -168,9 +168,10 @@ def test_tile_sizes_do_not_change_the_result(triton_device, blocks):
 
 def test_observe_with_triton_agrees_with_torch(triton_device):
     states = random_states(4, 2, 100, 36, device=triton_device)
-    got, expected = (observe(*states, 0.2, column_sums=True, window_tokens=8, kernels=k) for k in ("triton", "torch"))
+    options = {"column_sums": True, "window_tokens": 8, "window_logsumexp": True}
+    got, expected = (observe(*states, 0.2, kernels=k, **options) for k in ("triton", "torch"))
     assert (got.kernels, expected.kernels) == ("triton", "torch")
-    for name in ("output", "column_sums", "window_attention"):
+    for name in ("output", "column_sums", "window_attention", "window_logsumexp"):
         assert error(getattr(got, name), getattr(expected, name).double()) < 2e-6
 
 
@@ -185,3 +186,17 @@ def test_a_head_too_wide_is_refused(triton_device):
     query = torch.zeros(1, 4, 264, device=triton_device)
     with pytest.raises(ConfigError, match="head dimension 264 is above 256"):
         column_sums_triton(query, query, query[:, :, 0], 1.0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("column_sums", [False, True])
+@pytest.mark.parametrize("window_tokens", [1, 40, 1000])
+def test_the_window_s_log_sum_exp_is_that_of_its_logits(column_sums, softcap, window_tokens):
+    states = random_states(4, 2, 97, 16)
+    options = {"column_sums": column_sums, "window_tokens": window_tokens, "kernels": "torch", "softcap": softcap}
+    got = observe(*states, 0.3, window_logsumexp=True, **options)
+    expected = softmax_attention(*states, 0.3, softcap)[2][:, -window_tokens:]
+    assert got.window_logsumexp.dtype == torch.float32
+    assert error(got.window_logsumexp, expected) < 1e-6
+    assert observe(*states, 0.3, **options).window_logsumexp is None
