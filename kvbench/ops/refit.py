@@ -25,6 +25,7 @@ from torch import Tensor
 
 LOWEST_FACTOR, HIGHEST_FACTOR = math.exp(-2.0), math.exp(3.0)  # of a slot's weight in the softmax
 BLOCK_LOGITS = 2**25  # logits held at a time by `attend_to_all`: 128 MiB
+SHORT_OF = 1.0 - 1e-5  # of a cap, so that the last bit does not decide whether it is kept
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -143,7 +144,7 @@ def key_correction(
         strength = ridge * (squares.mean(1) / output.shape[-1]).clamp_min(TINY).reshape(-1, 1, 1)
     dual = conjugate_gradients(
         lambda dual: changed_output(gradient(dual)) + strength * dual, residual, iterations, tolerance,
-        dims=(0, 1, 2) if one_system else (1, 2),
+        dims=(-3, -2, -1) if one_system else (-2, -1),
     )  # fmt: skip
     return gradient(dual)
 
@@ -151,19 +152,25 @@ def key_correction(
 def conjugate_gradients(
     operator: Callable[[Tensor], Tensor], wanted: Tensor, iterations: int, tolerance: float, dims: tuple[int, ...]
 ) -> Tensor:
-    """Solve `operator(x) = wanted` for a symmetric positive definite operator; `dims` are those of one system.
+    """Solve `operator(x) = wanted` for a symmetric positive definite operator; `dims`, from the last, are one system's.
 
-    The number of launches is fixed and a system that has converged stands still, so that no device is waited for.
+    Remainders are made orthogonal again in every step, which rounding undoes long before a system is solved: otherwise
+    the last bits of the operator decide where it is after a few steps. The number of launches is fixed and a system
+    that has converged stands still, so that no device is waited for.
     """
     solution, remainder, direction = torch.zeros_like(wanted), wanted, wanted
     square = wanted.square().sum(dims, keepdim=True)
     enough = tolerance**2 * square
+    earlier: list[Tensor] = []
     for _ in range(iterations):
         going = square > enough
         image = operator(direction)
         step = torch.where(going, square / (direction * image).sum(dims, keepdim=True).clamp_min(TINY), 0.0)
         solution = solution + step * direction
-        remainder = remainder - step * image
+        earlier.append(remainder * square.clamp_min(TINY).rsqrt())
+        basis, moved = torch.stack(earlier), remainder - step * image
+        moved = moved - (basis * (basis * moved).sum(dims, keepdim=True)).sum(0)
+        remainder = torch.where(going, moved, remainder)
         left = remainder.square().sum(dims, keepdim=True)
         direction = remainder + torch.where(going, left / square.clamp_min(TINY), 0.0) * direction
         square = left
@@ -205,7 +212,7 @@ def add_within(states: Tensor, correction: Tensor, cap_ratio: float, fixed: Tens
     """
     start, slots = states.float(), fixed.unsqueeze(-1)
     limit = cap_ratio * _head_norms(start.masked_fill(slots, 0.0))
-    scale = (limit / _head_norms(correction).clamp_min(TINY)).clamp_max(1.0)
+    scale = (SHORT_OF * limit / _head_norms(correction).clamp_min(TINY)).clamp_max(1.0)
     for _ in range(5):
         rounded = torch.where(slots, states, (start + scale * correction).to(states.dtype))
         beyond = _head_norms(rounded.float() - start) > limit
