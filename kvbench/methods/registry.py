@@ -51,15 +51,18 @@ def load_policies() -> dict[str, type[Policy]]:
 
 def method_config(policy: type[Policy], **options: object) -> dict[str, Any]:
     """What `method=NAME` composes: class, options and their defaults, where given the values of `options`."""
-    defaults = {f.name: _written(f) for f in dataclasses.fields(policy)}
+    defaults = {
+        f.name: _written(f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
+        for f in dataclasses.fields(policy)
+    }
     return {"_target_": f"{policy.__module__}.{policy.__qualname__}", **defaults, **options}
 
 
-def _written(option: dataclasses.Field[Any]) -> object:
+def _written(value: object) -> object:
     """An option's default in a configuration: "???" is Hydra's word for a value that has to be given."""
-    value = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
     if isinstance(value, Policy):  # its class and what differs, so that another class can take its place
-        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **value.options()}
+        differing = {name: _written(option) for name, option in value.options().items()}
+        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **differing}
     return "???" if value is dataclasses.MISSING else value
 
 

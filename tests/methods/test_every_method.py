@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from policy_inputs import make_layer
 
 from kvbench.errors import BudgetError
+from kvbench.methods.adakv import AdaKV
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.methods.snapkv import SnapKV
 
@@ -20,6 +21,7 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
     "knorm": {"whole_first_layers": 1},
     "pyramidkv": {"observation_tokens": 4},
     "adakv": {"base": SnapKV(observation_tokens=4)},
+    "grkv": {"base": AdaKV(base=SnapKV(observation_tokens=4))},
     "d2o": {"start_tokens": 1, "whole_first_layers": 1, "whole_last_layers": 0},
     "expected_attention": {"future_tokens": 16},
 }

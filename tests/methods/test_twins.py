@@ -12,6 +12,7 @@ from kvbench.methods.base import LayerStates
 from kvbench.methods.cam import CaM
 from kvbench.methods.d2o import D2O
 from kvbench.methods.expected_attention import ExpectedAttention
+from kvbench.methods.grkv import GRKV
 from kvbench.methods.h2o import H2O
 from kvbench.methods.keepkv import KeepKV
 from kvbench.methods.knorm import Knorm
@@ -51,6 +52,13 @@ BASES = [
     SnapKV(observation_tokens=12), SnapKV(observation_tokens=5, pooling="avg"), PyramidKV(), Knorm(),
     Knorm(recent_tokens=6), ExpectedAttention(future_tokens=20),
 ]  # fmt: skip
+REFITTED = [
+    {}, {"refit": "values"}, {"refit": "none"}, {"place": "own"}, {"sample": "window"},
+    {"sample": "window", "place": "own"},
+    {"guard_share": 0.0, "value_cap_ratio": 10.0, "key_cap_ratio": 10.0, "ridge": 0.1}, {"fit_queries": 100},
+    {"base": SnapKV(observation_tokens=8)}, {"base": Knorm(), "guard_share": 0.5}, {"tolerance": 0.3},
+    {"base": AdaKV(base=ExpectedAttention(future_tokens=20))},
+]  # fmt: skip
 SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
 POLICIES = [
     *(H2O(budget=0.35, recent_share=0.4, group_reduce=reduce, normalise_by_count=by_count)
@@ -65,6 +73,8 @@ POLICIES = [
     *(KVMerger(budget=0.5, **options) for options in MERGING),
     *(KVMerger(budget=0.35, budget_mode="threshold", threshold=0.8, **options) for options in MERGING),
     KVMergerBias(budget=0.35),
+    *(GRKV(budget=0.4, **{"base": AdaKV(base=SnapKV(observation_tokens=8)), "fit_queries": 12, **options})
+      for options in REFITTED),
     *(KVMergerPlus(budget=0.4, refit=refit, **SHORT) for refit in ("both", "values", "none")),
     *(D2O(budget=0.6, **options) for options in EVICTING),
     *(WeightedKV(budget=budget, **options) for options in EVICTING for budget in (0.15, 0.5)),
