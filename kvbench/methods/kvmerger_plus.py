@@ -1,6 +1,6 @@
 """KVMerger Plus: what works best in our own trials; keep by two opinions, then let the kept slots absorb the rest.
 
-No paper describes this method; `docs/findings.md` has the trials behind it, also those that failed. Three parts:
+No paper describes this choice of slots; `docs/findings.md` has the trials behind it, and those that failed. Its parts:
 
 1. A quarter of the slots goes to the last tokens. Of the others a third goes to what the question asks for: votes of
    the prompt's last few queries, pooled along the tokens so that a chosen token brings its neighbours (SnapKV, arXiv
@@ -8,7 +8,9 @@ No paper describes this method; `docs/findings.md` has the trials behind it, als
 2. The others go to what the text needs to go on: the mean attention a key received, once over all queries that could
    see it and once over the last few hundred (H2O, arXiv 2306.14048, without its favour for early tokens).
 3. Dropped tokens are not averaged into neighbours as in KVMerger (arXiv 2407.08454). Instead the kept values, and on
-   request a bias, are refitted until the last queries get the output they had (`kvbench.ops.refit`).
+   request a bias, are refitted until the last queries get the output they had (`kvbench.ops.refit`). That is the value
+   update of GRKV (arXiv 2605.31105), with other queries (there 32 of the whole prompt), a relative ridge (0.01
+   absolute), all slots (there the best and the last are fixed) and no cap (0.1 of the values' norm).
 
 It fires once, at the end of the prompt; while decoding the cache grows. Keys are never changed.
 """
