@@ -18,10 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvbench.errors import ConfigError
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share
 from kvbench.methods.options import Fraction
-from kvbench.methods.scored import ScoredPolicy, protect_first, take_slots
+from kvbench.methods.scored import ScoredPolicy, protect_first, require_scores, take_slots
 from kvbench.methods.snapkv import SnapKV
 from kvbench.ops.selection import largest_by_recency, marked_positions
 
@@ -47,11 +46,7 @@ class AdaKV(Policy):
 
     def __post_init__(self) -> None:
         """Validate the options; raises `ConfigError`."""
-        if not isinstance(self.base, ScoredPolicy):
-            raise ConfigError(
-                f"base={self.base!r} scores no keys: give a method of kvbench.methods.scored, e.g. "
-                "base._target_=kvbench.methods.snapkv.SnapKV"
-            )
+        require_scores(self.base)
         super().__post_init__()
 
     @property

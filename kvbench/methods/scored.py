@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvbench.errors import ConfigError
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share
 from kvbench.methods.options import Count, Fraction, GroupReduction
 from kvbench.ops.selection import heavy_and_recent, other_positions
@@ -103,6 +104,15 @@ def protect_first(scores: Tensor, n_first: int) -> Tensor:
     ranks = scores.clone()
     ranks[:, :n_first] = float("inf")
     return ranks
+
+
+def require_scores(base: object) -> None:
+    """Raise `ConfigError` unless a method's base scores keys."""
+    if not isinstance(base, ScoredPolicy):
+        raise ConfigError(
+            f"base={base!r} scores no keys: give a method of kvbench.methods.scored, e.g. "
+            "base._target_=kvbench.methods.snapkv.SnapKV"
+        )
 
 
 def take_slots(layer: LayerStates, positions: Tensor, lengths: Tensor | None = None) -> CompressedLayer:

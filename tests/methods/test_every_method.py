@@ -24,6 +24,9 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
     "grkv": {"base": AdaKV(base=SnapKV(observation_tokens=4))},
     "d2o": {"start_tokens": 1, "whole_first_layers": 1, "whole_last_layers": 0},
     "expected_attention": {"future_tokens": 16},
+    "chunkkv": {"base": SnapKV(observation_tokens=4), "chunk_tokens": 6},
+    "lagkv": {"lag_tokens": 16},
+    "zsmerge": {"dense_slots": 3},
 }
 COMPRESSED = [name for name in load_policies() if name != "full"]
 WITH_OPTIONS = [

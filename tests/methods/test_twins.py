@@ -10,6 +10,8 @@ from twins import assert_as_twin
 from kvbench.methods.adakv import AdaKV
 from kvbench.methods.base import LayerStates
 from kvbench.methods.cam import CaM
+from kvbench.methods.chunkkv import ChunkKV
+from kvbench.methods.compactor import Compactor
 from kvbench.methods.d2o import D2O
 from kvbench.methods.expected_attention import ExpectedAttention
 from kvbench.methods.grkv import GRKV
@@ -18,6 +20,7 @@ from kvbench.methods.keepkv import KeepKV
 from kvbench.methods.knorm import Knorm
 from kvbench.methods.kvmerger import KVMerger, KVMergerBias
 from kvbench.methods.kvmerger_plus import KVMergerPlus
+from kvbench.methods.lagkv import LagKV
 from kvbench.methods.pyramidkv import PyramidKV
 from kvbench.methods.registry import build_policy, load_policies
 from kvbench.methods.scored import EvictAndMerge
@@ -25,6 +28,7 @@ from kvbench.methods.snapkv import SnapKV
 from kvbench.methods.streaming_llm import StreamingLLM
 from kvbench.methods.tova import TOVA
 from kvbench.methods.weightedkv import WeightedKV
+from kvbench.methods.zsmerge import ZSMerge
 from kvbench.ops.segments import cosines_at, unit_keys
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.observe import Observer
@@ -59,6 +63,14 @@ REFITTED = [
     {"base": SnapKV(observation_tokens=8)}, {"base": Knorm(), "guard_share": 0.5}, {"tolerance": 0.3},
     {"base": AdaKV(base=ExpectedAttention(future_tokens=20))},
 ]  # fmt: skip
+DENSE = [
+    {}, {"dense_slots": 3, "tail_share": 0.4, "bias_scale": 0.6}, {"dense_slots": 100}, {"merge": False},
+    {"observation_tokens": 5, "decay": 0.5}, {"group_reduce": "max"}, {"tail_share": 1.0, "decay": 1.0},
+]  # fmt: skip
+COMPACT = [
+    {"tile_tokens": 16, "sketch_dimensions": 10}, {"terms": "leverage", "sketch_dimensions": 7}, {"terms": "attention"},
+    {"blending": 0.0, "tile_tokens": 1}, {"blending": 3.0, "start_tokens": 0, "end_tokens": 0},
+]  # fmt: skip
 SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
 POLICIES = [
     *(H2O(budget=0.35, recent_share=0.4, group_reduce=reduce, normalise_by_count=by_count)
@@ -79,6 +91,10 @@ POLICIES = [
     *(D2O(budget=0.6, **options) for options in EVICTING),
     *(WeightedKV(budget=budget, **options) for options in EVICTING for budget in (0.15, 0.5)),
     *(KeepKV(budget=0.4, **options) for options in KEEPING),
+    *(LagKV(budget=0.4, lag_tokens=lag, cross_scoring=raw) for lag in (2, 9, 16) for raw in (False, True)),
+    *(ChunkKV(budget=0.4, base=base, chunk_tokens=size) for base in BASES[1:] for size in (1, 7, 20)),
+    *(Compactor(budget=0.4, **options) for options in COMPACT),
+    *(ZSMerge(budget=0.4, **options) for options in DENSE),
 ]  # fmt: skip
 NEW = load_policies().keys() - {policy.name for policy in POLICIES} - {"full"}
 POLICIES += [build_policy(name, {"budget": 0.4}) for name in sorted(NEW)]  # a method needs a twin, and no line here
