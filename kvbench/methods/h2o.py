@@ -12,13 +12,13 @@ head).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, DecodeSlots, LayerStates, Policy, floor_share, reduce_groups
-from kvbench.methods.options import GroupReduction, WithinExcept
+from kvbench.methods.options import Fraction, GroupReduction
 from kvbench.ops.selection import heavy_and_recent, keep_slots
 from kvbench.ops.steps import RowsStepper
 
@@ -40,14 +40,15 @@ class H2O(Policy):
 
     Attributes:
         recent_share: share of the kept slots that holds the most recent tokens; the rest holds heavy hitters. Half and
-            half is the official setting (heavy_ratio = recent_ratio = 0.1 of the prompt).
+            half is the official setting (heavy_ratio = recent_ratio = 0.1 of the prompt). At 0 there is no window: a
+            new token has to win against the weakest heavy hitter at once.
         normalise_by_count: divide each score by the number of queries that could see its key (the flavour of kvpress'
             ObservedAttention); H2O itself ranks by the plain sum, which favours early tokens.
         group_reduce: how the query heads of a KV head share one score: "mean" (same ranks as the sum), "max" or
             "first".
     """
 
-    recent_share: Annotated[float, WithinExcept(0, 1)] = 0.5
+    recent_share: Fraction = 0.5
     normalise_by_count: bool = False
     group_reduce: GroupReduction = "mean"
 
@@ -57,8 +58,8 @@ class H2O(Policy):
     minimum_tokens: ClassVar[int] = 4  # below that, one of the halves holds a single token
 
     def split(self, n_slots: int) -> tuple[int, int]:
-        """Divide a layer's slots into (heavy, recent); recent is the floor of its share, but at least 1."""
-        recent = max(1, floor_share(self.recent_share, n_slots))
+        """Divide a layer's slots into (heavy, recent); recent is the floor of its share, at least 1 (0 of 0)."""
+        recent = max(1, floor_share(self.recent_share, n_slots)) if self.recent_share else 0
         return n_slots - recent, recent
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
@@ -83,7 +84,7 @@ class H2O(Policy):
         if self.normalise_by_count:
             slots.state.counts += 1.0
             ranks = scores / slots.state.counts
-        leaving = (heavy + slots.step_index.remainder(recent)).reshape(1)
+        leaving = (heavy + slots.step_index.remainder(max(recent, 1))).reshape(1)  # without a window the new token
         if heavy:
             weakest = ranks[:, :heavy].min(dim=1, keepdim=True)
             wins = ranks.index_select(1, leaving) >= weakest.values

@@ -53,7 +53,7 @@ def _h2o_kernel(
         counted = counts_offset >= 0
         counts += counts_offset + head * (n_slots + 1)
     attention += tl.load(attention_offsets + row) + head * GROUP * (n_slots + 1)
-    leaving = heavy + tl.load(step_index + row) % recent
+    leaving = heavy + tl.load(step_index + row) % tl.maximum(recent, 1)  # without a window the new token, n_slots
 
     weakest_rank = float("inf")
     weakest = 0
@@ -83,6 +83,10 @@ def _h2o_kernel(
         weakest_rank = tl.minimum(weakest_rank, lowest)
     total, maximum, first = group_attention(attention, n_slots + 1, n_slots, True, GROUP)
     new_score = tl.where(reduction == 0, total / GROUP, tl.where(reduction == 1, maximum, first))
+    if recent == 0:
+        leaving_score = new_score
+        leaving_rank = new_score
+        leaving_count = 1.0
 
     dims = tl.arange(0, BLOCK_DIM)
     mask = dims < HEAD_DIM
@@ -147,6 +151,7 @@ def _cam_kernel(
     INCREMENT: tl.constexpr, MASK: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     N_COLUMNS: tl.constexpr, N_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+    HAS_SCORES: tl.constexpr,
 ):  # fmt: skip
     """One row and KV head: count the attention, put the new token in the leaving one's place, merge the latter."""
     entry = table + (tl.program_id(0) // N_KV_HEADS) * N_COLUMNS
@@ -156,23 +161,30 @@ def _cam_kernel(
     recent = tl.load(entry + 2)
     n_targets = tl.load(entry + 3)
     n_slots = tl.load(lengths + row * N_KV_HEADS + head)
-    scores += tl.load(entry + 4) + head * (n_slots + 1)
+    n_mean = tl.load(entry + 4)
+    summed = False
+    if HAS_SCORES:
+        scores_offset = tl.load(entry + 5)
+        summed = scores_offset >= 0
+        scores += scores_offset + head * (n_slots + 1)
     attention += tl.load(attention_offsets + row) + head * GROUP * (n_slots + 1)
     step = tl.load(step_index + row)
     phase = step % recent
     leaving = first_recent + phase
 
     leaving_score = 0.0
-    target_sum = 0.0
+    score_sum = 0.0
     for start in range(0, n_slots, BLOCK):
         slots = start + tl.arange(0, BLOCK)
         valid = slots < n_slots
         total, _, _ = group_attention(attention, n_slots + 1, slots, valid, GROUP)
-        updated = tl.load(scores + slots, mask=valid, other=0.0) + total / GROUP
-        tl.store(scores + slots, updated, mask=valid)
+        updated = total / GROUP
+        if HAS_SCORES:
+            updated += tl.load(scores + slots, mask=valid & summed, other=0.0)
+            tl.store(scores + slots, updated, mask=valid & summed)
         ahead = (slots - leaving + recent) % recent
-        is_target = valid & (slots >= first_recent) & (ahead >= 1) & (ahead <= n_targets)
-        target_sum += tl.sum(tl.where(is_target, updated, 0.0), axis=0)
+        counts = valid & (slots >= first_recent) & (ahead >= 1) & (ahead <= n_mean)
+        score_sum += tl.sum(tl.where(counts, updated, 0.0), axis=0)
         leaving_score += tl.sum(tl.where(slots == leaving, updated, 0.0), axis=0)
     total, _, _ = group_attention(attention, n_slots + 1, n_slots, True, GROUP)
     new_score = total / GROUP
@@ -188,14 +200,15 @@ def _cam_kernel(
     tl.debug_barrier()  # the loop's stores and these loads come before the moves, whichever thread did them
     tl.store(keys + from_leaving, new_key, mask=mask)
     tl.store(values + from_leaving, new_value, mask=mask)
-    tl.store(scores + leaving, new_score)
+    if HAS_SCORES:
+        tl.store(scores + leaving, new_score, mask=summed)
     if n_targets > 0:
-        if n_targets == recent:  # so short a window that the new token is a target, too
-            target_sum += new_score
+        if n_mean == recent:  # the new token counts, too
+            score_sum += new_score
         bits = tl.load(hashes + (tl.program_id(0) // N_KV_HEADS) * N_KV_HEADS + head)
         bits = absorb(bits, step, INCREMENT, MASK, FIRST, SECOND)
         uniform = (bits >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2 ** -24
-        if uniform * (target_sum / n_targets) < leaving_score:
+        if uniform * (score_sum / n_mean) < leaving_score:
             share = leaving_value / n_targets
             tl.debug_barrier()  # the new token's value may be read below by other threads than wrote it
             for nearest in range(1, n_targets + 1, TARGETS):
@@ -214,7 +227,7 @@ class CaMRowsStepper(RowsStepper):
         hashes: `(n_layers, max_rows, H_k)` int64, the rows' `head_hashes` in the order of the table.
     """
 
-    n_columns: ClassVar[int] = 4
+    n_columns: ClassVar[int] = 5
 
     def __init__(self, n_layers: int, max_rows: int, n_query_heads: int, n_kv_heads: int, device: torch.device):
         super().__init__(n_layers, max_rows, n_query_heads, n_kv_heads, device)
@@ -228,18 +241,20 @@ class CaMRowsStepper(RowsStepper):
         self.hashes[plan.layer_index, : len(rows)].copy_(hashes)
 
     def columns(self, policy: Any, blocks: Blocks) -> list[int]:
-        """Start and recent slots, number of targets (0 without merging), offset of the scores."""
+        """Start and recent slots, targets (0 without merging), tokens of the mean, offset of the scores or -1."""
         start, recent = policy.split(blocks.lengths[0])
-        n_targets = min(policy.merge_tokens, recent) if policy.merge else 0
-        return [start, recent, n_targets, blocks.states[SCORES]]
+        n_targets, n_mean = policy.gated(recent)
+        return [start, recent, n_targets if policy.merge else 0, n_mean, blocks.states.get(SCORES, -1)]
 
     def step(self, plan: DecodePlan, rows: Sequence[int]) -> None:
         """One launch: a program per row and KV head."""
         head_dim = plan.keys.shape[1]
         _cam_kernel[(len(rows) * self.n_kv_heads,)](
-            self.table[plan.layer_index], self.hashes[plan.layer_index], plan.keys, plan.values, plan.states[SCORES],
+            self.table[plan.layer_index], self.hashes[plan.layer_index], plan.keys, plan.values,
+            plan.states.get(SCORES, plan.attention),
             plan.offsets, plan.lengths, plan.attention, plan.attention_offsets, plan.step_index,
             INCREMENT=INCREMENT, MASK=MASK, FIRST=MULTIPLIERS[0], SECOND=MULTIPLIERS[1],
             N_COLUMNS=self.table.shape[2], N_KV_HEADS=self.n_kv_heads, GROUP=self.group_size, HEAD_DIM=head_dim,
-            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK=BLOCK_SLOTS, TARGETS=BLOCK_TARGETS, num_warps=4,
+            BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK=BLOCK_SLOTS, TARGETS=BLOCK_TARGETS,
+            HAS_SCORES=SCORES in plan.states, num_warps=4,
         )  # fmt: skip

@@ -2,7 +2,8 @@
 
 A cache is a list of tokens in the order of their positions, as in the official codes, so it needs no ring buffer.
 Symbols of the papers: H2O's S_j is the accumulated attention score of key j; CaM's A_i the attention accumulated on
-token i, M_i the Bernoulli mask, m the number of kept tokens that follow i and take a share of its value v_i (eq. 14).
+token i, or the newest query's, M_i the Bernoulli mask, m the number of kept tokens that follow i and take a share of
+its value v_i (eq. 14).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class ReferenceH2O(_Heads):
     ):  # fmt: skip
         super().__init__(keys, values, column_sums, group_reduce)
         self.normalise = normalise_by_count
-        self.recent = max(1, math.floor(recent_share * budget_tokens + 1e-9))
+        self.recent = max(1, math.floor(recent_share * budget_tokens + 1e-9)) if recent_share else 0
         self.heavy = budget_tokens - self.recent
         self.heads = [self.select(entries) for entries in self.heads]
 
@@ -83,7 +84,8 @@ class ReferenceH2O(_Heads):
         def rank(entry: Entry) -> tuple[float, int]:
             return entry.A / entry.n_queries if self.normalise else entry.A, entry.position
 
-        older, last = entries[: -self.recent], entries[-self.recent :]
+        n_older = len(entries) - self.recent
+        older, last = entries[:n_older], entries[n_older:]
         best = sorted(older, key=rank, reverse=True)[: self.heavy]
         return sorted(best, key=lambda e: e.position) + last
 
@@ -97,10 +99,13 @@ class ReferenceCaM(_Heads):
 
     def __init__(
         self, keys: Tensor, values: Tensor, column_sums: Tensor, budget_tokens: int,
-        start_share: float = 0.5, merge_tokens: int = 32, merge: bool = True,
+        start_share: float = 0.5, merge_tokens: int | None = None, gate: str = "current", gate_mean: str | None = None,
+        merge: bool = True,
     ):  # fmt: skip
-        super().__init__(keys, values, column_sums, "mean")
-        self.merge_tokens, self.merge = merge_tokens, merge
+        super().__init__(keys, values, column_sums if gate == "accumulated" else column_sums * 0, "mean")
+        self.gate, self.merge = gate, merge
+        self.merge_tokens = merge_tokens or {"current": 32, "accumulated": 16, "decoding": 32}[gate]
+        self.gate_mean = gate_mean or {"current": "window"}.get(gate, "targets")
         self.start = min(budget_tokens - 1, math.floor(start_share * budget_tokens + 1e-9))
         recent = budget_tokens - self.start
         self.heads = [entries[: self.start] + entries[-recent:] for entries in self.heads]
@@ -109,10 +114,12 @@ class ReferenceCaM(_Heads):
         self, h: int, position: int, k: Tensor, v: Tensor, attention_by_position: dict[int, list[float]],
         draw: Callable[[], float],
     ) -> bool:  # fmt: skip
-        """Append the new token of KV head h, add its attention row to A, drop the oldest recent token.
+        """Append the new token of KV head h, add its attention row to A (or let it be A), drop the oldest recent token.
 
         `draw` gives a uniform number in [0, 1). Returns whether the dropped token's value was merged.
         """
+        for entry in self.heads[h] if self.gate == "current" else ():
+            entry.A = 0.0
         entries = self.append(h, position, k, v, attention_by_position)
         dropped = entries.pop(self.start)
         self.heads[h] = entries
@@ -120,7 +127,8 @@ class ReferenceCaM(_Heads):
             return False
         targets = entries[self.start : self.start + self.merge_tokens]
         m = len(targets)
-        mean_A = sum(t.A for t in targets) / m
+        compared = targets if self.gate_mean == "targets" else entries[self.start :]
+        mean_A = sum(t.A for t in compared) / len(compared)
         probability = min(max(dropped.A / mean_A, 0.0), 1.0) if mean_A > 0 else float(dropped.A > 0)
         M = draw() < probability
         if M:

@@ -13,8 +13,15 @@ from kvbench.methods.tova import TOVA
 from kvbench.ops.counter_rng import counter_hash, counter_uniform
 from kvbench.testing import decode_slots
 
-H2O_OPTIONS = [{}, {"normalise_by_count": True}, {"group_reduce": "max"}, {"recent_share": 0.2}, {"recent_share": 1.0}]
-CAM_OPTIONS = [{}, {"merge_tokens": 3}, {"merge": False}, {"start_share": 0.1}]
+H2O_OPTIONS = [
+    {}, {"normalise_by_count": True}, {"group_reduce": "max"}, {"recent_share": 0.2}, {"recent_share": 1.0},
+    {"recent_share": 0.0}, {"recent_share": 0.0, "normalise_by_count": True},
+]  # fmt: skip
+CAM_OPTIONS = [
+    {}, {"merge_tokens": 3}, {"merge": False}, {"start_share": 0.1}, {"gate_mean": "targets", "merge_tokens": 4},
+    *({"gate": gate, **options} for gate in ("accumulated", "decoding")
+      for options in ({}, {"merge_tokens": 3}, {"merge_tokens": 3, "gate_mean": "window"}, {"start_share": 0.1})),
+]  # fmt: skip
 STEPPING = [
     *(H2O(budget=budget, **options) for options in H2O_OPTIONS for budget in (0.35, 1.0)),
     *(CaM(budget=0.35, **options) for options in CAM_OPTIONS),
@@ -52,7 +59,7 @@ def advance(twin, policy, layer, step, key, value, where, attention) -> list[boo
 def test_fifty_steps_match_the_twin(n_query_heads, n_kv_heads, n_tokens, policy):
     layer = make_layer(n_query_heads, n_kv_heads, n_tokens, seed=5)
     if policy.name == "h2o":
-        layer.column_sums *= 0.1  # as after a short prompt, so that new tokens can become heavy hitters
+        layer.column_sums *= 0.1 if policy.recent_share else 0.01  # so that new tokens can become heavy hitters
     m = policy.layer_budgets(n_tokens, 2)[0]
     twin, slots = stepped_twin(policy, layer, m), decode_slots(policy.compress(layer, m))
     tokens = new_tokens(50, n_query_heads, n_kv_heads, m, seed=6)
@@ -75,14 +82,15 @@ def test_fifty_steps_match_the_twin(n_query_heads, n_kv_heads, n_tokens, policy)
         assert torch.equal(after.gather(1, order), torch.as_tensor(positions).expand(n_kv_heads, -1))
         assert torch.equal(slots.keys.gather(1, rows), keys)
         assert relative_rms(slots.values.gather(1, rows), values) <= (1e-6 if policy.name == "cam" else 0.0)
-        if slots.state is not None:
+        if getattr(slots.state, "scores", None) is not None:
             assert relative_rms(slots.state.scores.gather(1, order), twin.scores()) < 1e-5
     if policy.name == "h2o":
         assert moved == (policy.recent_share < 1)  # some leaving token became a heavy hitter; at 1 it is a ring
     if policy.name == "cam":
         assert any(merges) == policy.merge
         assert not all(merges)  # the gate closed at least once
-    assert survived == 50 if policy != TOVA(budget=policy.budget) else 0 < survived <= 50
+    may_drop_the_newest = policy == TOVA(budget=policy.budget) or getattr(policy, "recent_share", 1) == 0
+    assert 0 < survived <= 50 if may_drop_the_newest else survived == 50
 
 
 def test_cam_s_gate_depends_on_seed_layer_head_and_step_only():
@@ -97,7 +105,7 @@ def test_cam_s_gate_depends_on_seed_layer_head_and_step_only():
 
 def test_cam_s_gate_opens_with_the_ratio_of_the_scores():
     layer = make_layer(2, 2, 40)
-    policy = CaM(budget=0.5, start_share=0.5, merge_tokens=4)
+    policy = CaM(budget=0.5, start_share=0.5, merge_tokens=4, gate="accumulated")
     opened = 0
     for step in range(400):
         slots = decode_slots(policy.compress(layer, 20))

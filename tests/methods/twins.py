@@ -31,7 +31,8 @@ def stepped_twin(policy, layer, m):
         options = (policy.recent_share, policy.normalise_by_count, policy.group_reduce)
         return ReferenceH2O(*states, layer.column_sums, m, *options)
     if policy.name == "cam":
-        return ReferenceCaM(*states, layer.column_sums, m, policy.start_share, policy.merge_tokens, policy.merge)
+        options = (policy.start_share, policy.merge_tokens, policy.gate, policy.gate_mean, policy.merge)
+        return ReferenceCaM(*states, layer.column_sums, m, *options)
     if policy.name == "tova":
         return ReferenceTOVA(*states, layer.window_attention[:, -1], m, policy.keep_newest)
     return ReferenceStreamingLLM(*states, m, policy.start_tokens)
