@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kvbench.errors import BudgetError, ConfigError
 from kvbench.fields import check_fields
+from kvbench.methods.options import WholeLayers
 from kvbench.ops.steps import GROUP_REDUCTIONS, RowsStepper
 
 CONSTANT = {"kvbench": "one small tensor of any shape, not one entry per slot"}
@@ -275,7 +276,10 @@ class Policy(ABC):
 
     @property
     def exact_budget(self) -> bool:
-        """Whether the kept slots are known beforehand and equal the budget; False for fixed-threshold methods."""
+        """Whether the kept slots are known beforehand and equal the budget.
+
+        False for fixed-threshold methods, and where layers left whole come on top of it.
+        """
         return True
 
     @property
@@ -349,11 +353,17 @@ def floor_share(share: float, n_tokens: int) -> int:
     return math.floor(round(share * n_tokens, 9))
 
 
-def with_whole_layers(policy: Policy, n_tokens: int, n_layers: int, n_first: int, n_last: int) -> list[int]:
+def with_whole_layers(
+    policy: Policy, n_tokens: int, n_layers: int, n_first: int, n_last: int, whole_layers: WholeLayers = "inside"
+) -> list[int]:
     """Layer budgets with the first and last layers whole; what is left is spread evenly over the others.
 
-    `BudgetError` if that leaves the others fewer than the method's `minimum_tokens` each.
+    Where whole layers come "on_top", the others have the whole budget, and more is kept than it says. `BudgetError` if
+    the others would get fewer than the method's `minimum_tokens` each.
     """
+    if whole_layers == "on_top":
+        slots = Policy.layer_budgets(policy, n_tokens, n_layers)
+        return [slots[i] if n_first <= i < n_layers - n_last else n_tokens for i in range(n_layers)]
     others = [index for index in range(n_layers) if n_first <= index < n_layers - n_last]
     n_whole = n_layers - len(others)
     total = n_layers * policy.budget_tokens(n_tokens)

@@ -22,7 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvbench.methods.base import CompressedLayer, LayerStates, with_whole_layers
-from kvbench.methods.options import Count
+from kvbench.methods.options import Count, WholeLayers
 from kvbench.methods.scored import EvictAndMerge
 from kvbench.ops.merging import nearest_kept, sum_by_slot, tokens_at
 
@@ -35,17 +35,25 @@ class D2O(EvictAndMerge):
         whole_first_layers: first layers left uncompressed; their slots count towards the budget. 2 in the official
             code, as `start_tokens` is 4 there and `recent_share` a half (0.1 of the prompt each).
         whole_last_layers: last layers left uncompressed, likewise; 1 in the official code.
+        whole_layers: "inside" counts them; "on_top", as in the official code, does not, so that more is kept.
     """
 
     whole_first_layers: Count = 2
     whole_last_layers: Count = 1
+    whole_layers: WholeLayers = "inside"
 
     name: ClassVar[str] = "d2o"
     needs: ClassVar[frozenset[str]] = frozenset({"column_sums"})
 
     def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
         """Give whole layers all T slots and spread the rest evenly."""
-        return with_whole_layers(self, n_tokens, n_layers, self.whole_first_layers, self.whole_last_layers)
+        numbers = self.whole_first_layers, self.whole_last_layers
+        return with_whole_layers(self, n_tokens, n_layers, *numbers, self.whole_layers)
+
+    @property
+    def exact_budget(self) -> bool:
+        """True unless whole layers come on top."""
+        return self.whole_layers == "inside"
 
     def scores(self, layer: LayerStates) -> Tensor:
         """Accumulated attention of each token."""

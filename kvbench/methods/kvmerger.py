@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvbench.fields import Within
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share, with_whole_layers
-from kvbench.methods.options import AboveZero, Count, Fraction, GroupReduction
+from kvbench.methods.options import AboveZero, Count, Fraction, GroupReduction, WholeLayers
 from kvbench.ops import segments
 from kvbench.ops.counter_rng import counter_uniform
 from kvbench.ops.merging import merge_segments
@@ -47,6 +47,7 @@ class KVMerger(Policy):
             0.02. Where a layer's slots are too few for both, they are scaled down in proportion.
         whole_first_layers: first layers left uncompressed; their slots count towards the budget.
         whole_last_layers: last layers left uncompressed, likewise.
+        whole_layers: "inside" counts them; "on_top" does not, so that more is kept than the budget says.
         pivot: "attention" (highest attention in the set), "random" (the paper's ablation) or "last".
         sigma: width of the Gaussian weights, in units of key distance; 5 is the best of the paper's six fixed values.
         sigma_mode: "fixed" uses `sigma`; "mean_distance" uses sum of distances to the pivot / (sqrt(2) set size), the
@@ -65,6 +66,7 @@ class KVMerger(Policy):
     topk_fraction: Fraction | None = None
     whole_first_layers: Count = 2
     whole_last_layers: Count = 1
+    whole_layers: WholeLayers = "inside"
     pivot: Literal["attention", "random", "last"] = "attention"
     sigma: AboveZero = 5.0
     sigma_mode: Literal["fixed", "mean_distance"] = "fixed"
@@ -77,8 +79,8 @@ class KVMerger(Policy):
 
     @property
     def exact_budget(self) -> bool:
-        """True unless the fixed threshold decides."""
-        return self.budget_mode == "exact"
+        """True unless the fixed threshold decides or whole layers come on top."""
+        return self.budget_mode == "exact" and self.whole_layers == "inside"
 
     def is_whole(self, layer_index: int, n_layers: int) -> bool:
         """Whether a layer is left uncompressed."""
@@ -86,9 +88,10 @@ class KVMerger(Policy):
 
     def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
         """Give whole layers all T slots and spread the rest evenly; in threshold mode the upper bound T for all."""
-        if not self.exact_budget:
+        if self.budget_mode == "threshold":
             return [n_tokens] * n_layers
-        return with_whole_layers(self, n_tokens, n_layers, self.whole_first_layers, self.whole_last_layers)
+        numbers = self.whole_first_layers, self.whole_last_layers
+        return with_whole_layers(self, n_tokens, n_layers, *numbers, self.whole_layers)
 
     def protected_counts(self, n_tokens: int, budget_tokens: int | None) -> tuple[int, int]:
         """How many recent and how many most-attended tokens are protected; `budget_tokens` None is no limit.
@@ -112,7 +115,8 @@ class KVMerger(Policy):
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Merge one layer into slots at their pivots' positions; a budget of T leaves it whole."""
-        if self.is_whole(layer.layer_index, layer.n_layers) or (self.exact_budget and budget_tokens >= layer.n_tokens):
+        exact = self.budget_mode == "exact"
+        if self.is_whole(layer.layer_index, layer.n_layers) or (exact and budget_tokens >= layer.n_tokens):
             return layer.whole()
         scores = layer.group_scores(layer.observed("column_sums"), self.group_reduce)
         starts, lengths = self.sets(layer, scores, budget_tokens)
@@ -133,13 +137,14 @@ class KVMerger(Policy):
         share = self.scope == "layer"
         if share:
             scores = scores.mean(0, keepdim=True)
-        protection = self.protected_counts(layer.n_tokens, budget_tokens if self.exact_budget else None)
-        if self.exact_budget and self.linkage == "chain":
+        exact = self.budget_mode == "exact"
+        protection = self.protected_counts(layer.n_tokens, budget_tokens if exact else None)
+        if exact and self.linkage == "chain":
             arguments = (layer.keys, scores, *protection, budget_tokens, share, layer.kernels)
             return segments.exact_chain_starts(*arguments), None
         protected = segments.protected_tokens(scores, *protection)
         units = segments.unit_keys(layer.keys)
-        if self.exact_budget:
+        if exact:
             links = segments.exact_anchored_links(units, protected, budget_tokens, share)
             return segments.segment_starts(links.expand(layer.n_kv_heads, -1), budget_tokens), None
         if self.linkage == "anchor":

@@ -42,6 +42,8 @@ Count = Annotated[int, Within(0)]
 Positive = Annotated[int, Within(1)]
 Width = Annotated[int, Odd(1)]
 GroupReduction = Literal["mean", "max", "first"]
+WholeLayers = Literal["inside", "on_top"]
+"""Whether the slots of layers left whole count towards the budget, or the other layers have all of it."""
 
 
 def require_choice(option: str, value: object, choices: Sequence[str]) -> None:

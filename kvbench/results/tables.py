@@ -34,7 +34,8 @@ CLOSENESS = (
 DETAIL_NOTE = (
     "Means over all samples. Kept: slots over slots of the full cache. KL and NLL: nats a gold token. The last columns "
     "compare each arm's own answer with the full cache's; first difference: median over the answers that differ, in "
-    "tokens. Seconds: the arm's share of the wall time of prefill, compression and decoding."
+    "tokens. Seconds: the arm's share of the wall time of prefill, compression and decoding. Arms that keep over two "
+    "points more or less than asked, as with whole layers on top of the budget, compete with nobody."
 )
 CELL_COLUMNS = (
     "model", "arm", "method", "budget_requested", "budget_measured", "dataset", "metric", "n", "n_failed", "score",

@@ -76,3 +76,17 @@ def test_what_a_refused_budget_is_told_helps(name):
                 policy.layer_budgets(int(longer[1]), n_layers)
             for option in re.findall(r"whole_\w+_layers", message):
                 assert getattr(policy, option) > 0
+
+
+@pytest.mark.parametrize("name", ["kvmerger", "d2o"])
+def test_whole_layers_on_top_keep_more_than_the_budget_says(name):
+    policy = build_policy(name, {"budget": 0.35, "whole_layers": "on_top"})
+    assert policy.layer_budgets(100, 8) == [100, 100, *[35] * 5, 100]
+    assert not policy.exact_budget  # so no check asks for the budget, and no table lets it compete
+    assert policy.options() == {"whole_layers": "on_top"}  # the arm's name says it
+    layer = make_layer(4, 2, 100, correlated=True, layer_index=3, n_layers=8)
+    assert policy.compress(layer, 35).n_slots == 2 * 35
+    with pytest.raises(BudgetError, match="raise the budget"):
+        build_policy(name, {"budget": 0.01, "whole_layers": "on_top"}).layer_budgets(50, 8)
+    same = dataclasses.replace(policy, whole_layers="inside", budget=0.65)
+    assert sum(policy.layer_budgets(100, 8)) < sum(same.layer_budgets(100, 8))

@@ -75,7 +75,7 @@ def adakv(policy, layer, m) -> list[Head]:
 
 
 def kvmerger(policy, layer, m) -> list[Head]:
-    a, n_slots = grouped_sums(policy, layer), m if policy.exact_budget else None
+    a, n_slots = grouped_sums(policy, layer), m if policy.budget_mode == "exact" else None
     pivot_scores = {"attention": a, "last": torch.zeros_like(a), "random": policy.pivot_scores(a, layer)}[policy.pivot]
     heads = reference_kvmerger(
         layer.keys, layer.values, a, *policy.protected_counts(layer.n_tokens, n_slots), n_slots=n_slots,
