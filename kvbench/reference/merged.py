@@ -87,12 +87,13 @@ class Slot:
 
 def reference_keepkv(
     keys: Tensor, values: Tensor, window: Tensor, n_slots: int, *, n_start: int = 4, recent_share: float = 0.5,
-    T_sim: float = 0.8, distance_weight: float = 1.2, merge_keys: bool = True,
+    T_sim: float = 0.8, distance_weight: float = 1.2, merge_keys: bool = True, epsilon: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """KeepKV merge by merge: the slot of c has the votes and the s of those that joined before.
 
-    `window` is `(H_k, W, T)`, attention of the last W queries, `T_sim` the similarity threshold. Gives keys
-    `(H_k, m, D)`, values `(H_k, m, D)`, positions `(H_k, m)` and biases log p `(H_k, m)`.
+    `window` is `(H_k, W, T)`, attention of the last W queries or exp(q.k) not normalised, `T_sim` the threshold of
+    similarity, `epsilon` what is added to s. Gives keys `(H_k, m, D)`, values `(H_k, m, D)`, positions `(H_k, m)` and
+    biases log p `(H_k, m)`.
     """
     n_kv_heads, W, n_tokens = window.shape
     layer = []
@@ -101,7 +102,7 @@ def reference_keepkv(
         by_distance = [1.0 + (distance_weight - 1.0) * i / max(W - 1, 1) for i in range(W)]
         scores = [sum(by_distance[i] * rows[i][j] for i in range(W)) for j in range(n_tokens)]
         kept, evicted = keep_and_evict(scores, n_slots, n_start, recent_share)
-        s = [sum(row[j] for row in rows) / min(W, n_tokens - j) for j in range(n_tokens)]
+        s = [sum(row[j] for row in rows) / min(W, n_tokens - j) + epsilon for j in range(n_tokens)]
         slots = {c: Slot(c, k[c], v[c], 1.0, s[c]) for c in kept}
         for e in evicted:
             c, similarity = most_similar(k, e, kept)

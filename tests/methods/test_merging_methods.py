@@ -73,7 +73,7 @@ def test_values_go_forwards_by_their_weight():
 def test_a_group_s_query_heads_share_one_row(group_reduce, expected):
     layer = make_layer(2, 1, 20)
     layer.window_attention = torch.tensor([0.2, 0.6]).reshape(2, 1, 1).expand(2, 8, 20)
-    window = KeepKV(group_reduce=group_reduce, observation_tokens=5).window(layer)
+    window = KeepKV(group_reduce=group_reduce, observation_tokens=5, row_scale="softmax").window(layer)
     torch.testing.assert_close(window, torch.full((1, 5, 20), expected))
 
 
@@ -81,7 +81,19 @@ def test_a_token_s_estimate_counts_only_the_queries_that_see_it():
     layer = make_layer(2, 2, 30, seed=1)
     visible = torch.ones(30, 30).tril()[-8:]
     layer.window_attention = (0.25 * visible).expand(2, 8, 30)
-    torch.testing.assert_close(KeepKV(observation_tokens=8).attention_estimates(layer), torch.full((2, 30), 0.25))
+    policy = KeepKV(observation_tokens=8, row_scale="softmax")
+    torch.testing.assert_close(policy.attention_estimates(layer), torch.full((2, 30), 0.25))
+
+
+def test_raw_exponentials_that_overflow_have_the_same_ratios():
+    layer = make_layer(4, 2, 60, seed=2, correlated=True)
+    expected = KeepKV(budget=0.4).compress(layer, 24)
+    layer.extras["window_logsumexp"] = layer.extras["window_logsumexp"] + 100.0  # exp(100) is no fp32 number
+    got = KeepKV(budget=0.4).compress(layer, 24)
+    assert torch.equal(got.positions, expected.positions)
+    assert relative_rms(got.values, expected.values) < 1e-3
+    softmax = KeepKV(budget=0.4, row_scale="softmax").compress(layer, 24)
+    assert not torch.equal(got.positions, softmax.positions)  # queries of large logits decide
 
 
 def test_merging_equal_keys_loses_nothing():

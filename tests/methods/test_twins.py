@@ -47,6 +47,7 @@ EVICTING = [{}, {"start_tokens": 0}, {"recent_share": 0.1}, {"group_reduce": "ma
 KEEPING = [
     {}, {"threshold": 0.5}, {"threshold": -1.0}, {"threshold": 1.0}, {"merge_keys": False}, {"group_reduce": "max"},
     {"distance_weight": 3.0, "observation_tokens": 5}, {"start_tokens": 0, "recent_share": 0.2},
+    {"row_scale": "softmax"}, {"row_scale": "raw_per_head"}, {"row_scale": "raw_per_head", "group_reduce": "max"},
 ]  # fmt: skip
 VOTING = [
     {}, {"pooling": "avg", "kernel_tokens": 5}, {"kernel_tokens": 1}, {"group_reduce": "max"},
@@ -148,8 +149,9 @@ def layers(smollm2) -> dict[int, LayerStates]:
     input_ids = smollm2.tokenizer(TEXT, return_tensors="pt").input_ids[:, :201]  # odd length
     states: list[LayerStates] = []
     observer = Observer(
-        needs=frozenset({"column_sums", "window_attention", "queries", "rotary_frequencies"}), window_tokens=32,
-        n_layers=30, n_query_heads=9, seed=1, on_layer=states.append, kernels="torch", config=smollm2.model.config,
+        needs=frozenset({"column_sums", "window_attention", "window_logsumexp", "queries", "rotary_frequencies"}),
+        window_tokens=32, n_layers=30, n_query_heads=9, seed=1, on_layer=states.append, kernels="torch",
+        config=smollm2.model.config,
     )  # fmt: skip
     with torch.no_grad(), attention_implementation(smollm2.model):
         smollm2.model(input_ids=input_ids, use_cache=False, logits_to_keep=1, attention_context=observer)

@@ -110,6 +110,18 @@ def kvmerger_plus(policy, layer, m) -> list[Head]:
     return [(head, keys, values[h], bias[h] if biased else None) for h, (head, keys, _, _) in kept]
 
 
+def keepkv_window(policy, layer):
+    """Rows as the official code has them, exp(q.k) itself in fp64, and its epsilon."""
+    rows = layer.window_attention[:, -policy.observation_tokens :].double()
+    if policy.row_scale == "softmax":
+        return reduce_groups(rows, layer.n_kv_heads, policy.group_reduce), 0.0
+    logsumexp = layer.extras["window_logsumexp"][:, -policy.observation_tokens :, None].double()
+    if policy.row_scale == "raw":
+        return reduce_groups(rows * logsumexp.exp(), layer.n_kv_heads, policy.group_reduce), 2.0**-14
+    rows = rows * (logsumexp - logsumexp.amax(1, keepdim=True)).exp()
+    return reduce_groups(rows, layer.n_kv_heads, policy.group_reduce), 0.0
+
+
 def evicted_and_merged(policy, layer, m) -> list[Head]:
     protected, bias = (policy.start_tokens, policy.recent_share), None
     if not policy.merge:
@@ -120,9 +132,11 @@ def evicted_and_merged(policy, layer, m) -> list[Head]:
         positions, values = reference_weightedkv(layer.values, grouped_sums(policy, layer), m, *protected)
         keys = [layer.keys[h, kept] for h, kept in enumerate(positions)]  # keys are never mixed
     else:
+        window, epsilon = keepkv_window(policy, layer)
         keys, values, positions, bias = reference_keepkv(
-            layer.keys, layer.values, policy.window(layer), m, n_start=protected[0], recent_share=protected[1],
+            layer.keys, layer.values, window, m, n_start=protected[0], recent_share=protected[1],
             T_sim=policy.threshold, distance_weight=policy.distance_weight, merge_keys=policy.merge_keys,
+            epsilon=epsilon,
         )  # fmt: skip
         positions = positions.tolist()
     return [(kept, keys[h], values[h], bias[h] if bias is not None else None) for h, kept in enumerate(positions)]

@@ -1,0 +1,341 @@
+"""Our methods beside NVIDIA/kvpress and official code, on the same tensors: kept slots that agree, errors of numbers.
+
+    python scripts/compare_official.py MODEL_FOLDER [METHOD ...] [--repo zsmerge=CLONE] [--repo cam=CLONE] ...
+
+needs the environment of requirements-kvpress.txt, and for some methods a clone of the official repository, whose
+functions are taken out of the file at HEAD and executed; nothing of theirs is part of this one. The text is our own
+documentation. A method is one function here, from a layer's tensors to an `Outcome`. Without its clone it is left out,
+by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import math
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from kvbench.methods import cam as our_cam
+from kvbench.methods.base import LayerStates
+from kvbench.methods.cam import CaM
+from kvbench.methods.chunkkv import ChunkKV
+from kvbench.methods.compactor import Compactor, gaussian_sketch
+from kvbench.methods.keepkv import KeepKV
+from kvbench.methods.keydiff import KeyDiff
+from kvbench.methods.lagkv import LagKV
+from kvbench.methods.scored import ScoredPolicy
+from kvbench.methods.zsmerge import ZSMerge
+from kvbench.testing import decode_slots
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = (0.5, 0.35, 0.2)
+
+
+class Outcome(NamedTuple):
+    """Share of our kept slots that the other code keeps, and the relative RMS error of what `compared` names."""
+
+    agreement: float
+    error: float
+    compared: str
+
+
+@dataclass
+class Layer:
+    """One attention layer at the end of a prompt, as its module saw it."""
+
+    module: Any
+    hidden_states: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    states: LayerStates
+    sources: dict[str, Path] = field(default_factory=dict)
+
+    def press_scores(self, press: Any) -> Tensor:
+        """What a scoring press of kvpress says of this layer, `(H_k, T)`."""
+        keys, values = self.states.keys[None], self.states.values[None]
+        embeddings = {"position_embeddings": self.position_embeddings}
+        return press.score(self.module, self.hidden_states, keys, values, None, embeddings)[0]
+
+    def official(self, method: str, path: str, names: set[str], **namespace: Any) -> dict[str, Any]:
+        """Functions (also a class's) of one file of a clone at HEAD, executed among `namespace`."""
+        text = subprocess.check_output(["git", "-C", str(self.sources[method]), "show", f"HEAD:{path}"], text=True)
+        found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name in names]
+        namespace = {"torch": torch, "math": math, "F": torch.nn.functional, **namespace}
+        namespace |= {name: __import__("typing").__dict__[name] for name in ("Optional", "Tuple")}
+        exec(compile(ast.Module(found, []), path, "exec"), namespace)
+        return namespace
+
+
+def overlap(ours: Tensor, theirs: Tensor) -> float:
+    """Share of `(H_k, m)` positions that are among others' `(H_k, n)`."""
+    pairs = zip(ours.tolist(), theirs.tolist(), strict=True)
+    return sum(len(set(a) & set(b)) for a, b in pairs) / ours.numel()
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Relative RMS error."""
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def scored(policy: ScoredPolicy, layer: Layer, press: Any) -> Outcome:
+    """A method that keeps the best-scored tokens against a press of the same kind."""
+    m, states = policy.budget_tokens(layer.states.n_tokens), layer.states
+    theirs = layer.press_scores(press)
+    kept = policy.compress(states, m).positions
+    assert kept is not None
+    competing = slice(policy.first_tokens, states.n_tokens - policy.last_tokens)
+    error = relative_error(policy.scores(states)[:, competing], theirs[:, competing])
+    return Outcome(overlap(kept, theirs.topk(m, -1).indices), error, "scores")
+
+
+def keydiff(layer: Layer, budget: float) -> Outcome:
+    """KeyDiffPress."""
+    from kvpress import KeyDiffPress
+
+    return scored(KeyDiff(budget=budget), layer, KeyDiffPress(1 - budget))
+
+
+def lagkv(layer: Layer, budget: float) -> Outcome:
+    """LagKVPress; equal ranks of several partitions are ties that the two break in their own ways."""
+    from kvpress import LagKVPress
+
+    return scored(LagKV(budget=budget), layer, LagKVPress(1 - budget))
+
+
+def chunkkv(layer: Layer, budget: float) -> Outcome:
+    """ChunkKVPress over KeyDiffPress, which protects nothing; whole chunks: of its slots, how many are ours."""
+    from kvpress import ChunkKVPress, KeyDiffPress
+
+    policy, states = ChunkKV(budget=budget, base=KeyDiff()), layer.states
+    index = torch.arange(states.n_tokens).view(1, 1, -1, 1).expand(1, *states.keys.shape[:2], states.keys.shape[2])
+    with mock.patch.object(KeyDiffPress, "score", return_value=policy.base.scores(states)[None]):
+        press = ChunkKVPress(KeyDiffPress(1 - budget))
+        theirs, _ = press.compress(layer.module, layer.hidden_states, index, index, None, {})
+    kept = policy.compress(states, policy.budget_tokens(states.n_tokens)).positions
+    assert kept is not None
+    share = overlap(theirs[0, :, :, 0], kept)  # theirs are fewer
+    return Outcome(share, 0.0, "(scores are the base's)")
+
+
+def compactor(layer: Layer, budget: float) -> Outcome:
+    """CompactorPress with our sketch in place of its random numbers."""
+    from kvpress import CompactorPress
+
+    policy = Compactor(budget=budget)
+    sketch = gaussian_sketch(layer.states, policy.sketch_dimensions) * math.sqrt(policy.sketch_dimensions)
+    with mock.patch("torch.randn", lambda *shape, **_: sketch[None].expand(shape)):
+        return scored(policy, layer, CompactorPress(1 - budget))
+
+
+def zsmerge(layer: Layer, budget: float) -> Outcome:
+    """`cache_init` of mergekv/mergekv.py; the score of a group is the sum over its heads, as there."""
+    states = layer.states
+    policy = ZSMerge(budget=budget, observation_tokens=states.n_tokens, group_reduce="mean")
+    m = policy.budget_tokens(states.n_tokens)
+    dense, _, tail = policy.split(m)
+    functions = layer.official(
+        "zsmerge", "mergekv/mergekv.py", {"topk_split", "cache_init", SCORE}, **{"Tensor": Tensor}
+    )
+    queries = states.extras["queries"].unflatten(0, (states.n_kv_heads, -1)).transpose(0, 1)  # a group member a row
+    keys = states.keys.expand_as(queries)
+    _, scores = functions[SCORE](queries, keys, keys, scale_factor=1.0, shrink_factor=policy.decay)
+    options = {"cache_budget": m, "cache_tail": tail, "cache_dense": dense, "score_update": "sum"}
+    options["scores"] = scores.sum(0, keepdim=True)
+    index = torch.arange(states.n_tokens).view(1, 1, -1, 1).expand(1, *states.keys.shape)
+    places = functions["cache_init"](states.keys[None], index.float(), **options)[1][0, :, dense:, 0].long()
+    theirs = functions["cache_init"](states.keys[None], states.values[None], **options)
+    kept = policy.compress(states, m)
+    assert kept.positions is not None
+    assert kept.bias is not None
+    merged = kept.bias > 0
+    verbatim = kept.positions[~merged].view(states.n_kv_heads, -1)
+    ours = torch.cat([kept.keys[merged], kept.values[merged], kept.bias[merged][:, None]], -1)
+    theirs = torch.cat([theirs[0][0, :, 0], theirs[1][0, :, 0], theirs[2][0, :, :1].log()], -1)
+    return Outcome(overlap(verbatim, places), relative_error(ours, theirs), "the dense slots' keys, values, biases")
+
+
+SCORE = "score_scaled_dot_product_attention_"
+
+
+def cam(layer: Layer, budget: float) -> Outcome:
+    """`local_cam_mask` of the generation file: our gate opens just below its probability and is shut just above it.
+
+    Its window is two tokens longer, since there the token leaves one step later.
+    """
+    states, policy = layer.states, CaM(budget=budget)
+    m, H_k = policy.budget_tokens(states.n_tokens), states.n_kv_heads
+    start, recent = policy.split(m)
+    slots = decode_slots(policy.compress(states, m))
+    slots.keys[:, -1], slots.values[:, -1] = states.keys[:, -1], states.values[:, -1]  # a new token
+    row = states.group_scores((states.extras["queries"][:, -1:] @ slots.keys.repeat_interleave(
+        states.group_size, 0).transpose(1, 2) * states.extras["scaling"]).softmax(-1)[:, 0])  # fmt: skip
+    seen: list[Tensor] = []
+
+    def opened(probability: Tensor) -> Tensor:
+        seen.append(probability)
+        return torch.ones_like(probability)
+
+    shim = SimpleNamespace(mean=torch.mean, isnan=torch.isnan, isinf=torch.isinf, bernoulli=opened)
+    names = {"local_cam_mask"}
+    function = layer.official("cam", "cam_hf/utils_hh/modify_llama_cam.py", names, torch=shim)["local_cam_mask"]
+    merged = function(slots.values[None].clone(), row[None, :, None], start, recent + 2)[0]
+    attention = row.repeat_interleave(states.group_size, 0)
+    agreeing, errors = 0, []
+    for factor in (1 - 1e-5, 1 + 1e-5):
+        ours = decode_slots(policy.compress(states, m))
+        ours.keys[:, -1], ours.values[:, -1] = slots.keys[:, -1], slots.values[:, -1]
+        uniform = (seen[0] * factor).clamp_max(1 - 2**-24).unsqueeze(1)
+        with mock.patch.object(our_cam, "hash_to_uniform", lambda _, uniform=uniform: uniform):
+            policy.step(ours, attention)
+        ring = torch.cat([ours.values[:, start + 1 : m], ours.values[:, start : start + 1]], 1)
+        open_now = (ring != slots.values[:, start + 1 :]).any(-1).any(-1)
+        agreeing += int((open_now == (uniform[:, 0] < seen[0])).sum())
+        if factor < 1:
+            errors.append(relative_error(ring, merged[:, start + 1 :]))
+    return Outcome(agreeing / (2 * H_k), errors[0], "merged values (slots: gates that agree)")
+
+
+def keepkv(layer: Layer, budget: float, row_scale: str = "raw") -> Outcome:
+    """`KV_update` of the attention class over the query heads themselves, with its window of the recent budget."""
+    states, H = layer.states, layer.states.n_query_heads
+    keys, values = (x.repeat_interleave(states.group_size, 0) for x in (states.keys, states.values))
+    alone = LayerStates(keys, values, 0, 1, H, window_attention=states.window_attention, extras=states.extras)
+    m = KeepKV(budget=budget).budget_tokens(states.n_tokens)
+    recent, options = KeepKV().recent_tokens(m), {"budget": budget, "row_scale": row_scale}
+    policy = KeepKV(observation_tokens=recent, **options)  # type: ignore[arg-type]
+    places: list[Tensor] = []
+
+    class Recording:
+        """torch, which remembers what it was asked for the largest of."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        def topk(self, scores: Tensor, n: int, **how: Any) -> Any:
+            found = torch.topk(scores, n, **how)
+            places.append(found.indices + policy.start_tokens)
+            return found
+
+    path, shim = "utils_hh/modify_llama_oursk.py", Recording()
+    function = layer.official("keepkv", path, {"KV_update"}, torch=shim)["KV_update"]
+    official = SimpleNamespace(
+        previous_recent_scores=None, cluster_cnt=None, recent_budget=recent, heavy_budget=m - recent, cache_budget=m,
+        distance_weight=policy.distance_weight, sink_len=policy.start_tokens, num_heads=H,
+        similarity_threshold=policy.threshold, epsilon=torch.finfo(torch.float16).tiny,
+    )  # fmt: skip
+    logits = states.extras["queries"] @ keys.transpose(1, 2) * states.extras["scaling"]
+    future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+    with mock.patch.object(Tensor, "half", Tensor.float):  # there cosines and results are rounded to fp16
+        theirs = function(official, (keys[None], values[None]), logits.masked_fill(future, -torch.inf).exp()[None])
+    kept = policy.compress(alone, m)
+    assert kept.positions is not None
+    assert kept.bias is not None
+    share = overlap(kept.positions[:, policy.start_tokens : m - recent], places[0])
+    ours = torch.cat([kept.keys, kept.values, kept.bias.exp()[..., None]], -1)
+    merged = torch.cat([theirs[0][0].float(), theirs[1][0].float(), official.cluster_cnt[..., None]], -1)
+    same = (kept.positions[:, policy.start_tokens : m - recent] == places[0].sort().values).all(1)
+    error = relative_error(ours[same], merged[same]) if same.any() else math.nan
+    return Outcome(share, error, "keys, values, votes of the heads with the same slots")
+
+
+METHODS: dict[str, tuple[Callable[[Layer, float], Outcome], str]] = {
+    "keydiff": (keydiff, "kvpress KeyDiffPress"),
+    "lagkv": (lagkv, "kvpress LagKVPress"),
+    "chunkkv": (chunkkv, "kvpress ChunkKVPress over KeyDiffPress"),
+    "compactor": (compactor, "kvpress CompactorPress"),
+    "zsmerge": (zsmerge, "SusCom-Lab/ZSMerge `cache_init`"),
+    "cam": (cam, "zyxxmu/cam `local_cam_mask`"),
+    "keepkv": (keepkv, "kkvcache/KeepKV `KV_update`"),
+    "keepkv softmax": (partial(keepkv, row_scale="softmax"), "the same, with `row_scale=softmax`"),
+}
+CLONES = ("zsmerge", "cam", "keepkv")
+
+
+def row_logsumexp(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Log-sum-exp of every row of causal logits, `(H, T)`."""
+    logits = queries @ keys.repeat_interleave(queries.shape[0] // keys.shape[0], 0).transpose(1, 2) * scaling
+    return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
+
+
+def observed(folder: str, n_tokens: int, indices: list[int]) -> list[Layer]:
+    """Layers of a model over our own documentation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    input_ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :n_tokens]
+    config, seen = model.config, {}
+    for index, block in enumerate(model.model.layers):
+        if index in indices:
+            hook = lambda module, _, kwargs, index=index: seen.update({index: (module, kwargs)})  # noqa: E731
+            block.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        output = model(input_ids=input_ids, use_cache=True, output_attentions=True)
+    layers = []
+    for index in indices:
+        (module, kwargs), cached = seen[index], output.past_key_values.layers[index]
+        hidden, embeddings = kwargs["hidden_states"], kwargs["position_embeddings"]
+        queries = module.q_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2).detach()
+        queries, _ = apply_rotary_pos_emb(queries, queries, *embeddings)
+        attention = output.attentions[index][0].detach()
+        exponents = torch.arange(0, module.head_dim, 2) / module.head_dim
+        extras = {
+            "queries": queries[0], "scaling": torch.tensor(module.scaling),
+            "rotary_frequencies": 1.0 / config.rope_parameters["rope_theta"] ** exponents,
+            "window_logsumexp": row_logsumexp(queries[0], cached.keys[0], module.scaling),
+        }  # fmt: skip
+        states = LayerStates(
+            cached.keys[0], cached.values[0], index, config.num_hidden_layers, config.num_attention_heads,
+            column_sums=attention.sum(1), window_attention=attention, extras=extras,
+        )  # fmt: skip
+        layers.append(Layer(module, hidden.detach(), embeddings, states))
+    return layers
+
+
+def main() -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint folder of a Llama-like model")
+    parser.add_argument("methods", nargs="*", help=f"of {', '.join(METHODS)}; all if none is given")
+    parser.add_argument("--repo", action="append", default=[], metavar="METHOD=CLONE")
+    parser.add_argument("--tokens", type=int, default=780, help="prompt length; the default fills Compactor's tiles")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 8, 20, 29])
+    arguments = parser.parse_args()
+    sources = {name: Path(path) for name, path in (one.split("=", 1) for one in arguments.repo)}
+    wanted = arguments.methods or list(METHODS)
+    layers = observed(arguments.model, arguments.tokens, arguments.layers)
+    print(
+        f"{arguments.tokens} tokens, layers {arguments.layers}, budgets {BUDGETS}: "
+        "the least agreement, the largest error, and in brackets the means\n"
+    )
+    print("| method | against | kept slots agree | relative error | of |\n|---|---|---:|---:|---|")
+    for name in wanted:
+        function, against = METHODS[name]
+        repository = name.split()[0]
+        if repository in CLONES and repository not in sources:
+            print(f"| `{name}` | {against} | not compared: give --repo {repository}=CLONE | | |")
+            continue
+        for layer in layers:
+            layer.sources = sources
+        with torch.no_grad():
+            found = [function(layer, budget) for layer in layers for budget in BUDGETS]
+        agreements = [one.agreement for one in found]
+        errors = [one.error for one in found if not math.isnan(one.error)] or [math.nan]
+        agreement = f"{100 * min(agreements):.1f} % ({100 * sum(agreements) / len(found):.1f} %)"
+        error = f"{max(errors):.1e} ({sum(errors) / len(errors):.1e})"
+        print(f"| `{name}` | {against} | {agreement} | {error} | {found[0].compared} |")
+
+
+if __name__ == "__main__":
+    main()
