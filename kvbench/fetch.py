@@ -3,6 +3,7 @@
     python -m kvbench.fetch longbench                  LongBench and LongBench-E with the official prompts, 114 MB
     python -m kvbench.fetch zeroscrolls                all ten tasks of ZeroSCROLLS
     python -m kvbench.fetch zeroscrolls/qasper         one of them
+    python -m kvbench.fetch gsm8k                      the test problems of GSM8K, 0.7 MB
 
 A killed download goes on where it stopped. The last line printed is one JSON document: the folder of each name.
 `KVBENCH_CACHE` chooses the place, `HF_ENDPOINT` a mirror of the hub.
@@ -21,10 +22,12 @@ from pathlib import Path
 from kvbench.commands import command
 from kvbench.metrics.zeroscrolls import TASKS
 from kvbench.tasks.data import longbench_folder, zeroscrolls_folder
+from kvbench.tasks.gsm8k import gsm8k_folder
 
 FETCHERS: dict[str, Callable[[], Path]] = {
     "longbench": longbench_folder,
     **{f"zeroscrolls/{task}": partial(zeroscrolls_folder, task) for task in TASKS},
+    "gsm8k": gsm8k_folder,
 }
 
 

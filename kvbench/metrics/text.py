@@ -22,8 +22,9 @@ import logging
 import re
 import string
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Sequence
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,10 @@ CHINESE_PUNCTUATION = (
 _DELETE_ASCII = str.maketrans("", "", string.punctuation)
 _DELETE_CHINESE = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(  # a dollar sign, in LaTeX with a backslash, may stand on either side of the minus
+    r"(?:(?<![\w)])\\?\$?(?P<sign>[-−]))?\\?\$?"
+    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3}(?![0-9]))++|[0-9]++)(?:\.[0-9]++)?|(?<!\w)\.[0-9]++)"
+)
 _EDGES = string.punctuation + string.whitespace
 
 
@@ -99,6 +104,24 @@ def first_word(prediction: str, answer: str) -> float:
     return float(bool(words) and words[0].strip(_EDGES).lower() == answer.strip(_EDGES).lower())
 
 
+def final_number(text: str) -> Decimal | None:
+    """The last number of a text, None if it has none.
+
+    "$1,234.50", "18.00" and "**-5**" are one number each; the hyphen of "16-3" is no sign, a full stop at the end no
+    point, and commas join groups of three digits only.
+    """
+    if not (found := deque(_NUMBER.finditer(text), maxlen=1)):
+        return None
+    (match,) = found
+    return Decimal(("-" if match["sign"] else "") + match["digits"].replace(",", ""))
+
+
+def last_number(prediction: str, answer: str) -> float:
+    """1.0 if the last numbers of both texts are equal, else 0.0; of the answer, GSM8K's, that is the one after ####."""
+    gold = final_number(answer)
+    return float(gold is not None and final_number(prediction) == gold)
+
+
 def first_divergence(ids_a: Sequence[int], ids_b: Sequence[int]) -> int | None:
     """Number of tokens two generations share before they differ (or one ends); None if they are equal."""
     differing = (position for position, (a, b) in enumerate(zip(ids_a, ids_b, strict=False)) if a != b)
@@ -111,10 +134,11 @@ def equal_share(ids_a: Sequence[int], ids_b: Sequence[int]) -> float:
     return sum(a == b for a, b in zip(ids_a, ids_b, strict=False)) / longer if longer else 1.0
 
 
-# Of the synthetic tasks. Both look at the first line alone: a model that answers and then rambles on gains nothing.
+# The synthetic tasks' look at the first line alone: a model that answers and then rambles on gains nothing.
 METRICS = (
     BestAnswerMetric("needle", "answer in the first line, as whole words", lambda p, a, c: needle(p, a)),
     BestAnswerMetric("first_word", "first word equals the answer", lambda p, a, c: first_word(p, a)),
+    BestAnswerMetric("last_number", "last number equals that after ####", lambda p, a, c: last_number(p, a)),
 )
 
 

@@ -3,6 +3,7 @@
     <cache>/data/longbench/data/<id>.jsonl          all of LongBench and LongBench-E
     <cache>/data/longbench/config/*.json            official prompts and lengths
     <cache>/data/zeroscrolls/<task>/<split>.jsonl   one folder per task
+    <cache>/data/gsm8k/test.jsonl                   (`kvbench.tasks.gsm8k`)
 
 Sources: hub data sets THUDM/LongBench (its data.zip) and tau/zero_scrolls (a zip per task); the configuration files are
 those of the LongBench repository at `OFFICIAL_COMMIT`. `huggingface_hub` resolves addresses, sends the user's token,
@@ -74,7 +75,7 @@ def longbench_folder() -> Path:
         wanted = [f"data/{dataset}.jsonl" for dataset in ROWS]
         return _unpack_hub_file(LONGBENCH_REPO, LONGBENCH_REVISION, "data.zip", folder, wanted)
 
-    return _fetched(identity, write, "longbench", "data.root=DIR data.official=DIR")
+    return fetched(identity, write, "longbench", "data.root=DIR data.official=DIR")
 
 
 def zeroscrolls_folder(task: str) -> Path:
@@ -85,10 +86,11 @@ def zeroscrolls_folder(task: str) -> Path:
         wanted = [f"{task}/{split}.jsonl" for split in ("validation", "test")]
         return _unpack_hub_file(ZEROSCROLLS_REPO, ZEROSCROLLS_REVISION, f"{task}.zip", folder, wanted)
 
-    return _fetched(identity, write, f"zeroscrolls/{task}", "data.root=DIR")
+    return fetched(identity, write, f"zeroscrolls/{task}", "data.root=DIR")
 
 
-def _fetched(identity: Source, write: Callable[[Path], Source], what: str, settings: str) -> Path:
+def fetched(identity: Source, write: Callable[[Path], Source], what: str, settings: str) -> Path:
+    """The cached folder `what`, written if needed (`paths.ensure_folder`); `settings` are what may be set instead."""
     folder = cache_folder() / "data" / what
 
     def waiting() -> None:

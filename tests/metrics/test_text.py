@@ -1,15 +1,20 @@
 import logging
 import subprocess
 import sys
+from decimal import Decimal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvbench.metrics.text import (
     CHINESE_PUNCTUATION,
     chinese_words,
     equal_share,
+    final_number,
     first_divergence,
     first_word,
+    last_number,
     needle,
     normalize_answer,
     rouge_l_to_full,
@@ -38,6 +43,49 @@ from kvbench.metrics.text import (
 )
 def test_exact_matches_look_at_the_first_line(score, prediction, answer, expected):
     assert score(prediction, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("2 bolts, then 1: 3 in all.", "3"),
+        ("so $1,234.50.", "1234.5"),
+        ("18.00", "18"),
+        ("**-5**", "-5"),
+        ("-$5", "-5"),
+        (r"\boxed{-\$70,000}", "-70000"),
+        ("\u2212$3", "-3"),
+        ("16-3", "3"),
+        ("f(x)-3", "3"),
+        ("1, 2,3", "3"),
+        ("12,3456", "3456"),
+        ("x=.5", "0.5"),
+        ("50% off", "50"),
+        ("12,345,678.90", "12345678.9"),
+        ("\u0663 \u00b2", None),
+        ("no number.", None),
+    ],
+)
+def test_the_last_number_of_an_answer(text, number):
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+@given(st.integers(-(10**24), 10**24), st.integers(0, 4), st.booleans(), st.sampled_from(["", "$", "\\$", "**", "= "]))
+def test_however_a_number_is_written_it_is_the_same(units, places, grouped, opening):
+    value = Decimal(units).scaleb(-places)
+    written = f"{abs(value):,f}" if grouped else f"{abs(value):f}"
+    sign = "-" if units < 0 else ""
+    for text in (f"{opening}{sign}{written}", f"{sign}{opening}{written}" if "$" in opening else f"{sign}{written}"):
+        for ending in (".", "", " dollars.", "**", "\n"):
+            assert final_number(f"First 7 - 3, then {text}{ending}") == value
+            assert last_number(f"I say {text}{ending}", f"2+2=4\n#### {value:,f}") == 1.0
+            assert last_number(f"I say {text}{ending}", f"2+2=4\n#### {value + 1:,f}") == 0.0
+
+
+@given(st.text())
+def test_any_text_is_scored(text):
+    assert last_number(text, "#### 3") in (0.0, 1.0)
+    assert last_number("3", text) in (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
