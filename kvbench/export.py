@@ -3,6 +3,7 @@
     python -m kvbench.export longbench RUN --out DIR     DIR/pred/<model>-<arm>/<dataset>.jsonl for the official eval.py
                                                          (LongBench-E: DIR/pred_e/...)
     python -m kvbench.export zeroscrolls RUN --out DIR   DIR/<model>-<arm>.csv for the leaderboard
+    python -m kvbench.export kvpress RUN --out DIR       DIR/ruler__4096__<model>__<method>__<ratio>/..., its folders
     python -m kvbench.export model-index RUN --out DIR   DIR/<model>.md, a model card with the scores as metadata
 
 RUN is a run folder; several of them (a sweep over data sets) are exported together. The last line printed is one JSON
@@ -19,7 +20,15 @@ from pathlib import Path
 from kvbench.commands import command, strict_json
 from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.read import read_calls, read_records
-from kvbench.results.exports import EXPORTERS
+from kvbench.results.exports import export_longbench, export_model_index, export_zeroscrolls
+from kvbench.results.kvpress_export import export_kvpress
+
+EXPORTERS = {
+    "longbench": export_longbench,
+    "zeroscrolls": export_zeroscrolls,
+    "kvpress": export_kvpress,
+    "model-index": export_model_index,
+}
 
 
 @command

@@ -54,7 +54,7 @@ def groups_of(runs: Sequence[Path], official_rows: Mapping[str, int] | None = No
     for run in runs:
         model = model_name(run)
         for record in read_records(run):
-            dataset, label = record["dataset"], _safe(f"{model}-{record['arm']}")
+            dataset, label = record["dataset"], safe_name(f"{model}-{record['arm']}")
             seen.add(dataset)
             if official_rows is not None and dataset not in official_rows:
                 continue
@@ -73,7 +73,7 @@ def groups_of(runs: Sequence[Path], official_rows: Mapping[str, int] | None = No
         official, n_good = (official_rows or {}).get(group.dataset), len(group.good)
         if official is not None and not n_good == len(group.records) == official:
             failed = f", {len(group.records) - n_good} failed" if n_good < len(group.records) else ""
-            _note(f"{group.label} {group.dataset}: {n_good} of {official} official rows{failed}")
+            note(f"{group.label} {group.dataset}: {n_good} of {official} official rows{failed}")
     return made
 
 
@@ -88,7 +88,7 @@ def export_longbench(runs: Sequence[Path], out: Path) -> dict[Path, int]:
              "length": record["length"]}
             for record in group.good
         ]  # fmt: skip
-        _write(path, "".join(strict_json(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(strict_json(row, ensure_ascii=False) + "\n" for row in rows))
         written[path] = len(rows)
     return written
 
@@ -101,14 +101,14 @@ def export_zeroscrolls(runs: Sequence[Path], out: Path) -> dict[Path, int]:
     written = {}
     for label, groups in by_label.items():
         if any(record["meta"].get("split") != "test" for group in groups for record in group.good):
-            _note(f"{label}: has validation questions; the leaderboard takes those of task.split=test")
+            note(f"{label}: has validation questions; the leaderboard takes those of task.split=test")
         tasks = {group.dataset.removeprefix(ZEROSCROLLS_PREFIX): group.good for group in groups}
         if missing := [task for task in ZEROSCROLLS_TASKS if task not in tasks]:
-            _note(f"{label}: has no {', '.join(missing)}; the leaderboard takes all ten tasks")
+            note(f"{label}: has no {', '.join(missing)}; the leaderboard takes all ten tasks")
         rows = [(task, row["sample"], row["prediction"]) for task, good in tasks.items() for row in good]
         frame = pd.DataFrame(rows, columns=["Task", "ID", "Prediction"], dtype=object)
         path = out / f"{label}.csv"
-        _write(path, frame.to_csv(index=False, lineterminator="\n"))
+        write_text(path, frame.to_csv(index=False, lineterminator="\n"))
         written[path] = len(rows)
     return written
 
@@ -132,8 +132,8 @@ def export_model_index(runs: Sequence[Path], out: Path) -> dict[Path, int]:
             raise RecordError(f"no sample of {model} succeeded in {', '.join(map(str, runs))}: nothing to export")
         metadata = ModelCardData(model_name=model, eval_results=results).to_yaml()
         body = f"Evaluated with kvbench {__version__}: each metric is named by its arm, the method and the fraction of"
-        path = out / f"{_safe(model)}.md"
-        _write(path, f"---\n{metadata}\n---\n\n# {model}\n\n{body} the KV cache it keeps.\n")
+        path = out / f"{safe_name(model)}.md"
+        write_text(path, f"---\n{metadata}\n---\n\n# {model}\n\n{body} the KV cache it keeps.\n")
         written[path] = len(results)
     return written
 
@@ -170,15 +170,17 @@ def _hub_dataset(name: str, record: RecordDict) -> dict[str, Any]:
     return {"dataset_type": f"kvbench-{name}", "dataset_name": f"kvbench {name}"}
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
+    """The name with an underscore for what file names are better without."""
     return re.sub(r"[^A-Za-z0-9@.,_=+-]+", "_", name)
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Say on standard error what a reader of the files has to know."""
     print(f"note: {text}", file=sys.stderr)
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace a file as a whole; what cannot be encoded (a lone surrogate) becomes an escape."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -188,6 +190,3 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         what = f"{path} cannot be written ({error.strerror})"
         raise RecordError(f"{what}: choose another place with --out DIR") from error
-
-
-EXPORTERS = {"longbench": export_longbench, "zeroscrolls": export_zeroscrolls, "model-index": export_model_index}
