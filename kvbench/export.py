@@ -5,6 +5,7 @@
     python -m kvbench.export zeroscrolls RUN --out DIR   DIR/<model>-<arm>.csv for the leaderboard
     python -m kvbench.export kvpress RUN --out DIR       DIR/ruler__4096__<model>__<method>__<ratio>/..., its folders
     python -m kvbench.export model-index RUN --out DIR   DIR/<model>.md, a model card with the scores as metadata
+    python -m kvbench.export eval-results RUN --out DIR  DIR/<model>/.eval_results/<arm>.yaml for a hub repository
 
 RUN is a run folder; several of them (a sweep over data sets) are exported together. The last line printed is one JSON
 document: the rows (or metrics) of each file.
@@ -20,7 +21,7 @@ from pathlib import Path
 from kvbench.commands import command, strict_json
 from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.read import read_calls, read_records
-from kvbench.results.exports import export_longbench, export_model_index, export_zeroscrolls
+from kvbench.results.exports import export_eval_results, export_longbench, export_model_index, export_zeroscrolls
 from kvbench.results.kvpress_export import export_kvpress
 
 EXPORTERS = {
@@ -28,6 +29,7 @@ EXPORTERS = {
     "zeroscrolls": export_zeroscrolls,
     "kvpress": export_kvpress,
     "model-index": export_model_index,
+    "eval-results": export_eval_results,
 }
 
 

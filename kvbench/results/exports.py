@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ from kvbench.errors import RecordError
 from kvbench.metrics.longbench import ROWS as LONGBENCH_ROWS
 from kvbench.metrics.zeroscrolls import PREFIX as ZEROSCROLLS_PREFIX
 from kvbench.metrics.zeroscrolls import TASKS as ZEROSCROLLS_TASKS
-from kvbench.records.read import model_name, read_records
-from kvbench.results.summary import ArmSummary, RecordDict, arm_order, summarise
+from kvbench.records.read import model_name, read_config, read_records
+from kvbench.results.summary import REFERENCE_METHOD, ArmSummary, RecordDict, arm_order, summarise
 from kvbench.tasks.data import LONGBENCH_REPO, LONGBENCH_REVISION, ZEROSCROLLS_REPO
 
 ZEROSCROLLS_ROWS = {f"{ZEROSCROLLS_PREFIX}{name}": task.rows for name, task in ZEROSCROLLS_TASKS.items()}
@@ -36,6 +37,7 @@ class Group(NamedTuple):
     label: str
     model: str
     dataset: str
+    run: Path  # the first with such records
     records: list[RecordDict]
 
     @property
@@ -64,7 +66,7 @@ def groups_of(runs: Sequence[Path], official_rows: Mapping[str, int] | None = No
                     "differ in protocol or task, export them one by one"
                 )
             known.add(key)
-            groups.setdefault((label, dataset), Group(label, model, dataset, [])).records.append(record)
+            groups.setdefault((label, dataset), Group(label, model, dataset, run, [])).records.append(record)
     if not groups:
         found = f"(found: {', '.join(sorted(seen)) or 'none'})"
         raise RecordError(f"no records of these data sets in {', '.join(map(str, runs))} {found}")
@@ -158,6 +160,50 @@ def _eval_results(group: Group, summary: ArmSummary) -> list[Any]:
     ]  # fmt: skip
 
 
+def export_eval_results(runs: Sequence[Path], out: Path) -> dict[Path, int]:
+    """Write one file per model and arm, `<model>/.eval_results/<arm>.yaml`, an entry per data set that is on the hub.
+
+    The hub lists such files of a model's repository beside other scores of that model. So that a compressed cache's
+    score never passes for them, an arm has a file of its own, and each entry's notes say method, budget and protocol.
+    """
+    from huggingface_hub import eval_result_entries_to_yaml
+    from huggingface_hub.utils import yaml_dump
+
+    entries: dict[Path, list[Any]] = {}
+    for group in groups_of(runs):
+        (summary,) = summarise(group.records)
+        if "dataset_config" not in _hub_dataset(group.dataset, group.records[0]) or summary.score is None:
+            note(f"{group.label} {group.dataset}: no score of a data set on the hub, left out")
+            continue
+        path = out / safe_name(group.model) / ".eval_results" / f"{safe_name(summary.arm)}.yaml"
+        entries.setdefault(path, []).append(_eval_result_entry(group, summary))
+    if not entries:
+        raise RecordError(f"no score of a data set on the hub in {', '.join(map(str, runs))}: nothing to export")
+    for path, own in entries.items():
+        write_text(path, yaml_dump(eval_result_entries_to_yaml(own)))
+    return {path: len(own) for path, own in entries.items()}
+
+
+def _eval_result_entry(group: Group, summary: ArmSummary) -> Any:
+    from huggingface_hub import EvalResultEntry
+
+    dataset, first = _hub_dataset(group.dataset, group.good[0]), group.good[0]
+    kept = "the whole KV cache"
+    if summary.method != REFERENCE_METHOD:
+        measured = "" if summary.budget_measured is None else f" (measured {summary.budget_measured:.2%})"
+        kept = f"a compressed KV cache, {summary.arm}, keeps {summary.budget:.0%}{measured}"
+    protocol = read_config(group.run).get("protocol", {}).get("compress", "after_question")
+    n_cut = sum(record["truncated_tokens"] > 0 for record in group.good)
+    parts = [f"kvbench {__version__}: {kept}", f"protocol {protocol}", f"{first['metric']} over {summary.n} samples"]
+    parts += [f"{summary.n_failed} failed"] * bool(summary.n_failed) + [f"{n_cut} prompts cut"] * bool(n_cut)
+    newest = datetime.fromtimestamp(max(record["recorded_at"] for record in group.good), UTC)
+    return EvalResultEntry(
+        dataset_id=dataset["dataset_type"], task_id=dataset["dataset_config"],
+        dataset_revision=dataset.get("dataset_revision"), value=round(summary.score or 0.0, DIGITS),
+        date=newest.date().isoformat(), notes="; ".join(parts),
+    )  # fmt: skip
+
+
 def _hub_dataset(name: str, record: RecordDict) -> dict[str, Any]:
     """A data set as the hub names it; synthetic tasks are on no hub and keep their own name."""
     if name in LONGBENCH_ROWS:
@@ -167,6 +213,13 @@ def _hub_dataset(name: str, record: RecordDict) -> dict[str, Any]:
         config = name.removeprefix(ZEROSCROLLS_PREFIX)
         return {"dataset_type": ZEROSCROLLS_REPO, "dataset_name": f"ZeroSCROLLS {config}", "dataset_config": config,
                 "dataset_split": record["meta"].get("split")}  # fmt: skip
+    if name == "gsm8k":
+        return {
+            "dataset_type": "openai/gsm8k",
+            "dataset_name": "GSM8K",
+            "dataset_config": "main",
+            "dataset_split": "test",
+        }
     return {"dataset_type": f"kvbench-{name}", "dataset_name": f"kvbench {name}"}
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from kvbench.export import main
 from kvbench.metrics import get_metric
 from kvbench.records.folder import RunFolder
 from kvbench.records.schema import Record
+from kvbench.tasks.data import LONGBENCH_REVISION
 
 
 def make_run(root: Path, *records: Record, **identity: Any) -> Path:
@@ -162,6 +164,32 @@ def test_runs_of_one_model_share_a_card_and_data_sets_keep_their_origin(tmp_path
     }
 
 
+def test_each_arm_has_a_file_for_the_hub_that_says_what_it_kept(tmp_path, export):
+    long = {"truncated_tokens": 5, "recorded_at": 1_800_000_000.0}
+    first = make_run(
+        tmp_path, record("a", **long), record("b", score=0.5, **long), record("a", arm="full", budget=1.0), n=1
+    )
+    math = record("test-1", "gsm8k", metric="last_number", recorded_at=1_800_000_000.0)
+    second = make_run(tmp_path, math, record("p", "passkey", metric="needle"), n=2)
+    for _ in range(2):
+        files, streams = export("eval-results", first, second)
+    folder = "tiny_model/.eval_results"
+    assert files == {f"{folder}/h2o@0.35.yaml", f"{folder}/full.yaml"}
+    assert "h2o@0.35 passkey: no score of a data set on the hub" in streams.err
+    assert list(json.loads(streams.out.splitlines()[-1]).values()) == [1, 2]
+    content = yaml.safe_load((tmp_path / "out" / folder / "h2o@0.35.yaml").read_text())
+    gsm8k, qasper = parse_eval_result_entries(content)  # as the hub's own library reads it
+    assert (gsm8k.dataset_id, gsm8k.task_id, gsm8k.value) == ("openai/gsm8k", "main", 100.0)
+    assert (qasper.dataset_id, qasper.task_id, qasper.value) == ("THUDM/LongBench", "qasper", 75.0)
+    assert (qasper.dataset_revision, qasper.date) == (LONGBENCH_REVISION, "2027-01-15")
+    for part in ("a compressed KV cache, h2o@0.35, keeps 35% (measured 34.00%)", "protocol after_question",
+                 "qa_f1 over 2 samples", "2 prompts cut"):  # fmt: skip
+        assert part in qasper.notes
+    (full,) = parse_eval_result_entries(yaml.safe_load((tmp_path / "out" / folder / "full.yaml").read_text()))
+    assert "the whole KV cache" in full.notes
+    assert "compressed" not in full.notes
+
+
 def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     passkey = make_run(tmp_path, record("p", dataset="passkey"))
     failed = make_run(tmp_path / "f", record("a", status="failed", score=None, parts={}, kl=None, gold_nll=None))
@@ -170,6 +198,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     for words, message in (
         (["longbench", str(passkey)], "no records of these data sets .* (found: passkey)"),
         (["model-index", str(failed)], "no sample of tiny/model succeeded"),
+        *((["eval-results", str(run)], "no score of a data set on the hub") for run in (passkey, failed)),
         *(([kind, str(tmp_path / "none")], "is .* a run folder") for kind in ("longbench", "model-index")),
         *(([kind, *map(str, twice)], "export them one by one") for kind in ("longbench", "model-index")),
         *(([kind, str(twice[0]), "--out", str(tmp_path / "file")], "choose another place with --out DIR")
