@@ -332,10 +332,10 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-def named_folder(root: str | None) -> Path | None:
-    """The folder that `data.root` or else `KVBENCH_DATA` names, if any."""
-    named = root or os.environ.get("KVBENCH_DATA")
-    return user_path(named) if named else None
+def named_folders(root: str | None) -> tuple[Path, ...]:
+    """The folders that `data.root` or else `KVBENCH_DATA` names, several joined as in PATH, in the order to look in."""
+    named = root or os.environ.get("KVBENCH_DATA") or ""
+    return tuple(user_path(part) for part in named.split(os.pathsep) if part)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Annotated
 from kvbench.errors import DataError
 from kvbench.fields import Within
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.data import Row, Source, fetched, named_folder, read_rows, web_file
+from kvbench.tasks.data import Row, Source, fetched, named_folders, read_rows, web_file
 
 COMMIT = "3101c7d5072418e28b9008a6636bde82a006892c"
 URL = f"https://raw.githubusercontent.com/openai/grade-school-math/{COMMIT}/grade_school_math/data/test.jsonl"
@@ -67,8 +67,8 @@ class Gsm8k(Task):
         )  # fmt: skip
 
     def _rows_file(self) -> Path:
-        folder = named_folder(self.root) or gsm8k_folder()
-        candidates = folder / "gsm8k" / "test.jsonl", folder / "test.jsonl"
+        folders = named_folders(self.root) or (gsm8k_folder(),)
+        candidates = [folder / name for folder in folders for name in ("gsm8k/test.jsonl", "test.jsonl")]
         if (found := next(filter(Path.is_file, candidates), None)) is None:
             raise DataError(
                 f"neither {candidates[0]} nor {candidates[1]} exists; set data.root=DIR (or KVBENCH_DATA) to the "

@@ -20,7 +20,7 @@ from kvbench.errors import ConfigError, DataError
 from kvbench.metrics.longbench import DATASETS, ROWS, base_dataset
 from kvbench.paths import user_path
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.data import OFFICIAL_COMMIT, OFFICIAL_SHA256, Row, longbench_folder, named_folder, read_rows
+from kvbench.tasks.data import OFFICIAL_COMMIT, OFFICIAL_SHA256, Row, longbench_folder, named_folders, read_rows
 
 FETCH = "python -m kvbench.fetch longbench"
 
@@ -50,8 +50,8 @@ class LongBench(Task):
         language: "en" or "zh"; decides nothing here, groups tables, as does `category`.
         first_line_only: only the first line of a prediction is scored; the metrics apply the rule by data set name.
         stop_newline: generation also stops at a newline token, after at least one token (samsum).
-        root: folder with the rows, `<dataset>.jsonl` or .parquet, or a folder `data` of them; None for `$KVBENCH_DATA`,
-            else the fetched data.
+        root: folder with the rows, `<dataset>.jsonl` or .parquet, or a folder `data` of them; of several, joined as in
+            PATH, the first that has them; None for `$KVBENCH_DATA`, else the fetched data.
         official: folder with `dataset2prompt.json` and `dataset2maxlen.json`; None for beside the rows, else the
             fetched ones.
     """
@@ -112,21 +112,21 @@ class LongBench(Task):
         )  # fmt: skip
 
     def _rows_file(self) -> Path:
-        folder = named_folder(self.root) or longbench_folder()
+        folders = named_folders(self.root) or (longbench_folder(),)
         names = f"{self.dataset}.jsonl", f"{self.dataset}.parquet"
-        candidates = [folder / place / name for name in names for place in ("", "data")]
+        candidates = [folder / place / name for folder in folders for name in names for place in ("", "data")]
         if (found := next((path for path in candidates if path.is_file()), None)) is None:
+            others = ", nor in another" * (len(folders) > 1)
             raise DataError(
-                f"neither {candidates[0]} nor {candidates[1]} exists; set data.root=DIR (or KVBENCH_DATA) to the "
-                f"folder of the LongBench files, or neither and run `{FETCH}`"
+                f"neither {candidates[0]} nor {candidates[1]} exists{others}; set data.root=DIR (or KVBENCH_DATA) to "
+                f"the folder of the LongBench files, or neither and run `{FETCH}`"
             )
         return found
 
     def _official_folder(self) -> Path:
         if self.official is not None:
             return user_path(self.official)
-        named = named_folder(self.root)
-        beside = (named, named / "config") if named else ()
+        beside = (place for named in named_folders(self.root) for place in (named, named / "config"))
         found = next((folder for folder in beside if (folder / "dataset2prompt.json").is_file()), None)
         return found or longbench_folder() / "config"
 

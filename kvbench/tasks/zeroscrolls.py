@@ -23,7 +23,7 @@ from kvbench.errors import ConfigError, DataError, printable
 from kvbench.fields import Within
 from kvbench.metrics.zeroscrolls import PREFIX, TASKS
 from kvbench.tasks.base import Sample, Task
-from kvbench.tasks.data import Row, named_folder, open_member, parse_jsonl, zeroscrolls_folder
+from kvbench.tasks.data import Row, named_folders, open_member, parse_jsonl, zeroscrolls_folder
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,9 @@ class ZeroScrolls(Task):
     @contextlib.contextmanager
     def _open(self, split: str) -> Iterator[tuple[IO[bytes], str]]:
         """The split's rows, open for reading, and what errors call them."""
-        folder = named_folder(self.root) or zeroscrolls_folder(self.task)
-        path, archive = folder / self.task / f"{split}.jsonl", folder / f"{self.task}.zip"
+        folders = named_folders(self.root) or (zeroscrolls_folder(self.task),)
+        places = [(folder / self.task / f"{split}.jsonl", folder / f"{self.task}.zip") for folder in folders]
+        path, archive = next((place for place in places if place[0].is_file() or place[1].is_file()), places[0])
         if archive.is_file() and not path.is_file():
             with open_member(archive, (f"{self.task}/{split}.jsonl", f"{split}.jsonl")) as (member, name):
                 yield member, f"{archive}/{name}"

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from longbench_rows import row, stand_in_official, write_rows
 
 from kvbench.errors import ConfigError, DataError
+from kvbench.metrics import get_metric
 from kvbench.metrics.longbench import DATASETS, ROWS
 from kvbench.tasks.longbench import LongBench, dataset_fields
 
@@ -60,6 +63,47 @@ def test_real_rows_render_as_the_official_code_does(dataset: str, shared_data: P
             before, after = sample.prompt[: sample.question_start], sample.prompt[sample.question_start :]
             assert before.endswith(fields["context"])
             assert fields["input"] in after
+
+
+WHOLE = {  # data sets of which all 200 official rows are at hand, and the SHA-256 of the file
+    "multi_news": "5e79ca4f3d715af95eb684c3a6beaecb8b7542b76f2a891bf8657d82084af1ad",
+    "multifieldqa_zh": "2e4e7360f4d9094815e81eb99dc84ee147a37db801dc9c84ed2bcdc83e0a2c7f",
+    "passage_retrieval_zh": "c3d4a0cb03f9ec5b5c056b5f528b8c46518df2f6379e43a061825c6ff290c06c",
+}
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("dataset", WHOLE)
+def test_a_whole_data_set_is_read_in_official_order_and_its_gold_answers_score_100(
+    dataset: str, shared_data: Path
+) -> None:
+    file = shared_data / "longbench_full" / f"{dataset}.jsonl"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == WHOLE[dataset]
+    roots = os.pathsep.join(str(shared_data / name) for name in ("longbench_full", "longbench_samples"))
+    samples = task(dataset, root=roots, official=str(shared_data / "longbench_official")).samples()
+    rows = [json.loads(line) for line in file.read_bytes().splitlines()]
+    assert [sample.id for sample in samples] == [fields["_id"] for fields in rows]
+    assert len({sample.id for sample in samples}) == ROWS[dataset] == 200
+    known = (shared_data / "longbench_samples" / f"{dataset}.jsonl").read_bytes().splitlines()
+    by_id = {fields["_id"]: fields for fields in rows}
+    assert all(by_id[fields["_id"]] == fields for fields in map(json.loads, known))  # from another source
+    metric = get_metric(DATASETS[dataset].metric)
+    scores = [metric.score(sample.answers[0], sample.answers, sample.all_classes, dataset) for sample in samples]
+    # ROUGE-L of equal texts is 0.999999995 upstream too (the 1e-8 in its denominator).
+    assert metric.aggregate(scores) == pytest.approx(100, abs=0 if dataset != "multi_news" else 1e-6)
+    theirs = [metric.score(other.answers[0], sample.answers, (), dataset) for sample, other in pairwise(samples)]
+    assert metric.aggregate(theirs) < 30
+
+
+def test_of_several_folders_the_first_that_has_the_file_counts(
+    qasper: LongBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "b" / "data" / "qasper.jsonl", row(1))
+    write_rows(tmp_path / "c" / "qasper.jsonl", row(1), row(2))
+    monkeypatch.setenv("KVBENCH_DATA", os.pathsep.join(str(tmp_path / name) for name in "abc"))
+    assert len(replace(qasper, root=None).samples()) == 1
+    with pytest.raises(DataError, match=r"a.qasper\.jsonl nor .*, nor in another"):
+        replace(qasper, root=os.pathsep.join((str(tmp_path / "a"), str(tmp_path / "d")))).samples()
 
 
 @pytest.mark.shared
