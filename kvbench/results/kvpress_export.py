@@ -29,7 +29,6 @@ from kvbench.results.summary import REFERENCE_METHOD, RecordDict, grouped
 
 NO_PRESS = "no_press"  # kvpress's name of the full cache
 RULER_ROWS = 13 * 500  # tasks times samples of kvpress's data set, at each length
-_RULER = re.compile(r"ruler[/_](?P<task>[a-z]+[a-z0-9_]*?)(?:[-_@](?P<length>\d{4,}))?")
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -55,7 +54,7 @@ def export_kvpress(runs: Sequence[Path], out: Path) -> dict[Path, int]:
     for run in runs:
         config, model = read_config(run), model_name(run)
         for (arm, dataset), records in grouped(read_records(run), "arm", "dataset").items():
-            known = _data_set(dataset, records[0], config)
+            known = _data_set(dataset, records[0])
             settings = _settings(config, model, known, records[0])
             key = strict_json(settings)
             for record in records:
@@ -86,16 +85,14 @@ def export_kvpress(runs: Sequence[Path], out: Path) -> dict[Path, int]:
     return written
 
 
-def _data_set(dataset: str, record: RecordDict, config: dict[str, Any]) -> _DataSet:
+def _data_set(dataset: str, record: RecordDict) -> _DataSet:
     if dataset in ROWS:
         base = base_dataset(dataset)
         return _DataSet("longbench" if base == dataset else "longbench-e", dataset, base, ROWS[dataset])
-    if (match := _RULER.fullmatch(dataset)) is None:
+    task, length = record["meta"].get("task"), record["meta"].get("length_tokens")
+    if not dataset.startswith("ruler") or not task or not length:
         raise RecordError(f"kvpress has no data set {dataset!r} with scores: export runs of RULER or LongBench")
-    length = match["length"] or record["meta"].get("length_tokens") or config.get("task", {}).get("length")
-    if not length:
-        raise RecordError(f"records of {dataset} do not say at what length: run the task anew with task.length=4096")
-    return _DataSet("ruler", str(length), match["task"], RULER_ROWS)
+    return _DataSet("ruler", str(length), str(task), RULER_ROWS)
 
 
 def _settings(config: dict[str, Any], model: str, known: _DataSet, record: RecordDict) -> dict[str, Any]:

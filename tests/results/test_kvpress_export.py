@@ -50,7 +50,7 @@ def ruler_metrics():
 
 
 def make_run(root: Path, *records: Record, compress="before_question", **config: Any) -> Path:
-    config = {"model": MODEL, "protocol": {"compress": compress, "seed": 3}, "task": {"length": 4096}, **config}
+    config = {"model": MODEL, "protocol": {"compress": compress, "seed": 3}, **config}
     folder = RunFolder(root, "run", {"n": len(list(root.glob("*"))), **config})
     folder.describe(config)
     folder.append(records)
@@ -66,10 +66,15 @@ def record(sample: str, dataset: str, arm: str = "kvmerger@0.35", **fields: Any)
     return Record(sample=sample, dataset=dataset, arm=arm, **values)
 
 
+def ruler(sample: str, task: str, arm: str = "kvmerger@0.35", length: int = 4096, **fields: Any) -> Record:
+    meta = {"task": task, "length_tokens": length}
+    return record(sample, f"ruler-26.3-{length}-{task}", arm, meta=meta, **fields)
+
+
 def ruler_records(arm: str) -> list[Record]:
-    vt = [record(str(n), "ruler/vt", arm, prediction=text) for n, text in enumerate(RULER_PREDICTIONS)]
-    qa = record("0", "ruler/qa_1", arm, metric="string_match_part", prediction="It is 34", answers=["12", "34"])
-    return [*vt, qa, record("9", "ruler/vt", arm, status="failed", score=None, parts={}, budget_measured=None)]
+    vt = [ruler(str(n), "vt", arm, prediction=text) for n, text in enumerate(RULER_PREDICTIONS)]
+    qa = ruler("0", "qa_1", arm, metric="string_match_part", prediction="It is 34", answers=["12", "34"])
+    return [*vt, qa, ruler("9", "vt", arm, status="failed", score=None, parts={}, budget_measured=None)]
 
 
 def export(tmp_path: Path, *runs: Path) -> dict[str, Path]:
@@ -109,9 +114,9 @@ def test_one_folder_per_arm_as_kvpress_names_them(tmp_path, capsys):
 
 def test_tasks_of_several_runs_share_a_folder_and_lengths_do_not(tmp_path):
     runs = [
-        make_run(tmp_path / "a", record("0", "ruler/vt")),
-        make_run(tmp_path / "b", record("0", "ruler/cwe")),
-        make_run(tmp_path / "c", record("0", "ruler/cwe"), task={"length": 8192}),
+        make_run(tmp_path / "a", ruler("0", "vt")),
+        make_run(tmp_path / "b", ruler("0", "cwe")),
+        make_run(tmp_path / "c", ruler("0", "cwe", length=8192)),
     ]
     folders = export(tmp_path, *runs)
     tasks = {name.split("__")[1]: set(json.loads((f / "metrics.json").read_text())) for name, f in folders.items()}
@@ -145,16 +150,14 @@ def test_longbench_goes_by_kvpress_s_names(tmp_path):
 
 
 def test_what_kvpress_lacks_is_one_line(tmp_path, capsys):
-    twice = [make_run(tmp_path / n, record("0", "ruler/vt"), extra=n) for n in "ab"]
-    no_length = make_run(tmp_path / "c", record("0", "ruler/vt"), task={})
-    failed = make_run(tmp_path / "d", record("0", "ruler/vt", status="failed", score=None, parts={}))
+    twice = [make_run(tmp_path / n, ruler("0", "vt"), extra=n) for n in "ab"]
+    failed = make_run(tmp_path / "d", ruler("0", "vt", status="failed", score=None, parts={}))
     for runs, message in (
         ([make_run(tmp_path / "e", record("0", "gsm8k"))], "kvpress has no data set 'gsm8k' with scores"),
         ([make_run(tmp_path / "f", record("0", "zeroscrolls_qmsum"))], "export runs of RULER or LongBench"),
         (twice, "export them one by one"),
-        ([no_length], "task.length=4096"),
         ([failed], "no sample succeeded"),
-        ([make_run(tmp_path / "g", record("0", "ruler/vt"), record("0", "ruler/vt", "kvmerger@0.3501"))], "two arms"),
+        ([make_run(tmp_path / "g", ruler("0", "vt"), ruler("0", "vt", "kvmerger@0.3501"))], "two arms"),
     ):
         assert main(["kvpress", *map(str, runs), "--out", str(tmp_path / "none")]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
