@@ -71,6 +71,7 @@ class BestAnswerMetric:
     definition: str
     compare: Callable[[str, str, Sequence[str]], float]  # (prediction, answer, all_classes) -> score in [0, 1]
     prepare: Callable[[str, str], str] = lambda prediction, dataset: prediction  # -> the text that is scored
+    gated: bool = False  # whether a full cache that fails itself ranks no methods (`output.gate`)
 
     def score(self, prediction: str, answers: Sequence[str], all_classes: Sequence[str], dataset: str) -> Scores:
         """Best score over the answers; 0 without answers, NaN if any comparison gives NaN."""

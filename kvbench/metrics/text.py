@@ -138,7 +138,9 @@ def equal_share(ids_a: Sequence[int], ids_b: Sequence[int]) -> float:
 METRICS = (
     BestAnswerMetric("needle", "answer in the first line, as whole words", lambda p, a, c: needle(p, a)),
     BestAnswerMetric("first_word", "first word equals the answer", lambda p, a, c: first_word(p, a)),
-    BestAnswerMetric("last_number", "last number equals that after ####", lambda p, a, c: last_number(p, a)),
+    BestAnswerMetric(
+        "last_number", "last number equals that after ####", lambda p, a, c: last_number(p, a), gated=True
+    ),
 )
 
 
