@@ -1,4 +1,4 @@
-"""Sources of samples: LongBench, ZeroSCROLLS, texts made up on the spot, documents that ship with the package."""
+"""Sources of samples: LongBench, ZeroSCROLLS, GSM8K, texts made up on the spot, documents that ship with the package."""
 
 from __future__ import annotations
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from hub_server import serve
 
+from kvbench import cli
 from kvbench.errors import DataError
 from kvbench.metrics import get_metric
+from kvbench.metrics.text import last_number
+from kvbench.records.read import read_records
 from kvbench.tasks import gsm8k
 from kvbench.tasks.gsm8k import REQUEST, SHA256, Gsm8k
 
@@ -96,3 +99,22 @@ def test_the_official_file_is_fetched(tmp_path: Path, shared_data: Path, monkeyp
     monkeypatch.delenv("KVBENCH_DATA", raising=False)
     monkeypatch.setattr(gsm8k, "URL", address)
     assert len(Gsm8k().samples()) == 1319
+
+
+def test_a_run_answers_and_scores_and_has_no_context_to_compress(tmp_path: Path, monkeypatch, capfd) -> None:
+    root = write(tmp_path / "gsm8k" / "test.jsonl", ROW, ROW).removesuffix("/gsm8k/test.jsonl")
+    words = ["kvbench", "model=tiny-random", "task=gsm8k", "method=h2o", f"data.root={root}", "task.max_new_tokens=5"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    assert cli.main() == 0
+    said = json.loads(capfd.readouterr().out.splitlines()[-1])
+    (run,) = (tmp_path / "runs").glob("gsm8k-*")
+    records = read_records(run)
+    assert {record["arm"] for record in records} == {"h2o@0.5"}
+    for record in records:
+        assert (record["score"], record["status"]) == (last_number(record["prediction"], "#### 5"), "ok")
+        assert record["gold_tokens"] > 0
+    assert said["arms"][0]["n"] == 2
+    monkeypatch.setattr(sys, "argv", [*words, "protocol.compress=before_question"])
+    assert cli.main() == 2
+    assert "cannot tell context from question" in capfd.readouterr().err.splitlines()[-1]
