@@ -9,9 +9,10 @@ without its padding, exactly as it would be alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -91,12 +92,18 @@ class CacheReport:
             f"{self.method}, budget {self.requested_budget:g} requested, {self.measured_budget:.4f} measured in "
             f"{n_compressed} of {len(self.layers)} layers; bytes of all layers {self.measured_bytes_ratio:.4f} of the "
             f"full cache; prompt {'+'.join(map(str, self.prompt_tokens))} tokens, {self.new_tokens} new",
-            "layer      slots of   full       bytes of   full",
+            "  layers      slots of     full    bytes of     full",
         ]
-        for layer in self.layers:
-            numbers = f"{layer.index:5d} {layer.slots:10d} {layer.full_slots:9d} {layer.n_bytes:11d}"
-            note = "" if layer.compressed else "   left alone (sliding window)"
-            lines.append(f"{numbers} {layer.full_bytes:10d}{note}")
+        for _, alike in itertools.groupby(self.layers, key=lambda layer: replace(layer, index=0)):
+            first, *others = alike
+            name = f"{first.index}-{others[-1].index}" if others else f"{first.index}"
+            counts = f"{first.slots:10,d} {first.full_slots:11,d} {first.n_bytes:11,d} {first.full_bytes:11,d}"
+            note = "" if first.compressed else "  left alone (sliding window)"
+            lines.append(f"{name:>8} {counts}{f'  each of {len(others) + 1} alike' if others else ''}{note}")
+        lines.append(
+            "slots: key-value pairs held for the prompt, over all rows and KV heads (the full cache: one per token and "
+            "head); bytes: theirs, with the method's biases, scores and scratch slots"
+        )
         return "\n".join(lines)
 
 

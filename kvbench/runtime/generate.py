@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import Policy
 from kvbench.methods.full import in_effect
+from kvbench.methods.registry import build_policy
 from kvbench.runtime.attention import IMPLEMENTATION, attention_implementation
 from kvbench.runtime.compressed_cache import CompressedCache
 from kvbench.runtime.model_check import check_model, output_weights
@@ -27,7 +28,7 @@ _UNSUPPORTED_OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def compress(
-    model: PreTrainedModel, policy: Policy, *, seed: int = 0, kernels: str = "auto"
+    model: PreTrainedModel, policy: Policy | str, *, seed: int = 0, kernels: str = "auto", **options: Any
 ) -> Iterator[CompressedCache]:
     """Compress the key-value cache of everything that `model` generates inside a `with` block.
 
@@ -41,20 +42,26 @@ def compress(
 
     Args:
         model: a decoder of transformers that uses its attention interface.
-        policy: the method with its options, e.g. `KVMerger(budget=0.35)`.
+        policy: the method with its options, e.g. `KVMerger(budget=0.35)`, or its name ("kvmerger", "module:Class").
         seed: what policies derive their randomness from.
         kernels: "auto", "torch" or "triton".
+        **options: of the method where `policy` is a name, `budget` among them.
 
     Yields:
         The cache: `report()` says slots and bytes per layer. `model.generate` uses it by itself; other callers pass
         it as `past_key_values`.
 
     Raises:
-        ConfigError: if `policy` is none or needs "reconstruction", or `kernels` cannot run here.
+        ConfigError: if `policy` is none, needs "reconstruction" or has wrong options, or `kernels` cannot run here.
         ModelError: if the model is not supported (see `check_model`), or is inside such a block already.
     """
+    if isinstance(policy, str):
+        policy = build_policy(policy, options)
+    elif options:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ConfigError(f"{given}: options go with a method's name: compress(model, 'h2o', budget=0.35)")
     if not isinstance(policy, Policy):
-        raise ConfigError(f"policy={policy!r} is no Policy: give an instance with a budget, e.g. KVMerger(budget=0.35)")
+        raise ConfigError(f"policy={policy!r} is no Policy: give KVMerger(budget=0.35) or 'kvmerger', budget=0.35")
     if isinstance(model, PreTrainedModel) and model.config._attn_implementation == IMPLEMENTATION:
         raise ModelError(
             f"this {type(model).__name__} is inside a compress() block already, at most 1 is possible: leave it before "

@@ -186,6 +186,40 @@ def test_options_of_the_model_itself_are_refused_too():
         model.generate(prompt(60), max_new_tokens=4)
 
 
+def test_a_method_may_be_given_by_its_name_with_its_options():
+    model, ids = build("llama", num_hidden_layers=8), prompt(60, seed=3)
+    expected, _ = compressed(model, KVMerger(budget=0.5, **WHOLE), ids)
+    with kvbench.compress(model, "kvmerger", budget=0.5, **WHOLE) as cache:
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert cache.policy == KVMerger(budget=0.5, **WHOLE)
+    for policy, options, message in (
+        ("kvmergr", {"budget": 0.5}, "unknown method 'kvmergr'"),
+        ("h2o", {"budgett": 0.5}, "unknown option budgett for method h2o"),
+        (POLICY, {"budget": 0.5}, "budget=0.5: options go with a method's name"),
+    ):
+        with pytest.raises(ConfigError, match=message), kvbench.compress(model, policy, **options):
+            pass
+
+
+def test_the_report_folds_equal_layers_and_says_what_a_slot_is():
+    model = build("llama", num_hidden_layers=8)
+    folded = str(compressed(model, H2O(budget=0.5), prompt(60))[1].report()).splitlines()
+    assert len(folded) == 4  # a heading, the columns, one row, what a slot is
+    assert folded[2].split()[0] == "0-7"
+    assert folded[2].endswith("each of 8 alike")
+    report = compressed(model, KVMerger(budget=0.5, **WHOLE), prompt(60))[1].report()
+    header, columns, *rows, legend = str(report).splitlines()
+    assert header.startswith("kvmerger, budget 0.5 requested, ")
+    assert columns.split() == ["layers", "slots", "of", "full", "bytes", "of", "full"]
+    assert legend.startswith("slots: ")
+    told = {}
+    for name, slots, *_ in map(str.split, rows):
+        first, _, last = name.partition("-")
+        told |= dict.fromkeys(range(int(first), int(last or first) + 1), int(slots.replace(",", "")))
+    assert told == {layer.index: layer.slots for layer in report.layers}
+    assert len(rows) < 8
+
+
 def test_nested_blocks_are_refused():
     model = build("llama")
     before = traces(model)
