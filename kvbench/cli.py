@@ -44,7 +44,9 @@ class Job:
         if any(outcome.error for outcome in self.outcomes):
             return None
         try:
-            outcome = replace(run_plan(build_plan(config), Console(stderr=True)), table=config.output.table)
+            outcome = replace(
+                run_plan(build_plan(config), Console(stderr=True)), table=config.output.table, gate=config.output.gate
+            )
         except KvbenchError as error:  # kept from Hydra, which would add lines of its own
             outcome = Outcome(error=str(error))
         self.outcomes.append(outcome)
@@ -92,7 +94,8 @@ def report(outcomes: Sequence[Outcome]) -> None:
     notes = doubts(records, calls, n_left_out)
     records.sort(key=lambda r: order[r["dataset"], r["sample"]])  # sums then do not hang on who finished first
     if any(outcome.table for outcome in outcomes):
-        print_tables(records, f"{first.model} · {first.compress}", Console(width=None if sys.stdout.isatty() else 120))
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        print_tables(records, f"{first.model} · {first.compress}", console, first.gate)
         for note in notes:
             print(note)
     shards = sorted({outcome.shard for outcome in outcomes if outcome.shard is not None})

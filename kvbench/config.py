@@ -57,6 +57,7 @@ class OutputConfig:
 
     root: str = "runs"  # folder of run folders, created if missing
     table: bool = True  # whether to print the table after the run
+    gate: Annotated[float, Within(0, 100)] = 60.0  # score of the full cache below which RULER ranks no methods
 
 
 @dataclass

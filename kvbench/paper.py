@@ -96,7 +96,8 @@ def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:
     arms = tuple(ExpectedArm(a.key, a.policy.name, a.policy.budget, not a.policy.options()) for a in plan.arms)
     columns = tuple(ExpectedColumn(part.plan.task.name, part.run, command) for part in parts)
     title = f"{parts[0].experiment} ({plan.compress.replace('_', ' ')})"
-    return TableSpec(parts[0].experiment, plan.model.name, title, arms, columns, plan.mix_environments)
+    gate = plan.config["output"]["gate"]
+    return TableSpec(parts[0].experiment, plan.model.name, title, arms, columns, plan.mix_environments, gate)
 
 
 def merged_plans(parts: Sequence[ExperimentPart]) -> list[Plan]:

@@ -47,6 +47,7 @@ class Outcome:
     compress: str = ""
     shard: str | None = None  # "2/8", or None without shards
     table: bool = True  # whether one is wanted
+    gate: float = 60.0  # what the table greys: see `kvbench.results.summary.fails_gate`
     samples: dict[int, tuple[str, str]] = field(default_factory=dict)  # (dataset, id) by position; the shard's only
     n_failed: int = 0  # samples that failed in this call
     mix_environments: bool = False

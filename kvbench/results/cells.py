@@ -19,7 +19,16 @@ from kvbench.metrics.longbench import KVMERGER_DATASETS
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls, read_config, read_environments
 from kvbench.results.statistics import Comparison, Interval, Scores, best_arm, compare_arms, score_interval
-from kvbench.results.summary import REFERENCE_METHOD, ArmSummary, RecordDict, agreements, grouped, summarise
+from kvbench.results.summary import (
+    DEFAULT_GATE,
+    REFERENCE_METHOD,
+    ArmSummary,
+    RecordDict,
+    agreements,
+    fails_gate,
+    grouped,
+    summarise,
+)
 
 MIX_REMEDY = 'say that it may with --mix-environments (make paper-tables: SET="mix_environments=true")'
 AVERAGE = "average"
@@ -59,6 +68,7 @@ class TableSpec:
     arms: tuple[ExpectedArm, ...]
     columns: tuple[ExpectedColumn, ...]
     mix_environments: bool = False  # whether answers of several environments may stand side by side
+    gate: float = DEFAULT_GATE  # score of the full cache (0..100) below which a gated metric's column ranks no arms
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class Column:
     cells: dict[str, Cell] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
+    below_gate: bool = False  # then it has no comparisons, no winner and no part in the average
 
 
 @dataclass
@@ -90,7 +101,7 @@ class Table:
 
     spec: TableSpec
     columns: list[Column] = field(default_factory=list)  # data sets, in the order expected
-    average: Column | None = None  # over the data sets that every arm with records has; None below two of them
+    average: Column | None = None  # over the data sets above the gate that every arm with records has; None below two
     averaged: tuple[str, ...] = ()  # their names
     summaries: dict[str, ArmSummary] = field(default_factory=dict)
     agreements: dict[str, dict[str, float | None]] = field(default_factory=dict)
@@ -139,7 +150,7 @@ def build_table(spec: TableSpec, published: pd.DataFrame | None = None) -> Table
             table.records += rows
             calls += read_calls(run)
         by_dataset = grouped(rows, "dataset") or {name: []}
-        table.columns += [_column(dataset, own, spec.arms, command) for dataset, own in by_dataset.items()]
+        table.columns += [_column(dataset, own, spec, command) for dataset, own in by_dataset.items()]
     if not spec.mix_environments:
         refuse_mixture(environments(table.records, calls), f"table {spec.name} of {spec.model}", MIX_REMEDY)
     table.doubts = doubts(table.records, calls, n_left_out)
@@ -162,18 +173,21 @@ def _rows(published: pd.DataFrame, **values: str) -> list[Any]:
     return list(published[(published[list(values)] == list(values.values())).all(axis=1)].itertuples(index=False))
 
 
-def _column(name: str, rows: Sequence[RecordDict], arms: Sequence[ExpectedArm], command: str) -> Column:
+def _column(name: str, rows: Sequence[RecordDict], spec: TableSpec, command: str) -> Column:
     column = Column(name, next((row["metric"] for row in rows if row["metric"]), ""), command)
     for arm, own in grouped((row for row in rows if row["status"] == "ok" and row["parts"]), "arm").items():
         column.scores[arm] = Scores(column.metric, {row["sample"]: row["parts"] for row in own})
-    column.comparisons = compare_arms({name: column.scores})
-    for arm in arms:
+    for arm in spec.arms:
         cell = Cell(n_failed=sum(r["arm"] == arm.key and r["status"] != "ok" for r in rows))
         if scores := column.scores.get(arm.key):
             score, interval = scores.aggregate(list(scores.parts)), score_interval({name: scores})
             cell = replace(cell, score=score, n=len(scores.parts), interval=interval)
         column.cells[arm.key] = cell
-    _mark_best(column, arms, summarise(rows))
+    full = (column.cells[arm.key].score for arm in spec.arms if arm.method == REFERENCE_METHOD)
+    column.below_gate = fails_gate(column.metric, next(full, None), spec.gate)
+    if not column.below_gate:
+        column.comparisons = compare_arms({name: column.scores})
+        _mark_best(column, spec.arms, summarise(rows))
     return column
 
 
@@ -192,9 +206,10 @@ def _mark_best(column: Column, arms: Sequence[ExpectedArm], summaries: Sequence[
 
 
 def _average(table: Table) -> None:
-    """The unweighted mean over the data sets that all arms with any records share."""
+    """The unweighted mean over the data sets above the gate that all arms with any records share."""
     present = {arm for column in table.columns for arm in column.scores}
-    shared = {column.name: column for column in table.columns if column.scores and set(column.scores) == present}
+    able = [column for column in table.columns if column.scores and not column.below_gate]
+    shared = {column.name: column for column in able if set(column.scores) == present}
     if len(shared) < 2:
         return
     average = Column(AVERAGE, comparisons=compare_arms({name: column.scores for name, column in shared.items()}))

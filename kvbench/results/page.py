@@ -27,13 +27,14 @@ from kvbench.metrics.text import first_divergence
 from kvbench.records.read import model_name, read_environments, read_prompts, read_records, record_files
 from kvbench.results.cells import Cell, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
 from kvbench.results.figures import FIGURES, drawn, save
-from kvbench.results.summary import REFERENCE_METHOD, RecordDict, grouped, summarise
+from kvbench.results.summary import DEFAULT_GATE, REFERENCE_METHOD, RecordDict, grouped, summarise
 from kvbench.results.tables import (
     DETAIL_HEADER,
     MISSING,
     READING,
     detail_rows,
     environment_text,
+    gate_note,
     heading,
     interval_text,
 )  # fmt: skip
@@ -42,12 +43,12 @@ PROMPT_CHARACTERS = 4000  # of a longer prompt the beginning and the end are sho
 _WORD = re.compile(r"\S+")
 
 
-def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
+def render_report(runs: Sequence[Path], mix_environments: bool = False, gate: float = DEFAULT_GATE) -> str:
     """The page; runs of one model share tables, and the same run folders give the same bytes."""
     by_model: dict[str, list[Path]] = {}
     for run in runs:
         by_model.setdefault(model_name(run), []).append(run)
-    tables = [_table(model, group, mix_environments) for model, group in by_model.items()]
+    tables = [_table(model, group, mix_environments, gate) for model, group in by_model.items()]
     samples: list[dict[str, Any]] = []
     for table, group in zip(tables, by_model.values(), strict=True):
         prompts = {key: text for run in group for key, text in read_prompts(run).items()}
@@ -60,7 +61,7 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
     return environment.from_string(page).render(
         title="kvbench: " + ", ".join(by_model), lead=f"{n_runs}, {len(samples)} samples, {n_records} records.",
         reading=READING.replace("**", ""), missing=MISSING, detail_header=DETAIL_HEADER, detail_rows=detail_rows,
-        heading=heading, interval_text=interval_text, no_cell=Cell(), tables=tables,
+        heading=heading, gate_note=gate_note, interval_text=interval_text, no_cell=Cell(), tables=tables,
         figures=[figure for table in tables for figure in _figures(table)],
         datasets=sorted({sample["dataset"] for sample in samples}),
         arms=list(dict.fromkeys(a.key for table in tables for a in table.spec.arms if a.method != REFERENCE_METHOD)),
@@ -69,11 +70,11 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False) -> str:
     )  # fmt: skip
 
 
-def _table(model: str, runs: Sequence[Path], mix_environments: bool) -> Table:
+def _table(model: str, runs: Sequence[Path], mix_environments: bool, gate: float) -> Table:
     summaries = summarise(row for run in runs for row in read_records(run))
     arms = tuple(ExpectedArm(s.arm, s.method, s.budget, "," not in s.arm) for s in summaries)
     columns = tuple(ExpectedColumn(run.name, run, f"the run that made {run.name}") for run in runs)
-    return build_table(TableSpec("report", model, model, arms, columns, mix_environments))
+    return build_table(TableSpec("report", model, model, arms, columns, mix_environments, gate))
 
 
 def _figures(table: Table) -> Iterable[dict[str, str]]:

@@ -22,6 +22,8 @@ from kvbench.metrics.text import equal_share, first_divergence, rouge_l_to_full
 
 RecordDict = dict[str, Any]
 REFERENCE_METHOD = "full"
+DEFAULT_GATE = 60.0
+"""Score of the full cache (0..100) below which a data set of a gated metric ranks no methods."""
 COLUMNS = ("arm", "budget", "measured", "cache MiB", "n", "score", "gold NLL", "KL to full", "seconds")
 
 
@@ -104,23 +106,36 @@ def agreements(records: Sequence[RecordDict]) -> dict[str, dict[str, float | Non
     return found
 
 
-def print_tables(records: Iterable[RecordDict], title: str, console: Console) -> None:
-    """Print one table per data set of a run; the title says what the run was: model, protocol."""
+def fails_gate(metric: str, full_score: float | None, gate: float) -> bool:
+    """Whether the metric is gated and the full cache itself scores below the gate."""
+    return full_score is not None and full_score < gate and getattr(get_metric(metric), "gated", False)
+
+
+def print_tables(records: Iterable[RecordDict], title: str, console: Console, gate: float = DEFAULT_GATE) -> None:
+    """Print one table per data set of a run; the title says what the run was: model, protocol.
+
+    What fails the gate is printed dim, with a line that says so.
+    """
     for dataset, rows in grouped(records, "dataset").items():
         heading = printable(f"{dataset} · {rows[0]['metric']} · {title}")
         table = Table(title=Text(heading), title_justify="left")  # a Text: square brackets in names are no markup
         table.add_column(COLUMNS[0], overflow="fold")
         for column in COLUMNS[1:]:
             table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-        for s in summarise(rows):
+        summaries = summarise(rows)
+        full_score = next((s.score for s in summaries if s.method == REFERENCE_METHOD), None)
+        dim = fails_gate(rows[0]["metric"], full_score, gate)
+        for s in summaries:
             mib = None if s.cache_bytes is None else s.cache_bytes / 2**20
             numbers = (number(s.score, ".2f", "-"), number(s.gold_nll, ".3f", "-"), number(s.kl, ".4f", "-"))
             table.add_row(
                 Text(printable(s.arm)), f"{s.budget:.0%}", number(s.budget_measured, ".2%", "-"),
                 number(mib, ".2f", "-"), f"{s.n} ({s.n_failed} failed)" if s.n_failed else str(s.n), *numbers,
-                f"{s.seconds:.1f}",
+                f"{s.seconds:.1f}", style="dim" if dim else None,
             )  # fmt: skip
         console.print(table)
+        if dim:
+            console.print(f"the full cache scores below {gate:g} (output.gate): this ranks no methods", highlight=False)
 
 
 def number(value: float | None, spec: str, missing: str = "–") -> str:

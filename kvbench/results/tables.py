@@ -67,7 +67,25 @@ def heading(table: Table, column: Column) -> str:
     if column is table.average:
         return f"average of {len(table.averaged) or len(table.columns)} of {len(table.columns)}"
     sizes = _sizes(column)
-    return f"{column.name}, n = {min(sizes)}" if len(sizes) == 1 else column.name
+    name = f"{column.name}, n = {min(sizes)}" if len(sizes) == 1 else column.name
+    return f"{name}, below the gate" if column.below_gate else name
+
+
+def gate_note(table: Table) -> str:
+    """What the gate took out of the conclusions, and the average with it; empty if nothing."""
+    if not (below := [column.name for column in table.columns if column.below_gate]):
+        return ""
+    means = []
+    for arm in table.spec.arms:
+        scores = [column.cells[arm.key].score for column in table.columns]
+        present = [score for score in scores if score is not None]
+        if present and len(present) == len(scores):
+            means.append(f"{arm.key} {sum(present) / len(present):.2f}")
+    everything = f" Mean over all {len(table.columns)} data sets: {', '.join(means)}." if means else ""
+    return (
+        f"Below the gate: on {', '.join(below)} the full cache itself scores under {table.spec.gate:g}, so what an arm "
+        f"loses there says nothing: grey, not compared, not in the average.{everything}"
+    )
 
 
 def interval_text(cell: Cell) -> str:
@@ -106,6 +124,7 @@ def markdown(table: Table) -> str:
     footnotes: dict[str, str] = {}
     lines = [f"# {table.spec.title} · {table.spec.model}", "", READING, ""]
     lines += _pipe(["arm", *(heading(table, column) for column in table.all_columns)], _score_rows(table, footnotes))
+    lines += ["", note] if (note := gate_note(table)) else []
     gaps = [column for column in table.columns if any(cell.score is None for cell in column.cells.values())]
     if gaps:
         lines += ["", f"Cells with {MISSING} (or failed samples) are filled by:", ""]
@@ -126,12 +145,16 @@ def markdown(table: Table) -> str:
 
 def _score_rows(table: Table, footnotes: dict[str, str]) -> Iterable[list[str]]:
     for arm in table.spec.arms:
-        shown = [_cell(column.cells.get(arm.key, Cell()), len(_sizes(column)) > 1) for column in table.all_columns]
+        shown = [_greyed(_cell(c.cells.get(arm.key, Cell()), len(_sizes(c)) > 1), c) for c in table.all_columns]
         yield [f"`{arm.key}`", *shown]
         if numbers := table.published.get(arm.key):
             nine = AVERAGE_OF_NINE if len(table.averaged) in (0, len(table.columns)) else None
             names = [nine if column is table.average else column.name for column in table.all_columns]
             yield ["published", *(" / ".join(_cite(p, footnotes) for p in numbers if p.dataset == n) for n in names)]
+
+
+def _greyed(text: str, column: Column) -> str:
+    return f"*({text})*" if column.below_gate else text  # Markdown has no grey
 
 
 def _sizes(column: Column) -> set[int]:
@@ -193,6 +216,7 @@ def cells_csv(table: Table) -> str:
             cell = column.cells.get(key, Cell())
             ends = [number(end, ".4f") for end in (cell.score, *(cell.interval or (None, None)))]
             note = f"{MISSING}; fill with: {column.command}" if cell.score is None and column.command else ""
+            note = note or (f"full cache below the gate of {table.spec.gate:g}" if column.below_gate else "")
             name = f"average of {', '.join(table.averaged)}" if column is table.average else column.name
             rows.append((
                 table.spec.model, key, method, f"{budget:g}", measured, name, column.metric, cell.n, cell.n_failed,
@@ -235,18 +259,19 @@ def latex(table: Table) -> str:
     columns = table.all_columns
     header = ["arm", *(_tex(heading(table, column)) for column in columns)]
     keys = [arm.key for arm in table.spec.arms]
-    rows = [[_tex(key), *(_tex_cell(column.cells.get(key, Cell())) for column in columns)] for key in keys]
+    rows = [[_tex(key), *(_tex_cell(c.cells.get(key, Cell()), c.below_gate) for c in columns)] for key in keys]
     frame = pd.DataFrame(rows, columns=pd.Index(header, dtype=object), dtype=object)
     tabular = frame.to_latex(index=False, escape=False, column_format="l" + "r" * len(columns))
-    return f"% {_tex(table.spec.title)}; needs \\usepackage{{booktabs}}\n{tabular}"
+    return f"% {_tex(table.spec.title)}; needs \\usepackage{{booktabs,xcolor}}\n{tabular}"
 
 
-def _tex_cell(cell: Cell) -> str:
+def _tex_cell(cell: Cell, grey: bool) -> str:
     if cell.score is None:
         return f"\\emph{{{MISSING}}}"
     score = f"\\textbf{{{cell.score:.2f}}}" if cell.best else f"{cell.score:.2f}"
     interval = interval_text(cell)
-    return f"{score} {{\\scriptsize {interval}}}" if interval else score
+    text = f"{score} {{\\scriptsize {interval}}}" if interval else score
+    return f"\\textcolor{{gray}}{{{text}}}" if grey else text
 
 
 def _tex(text: str) -> str:

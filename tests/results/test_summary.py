@@ -65,6 +65,21 @@ def test_the_full_cache_agrees_with_itself_and_missing_samples_do_not_count():
     assert agreements(arm) == {}
 
 
+def test_a_table_below_the_gate_is_dim_and_says_so():
+    def printed(metric: str, full: float, gate: float) -> str:
+        records = [make_record(arm, "s0", full, metric=metric).to_dict() for arm in ("full", "h2o@0.5")]
+        output = io.StringIO()
+        print_tables(records, "m", Console(file=output, width=120, force_terminal=True), gate)
+        return output.getvalue()
+
+    below = printed("string_match_all", 0.5, 60.0)
+    assert "\x1b[2m" in below
+    assert "the full cache scores below" in below
+    for other in (printed("string_match_all", 0.5, 50.0), printed("qa_f1", 0.5, 60.0)):
+        assert "below" not in other
+        assert "\x1b[2m" not in other
+
+
 def test_names_in_records_are_shown_not_obeyed():
     hostile = make_record("full", "s1", 1.0, dataset=HOSTILE)
     hostile.arm = HOSTILE

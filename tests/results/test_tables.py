@@ -188,3 +188,42 @@ def test_names_in_records_are_data_for_spreadsheets_and_latex(name, tmp_path):
     assert "\\input" not in latex(table)
     if name.startswith("\\"):
         assert "\\textbackslash{}input\\{/etc/passwd\\}\\textasciitilde{}\\textasciicircum{}" in latex(table)
+
+
+def ruler_records(dataset: str, full: float, other: float, n: int = 12):
+    levels = {"full": full, "h2o@0.5": other, "kvmerger@0.5": full}
+    return [
+        make_record(arm, f"s{i}", level, dataset, metric="string_match_all")
+        for arm, level in levels.items() for i in range(n)
+    ]  # fmt: skip
+
+
+def test_a_gated_data_set_on_which_the_full_cache_fails_ranks_nobody(tmp_path):
+    levels = {"able": (0.9, 0.1), "unable": (0.5, 0.0), "fair": (0.6, 0.2)}
+    runs = [(name, make_run(tmp_path, name, ruler_records(name, *pair))) for name, pair in levels.items()]
+    spec = make_spec(*runs, arms=("full", "h2o@0.5", "kvmerger@0.5"))
+    table = build_table(spec)
+    able, unable, fair = table.columns
+    assert [column.below_gate for column in table.columns] == [False, True, False]
+    assert able.cells["kvmerger@0.5"].best
+    assert fair.comparisons
+    assert not unable.comparisons
+    assert not any(cell.best for cell in unable.cells.values())
+    assert table.averaged == ("able", "fair")
+    assert table.average.cells["h2o@0.5"].score == pytest.approx(15)
+    text = markdown(table)
+    assert "unable, n = 12, below the gate | fair, n = 12 | average of 2 of 3" in text
+    assert "*(50.00 [all equal])*" in text
+    assert "on unable the full cache itself scores under 60" in text
+    assert "Mean over all 3 data sets: full 66.67, h2o@0.5 10.00, kvmerger@0.5 66.67." in text
+    assert r"\textcolor{gray}{50.00 {\scriptsize [all equal]}}" in latex(table)
+    rows = list(csv.DictReader(io.StringIO(cells_csv(table))))
+    assert [r["note"] for r in rows if r["dataset"] == "unable"] == ["full cache below the gate of 60"] * 3
+    lower = build_table(replace(spec, gate=50))
+    assert not any(column.below_gate for column in lower.columns)
+    assert "elow the gate" not in markdown(lower)
+
+
+def test_longbench_has_no_gate(build):
+    table = build([make_record("full", "a", 0.1), make_record("h2o@0.5", "a", 0.0)])
+    assert not table.columns[0].below_gate
