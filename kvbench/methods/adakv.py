@@ -11,30 +11,26 @@ decide (largest first, ties: the lower head), and the total is exact. Its `norma
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share
+from kvbench.methods.base import CompressedLayer, LayerStates, floor_share
 from kvbench.methods.options import Fraction
-from kvbench.methods.scored import ScoredPolicy, protect_first, require_scores, take_slots
+from kvbench.methods.scored import OverScores, ScoredPolicy, protect_first, take_marked
 from kvbench.methods.snapkv import SnapKV
-from kvbench.ops.selection import largest_by_recency, marked_positions
+from kvbench.ops.selection import largest_by_recency, largest_of_all
 
 PAPERS_BASE = SnapKV()
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaKV(Policy):
+class AdaKV(OverScores):
     """Ragged heads over the scores of another method; one selection at the end of the prompt.
 
     Attributes:
-        base: the method whose scores, protected tokens and layer budgets are used, its own `budget` is not: SnapKV
-            (the paper), PyramidKV, Knorm, ExpectedAttention or another `ScoredPolicy`, at its own defaults. On the
-            command line `method.base._target_=kvbench.methods.knorm.Knorm +method.base.recent_tokens=32`.
         floor_share: share of its average slots that every head gets for certain; 1 is the base method. The authors
             recommend 0.2 with grouped-query attention.
     """
@@ -43,30 +39,6 @@ class AdaKV(Policy):
     floor_share: Fraction = 0.2
 
     name: ClassVar[str] = "adakv"
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        require_scores(self.base)
-        super().__post_init__()
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the base method needs."""
-        return self.base.needs
-
-    @property
-    def window_tokens(self) -> int:
-        """The base method's window."""
-        return self.base.window_tokens
-
-    @property
-    def minimum_tokens(self) -> int:
-        """The base method's minimum."""
-        return self.base.minimum_tokens
-
-    def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
-        """The base method's layer budgets for this budget; over PyramidKV, layers and heads both differ."""
-        return dataclasses.replace(self.base, budget=self.budget).layer_budgets(n_tokens, n_layers)
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Keep each head's best, in the order of positions; `lengths` sum to `H_k * budget_tokens`."""
@@ -77,17 +49,14 @@ class AdaKV(Policy):
         kept = torch.ones_like(scores, dtype=torch.bool)
         older = protect_first(scores, first)[:, : n_tokens - last]
         kept[:, : n_tokens - last] = largest_by_recency(older, lengths.unsqueeze(1) - last)
-        positions = marked_positions(kept, int(lengths.max())).clamp_max(n_tokens - 1)
-        return take_slots(layer, positions, lengths)
+        return take_marked(layer, kept)
 
     def head_slots(self, scores: Tensor, average: int) -> Tensor:
         """Divide `H_k * average` slots among heads by `(H_k, n)` scores of competing tokens; `(H_k,)` int64, <= n."""
         n_heads = scores.shape[0]
         total = n_heads * average
         floor = floor_share(self.floor_share, average)
-        pooled = scores.flip(1).T.flatten()  # by position from the last, then head: a stable sort keeps that for ties
-        winners = pooled.sort(descending=True, stable=True).indices[:total].remainder(n_heads)
-        counts = (winners == torch.arange(n_heads, device=scores.device).unsqueeze(1)).sum(1)
+        counts = largest_of_all(scores, total).sum(1)
         shares = counts * (total - n_heads * floor)  # times 1 / total, in integers
         slots = shares // max(total, 1)
         left = total - n_heads * floor - slots.sum()

@@ -12,28 +12,25 @@ chunks). The paper's reuse of one layer's choice in the next is not offered.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.base import CompressedLayer, LayerStates
 from kvbench.methods.options import Positive
-from kvbench.methods.scored import ScoredPolicy, require_scores, take_slots
+from kvbench.methods.scored import OverScores, ScoredPolicy, take_slots
 from kvbench.methods.snapkv import SnapKV
 
 PAPERS_BASE = SnapKV(kernel_tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkKV(Policy):
+class ChunkKV(OverScores):
     """Whole chunks over the scores of another method; one selection at the end of the prompt.
 
     Attributes:
-        base: the method whose scores, protected tokens and layer budgets are used, at its own defaults: votes of the
-            last queries without pooling (the paper), or any `ScoredPolicy`, as in `adakv`.
         chunk_tokens: tokens of a chunk; 20 in kvpress.
     """
 
@@ -41,30 +38,6 @@ class ChunkKV(Policy):
     chunk_tokens: Positive = 20
 
     name: ClassVar[str] = "chunkkv"
-
-    def __post_init__(self) -> None:
-        """Validate the options; raises `ConfigError`."""
-        require_scores(self.base)
-        super().__post_init__()
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the base method needs."""
-        return self.base.needs
-
-    @property
-    def window_tokens(self) -> int:
-        """The base method's window."""
-        return self.base.window_tokens
-
-    @property
-    def minimum_tokens(self) -> int:
-        """The base method's minimum."""
-        return self.base.minimum_tokens
-
-    def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
-        """The base method's layer budgets for this budget."""
-        return dataclasses.replace(self.base, budget=self.budget).layer_budgets(n_tokens, n_layers)
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Keep the best chunks, and of the first that does not fit the best tokens (ties: the more recent)."""

@@ -22,7 +22,8 @@ from kvbench.methods.full import Full
 ENTRY_POINT_GROUP = "kvbench.policies"
 FIRST_IN_TABLES = (
     "full", "h2o", "cam", "kvmerger", "kvmerger_bias", "kvmerger_plus", "snapkv", "streaming_llm", "knorm", "pyramidkv",
-    "adakv", "tova", "keepkv", "weightedkv", "d2o", "expected_attention",
+    "adakv", "tova", "keepkv", "weightedkv", "d2o", "expected_attention", "criticalkv", "critical_adakv", "cake",
+    "kvzip", "defensivekv", "layer_defensivekv",
 )  # fmt: skip
 """Order of the arms of `arms=all`, by age; methods that are not listed follow by name."""
 BACKEND_HAS_GONE = (

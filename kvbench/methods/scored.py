@@ -6,7 +6,9 @@ allocates slots differently (`kvbench.methods.adakv`) takes the scores from here
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from kvbench.errors import ConfigError
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy, floor_share
 from kvbench.methods.options import Count, Fraction, GroupReduction
-from kvbench.ops.selection import heavy_and_recent, other_positions
+from kvbench.ops.selection import heavy_and_recent, largest_of_all, marked_positions, other_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,47 @@ class ScoredPolicy(Policy):
         """The method's name and the options that differ from their defaults: how another method's arm names it."""
         options = ",".join(f"{name}={value}" for name, value in sorted(self.options().items()))
         return f"{self.name}({options})" if options else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverScores(Policy):
+    """Another choice of slots by the scores of a method.
+
+    Attributes:
+        base: the method whose scores, protected tokens and layer budgets are used, its own `budget` is not: SnapKV
+            (the papers), PyramidKV, Knorm, ExpectedAttention or another `ScoredPolicy`, at its own defaults. On the
+            command line `method.base._target_=kvbench.methods.knorm.Knorm +method.base.recent_tokens=32`.
+    """
+
+    base: ScoredPolicy
+
+    def __post_init__(self) -> None:
+        """Validate the options; raises `ConfigError`."""
+        if not isinstance(self.base, ScoredPolicy):
+            raise ConfigError(
+                f"base={self.base!r} scores no keys: give a method of kvbench.methods.scored, e.g. "
+                "base._target_=kvbench.methods.snapkv.SnapKV"
+            )
+        super().__post_init__()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the base method needs."""
+        return self.base.needs
+
+    @property
+    def window_tokens(self) -> int:
+        """The base method's window."""
+        return self.base.window_tokens
+
+    @property
+    def minimum_tokens(self) -> int:
+        """The base method's minimum."""
+        return self.base.minimum_tokens
+
+    def layer_budgets(self, n_tokens: int, n_layers: int) -> list[int]:
+        """The base method's layer budgets for this budget; over PyramidKV, layers and heads both differ."""
+        return dataclasses.replace(self.base, budget=self.budget).layer_budgets(n_tokens, n_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +149,23 @@ def protect_first(scores: Tensor, n_first: int) -> Tensor:
     return ranks
 
 
-def require_scores(base: object) -> None:
-    """Raise `ConfigError` unless a method's base scores keys."""
-    if not isinstance(base, ScoredPolicy):
-        raise ConfigError(
-            f"base={base!r} scores no keys: give a method of kvbench.methods.scored, e.g. "
-            "base._target_=kvbench.methods.snapkv.SnapKV"
-        )
-
-
 def take_slots(layer: LayerStates, positions: Tensor, lengths: Tensor | None = None) -> CompressedLayer:
     """Copy the keys and values at `(H_k, m)` int64 positions; `lengths` `(H_k,)` if heads keep different numbers."""
     rows = positions.unsqueeze(-1).expand(-1, -1, layer.keys.shape[-1])
     return CompressedLayer(layer.keys.gather(1, rows), layer.values.gather(1, rows), positions, lengths=lengths)
 
 
+def take_marked(layer: LayerStates, marks: Tensor) -> CompressedLayer:
+    """Copy the keys and values that `(H_k, T)` bool marks; heads are ragged."""
+    lengths = marks.sum(1)
+    return take_slots(layer, marked_positions(marks, int(lengths.max())).clamp_max(layer.n_tokens - 1), lengths)
+
+
+def allocate_by_scores(scores: Sequence[Tensor], n_slots: int) -> list[int]:
+    """Slots of each layer among the best of all layers' `(H_k, T)` scores; ties: recency, then lower layer, head."""
+    return largest_of_all(torch.cat(list(scores)), n_slots).sum(1).view(len(scores), -1).sum(1).tolist()
+
+
 def window_votes(layer: LayerStates, window_tokens: int) -> Tensor:
-    """Attention each key receives from the last queries, `(H, T)` fp32; the prefill may have observed more of them."""
-    return layer.observed("window_attention")[:, -window_tokens:].sum(1, dtype=torch.float32)
+    """Mean attention of each key from the last queries, `(H, T)` fp32; the prefill may have observed more of them."""
+    return layer.observed("window_attention")[:, -window_tokens:].mean(1, dtype=torch.float32)

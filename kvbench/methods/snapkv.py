@@ -2,7 +2,7 @@
 
 Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation" (NeurIPS 2024, arXiv 2404.14469);
 official code FasterDecoding/SnapKV, `snapkv/monkeypatch/snapkv_utils.py`. The votes of the last W queries (their
-softmax rows, summed) are pooled along the tokens so that a chosen token brings its neighbours, and the best are kept
+softmax rows, averaged) are pooled along the tokens so that a chosen token brings its neighbours, and the best are kept
 with the W tokens themselves. It fires once; while decoding the cache grows.
 
 Deviations: accumulation in fp32 (there: fp16 probabilities), and grouped-query attention keeps one set per KV head

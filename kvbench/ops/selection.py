@@ -17,6 +17,14 @@ def largest_by_recency(scores: Tensor, n_largest: int | Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen.expand_as(order))
 
 
+def largest_of_all(scores: Tensor, n_largest: int) -> Tensor:
+    """Mark the `n_largest` of all rows of `(H, T)` scores together, `(H, T)` bool; ties: by recency, then lower row."""
+    n_rows = scores.shape[0]
+    order = scores.flip(1).T.flatten().sort(descending=True, stable=True).indices[:n_largest]
+    marks = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    return marks.index_fill_(0, order, True).view(-1, n_rows).flip(0).T
+
+
 def heavy_and_recent(ranks: Tensor, heavy: int, recent: int, kernels: str = "torch") -> Tensor:
     """Positions of the last `recent` tokens and of the `heavy` best of the older ones by `(H, T)` fp32 ranks.
 

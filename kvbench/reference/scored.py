@@ -16,7 +16,7 @@ from torch import Tensor
 def pooled_votes(
     window_attention: Tensor, n_kv_heads: int, L_obs: int, kernel: int = 7, pooling: str = "max", reduce: str = "mean"
 ) -> list[list[float]]:
-    """Votes per key of the prefix and KV head, pooled, from `(H, L, T)` softmax rows of the last L >= L_obs queries."""
+    """Mean votes per key of the prefix and KV head, pooled, from `(H, L, T)` rows of the last L >= L_obs queries."""
     n_query_heads, n_rows, n_tokens = window_attention.shape
     group, L_prefix = n_query_heads // n_kv_heads, n_tokens - L_obs
     rows = window_attention.float().tolist()
@@ -24,7 +24,8 @@ def pooled_votes(
     for h in range(n_kv_heads):
         C = []
         for j in range(L_prefix):
-            votes = [sum(rows[h * group + g][i][j] for i in range(n_rows - L_obs, n_rows)) for g in range(group)]
+            mine = rows[h * group : (h + 1) * group]
+            votes = [sum(head[i][j] for i in range(n_rows - L_obs, n_rows)) / L_obs for head in mine]
             C.append({"mean": sum(votes) / group, "max": max(votes), "first": votes[0]}[reduce])
         half = kernel // 2
         head = []

@@ -27,6 +27,9 @@ SHORT_PROMPTS = {  # windows and whole layers that leave something to choose on 
     "chunkkv": {"base": SnapKV(observation_tokens=4), "chunk_tokens": 6},
     "lagkv": {"lag_tokens": 16},
     "zsmerge": {"dense_slots": 3},
+    "criticalkv": {"base": SnapKV(observation_tokens=4)},
+    "critical_adakv": {"base": SnapKV(observation_tokens=4)},
+    **{name: {"observation_tokens": 4} for name in ("defensivekv", "layer_defensivekv", "cake")},
 }
 COMPRESSED = [name for name in load_policies() if name != "full"]
 WITH_OPTIONS = [
@@ -43,9 +46,13 @@ WITH_OPTIONS = [
 def test_the_slots_kept_are_the_budget_to_the_last_one(name, options, n_tokens, budget, heads):
     policy = build_policy(name, {"budget": budget, **options})
     total = 0
-    for index, slots in enumerate(policy.layer_budgets(n_tokens, N_LAYERS)):
-        shape = {"layer_index": index, "n_layers": N_LAYERS, "head_dim": 8}
-        layer = policy.compress(make_layer(*heads, n_tokens, seed=index, correlated=True, **shape), slots)
+    shape = {"n_layers": N_LAYERS, "head_dim": 8, "correlated": True}
+    layers = [make_layer(*heads, n_tokens, seed=index, layer_index=index, **shape) for index in range(N_LAYERS)]
+    budgets = policy.layer_budgets(n_tokens, N_LAYERS)
+    if policy.allocates:
+        budgets = policy.allocate([policy.preference(layer) for layer in layers], n_tokens, heads[1])
+    for states, slots in zip(layers, budgets, strict=True):
+        layer = policy.compress(states, slots)
         total += layer.n_slots
         assert layer.keys.isfinite().all()
         lengths = [layer.keys.shape[1]] * heads[1] if layer.lengths is None else layer.lengths.tolist()

@@ -9,10 +9,13 @@ from twins import assert_as_twin
 
 from kvbench.methods.adakv import AdaKV
 from kvbench.methods.base import LayerStates
+from kvbench.methods.cake import CAKE
 from kvbench.methods.cam import CaM
 from kvbench.methods.chunkkv import ChunkKV
 from kvbench.methods.compactor import Compactor
+from kvbench.methods.criticalkv import CriticalAdaKV, CriticalKV
 from kvbench.methods.d2o import D2O
+from kvbench.methods.defensivekv import DefensiveKV, LayerDefensiveKV
 from kvbench.methods.expected_attention import ExpectedAttention
 from kvbench.methods.grkv import GRKV
 from kvbench.methods.h2o import H2O
@@ -20,6 +23,7 @@ from kvbench.methods.keepkv import KeepKV
 from kvbench.methods.knorm import Knorm
 from kvbench.methods.kvmerger import KVMerger, KVMergerBias
 from kvbench.methods.kvmerger_plus import KVMergerPlus
+from kvbench.methods.kvzip import KVzip
 from kvbench.methods.lagkv import LagKV
 from kvbench.methods.pyramidkv import PyramidKV
 from kvbench.methods.registry import build_policy, load_policies
@@ -31,6 +35,7 @@ from kvbench.methods.weightedkv import WeightedKV
 from kvbench.methods.zsmerge import ZSMerge
 from kvbench.ops.segments import cosines_at, unit_keys
 from kvbench.runtime.attention import attention_implementation
+from kvbench.runtime.model_check import output_weights
 from kvbench.runtime.observe import Observer
 
 EXPECTED = [
@@ -97,6 +102,18 @@ POLICIES = [
     *(Compactor(budget=0.4, **options) for options in COMPACT),
     *(ZSMerge(budget=0.4, **options) for options in DENSE),
 ]  # fmt: skip
+SMALL = SnapKV(observation_tokens=8)
+CRITICAL = [{}, {"first_stage_share": 0.0}, {"first_stage_share": 1.0}, {"epsilon": 0.1}, {"base": ExpectedAttention()}]
+DEFENSIVE = [{}, {"window_mass": "own"}, {"first_stage_mass": 0.3}, {"first_stage_mass": 1.0}, {"kernel_tokens": 1}]
+POLICIES += [
+    *(kind(budget=0.4, **{"base": SMALL, **options}) for kind in (CriticalKV, CriticalAdaKV) for options in CRITICAL),
+    *(CriticalAdaKV(budget=0.4, base=SMALL, floor_share=share) for share in (0.0, 0.6, 1.0)),
+    *(kind(budget=0.4, **{"observation_tokens": 8, **options})
+      for kind in (DefensiveKV, LayerDefensiveKV) for options in DEFENSIVE),
+    *(KVzip(budget=0.4, selection=kind) for kind in ("global", "layerwise", "uniform")),
+    KVzip(budget=0.4, start_tokens=1), CAKE(budget=0.4, observation_tokens=8),
+    CAKE(budget=0.4, observation_tokens=5, gamma=0.0, kernel_tokens=3),
+]  # fmt: skip
 NEW = load_policies().keys() - {policy.name for policy in POLICIES} - {"full"}
 POLICIES += [build_policy(name, {"budget": 0.4}) for name in sorted(NEW)]  # a method needs a twin, and no line here
 LAYERS = [(4, 4, 61, False), (4, 4, 61, True), (6, 2, 97, False), (6, 2, 97, True), (3, 1, 41, True)]
@@ -113,13 +130,14 @@ def test_a_method_is_its_twin(n_query_heads, n_kv_heads, n_tokens, correlated, p
     layer.keys *= torch.linspace(0.5, 2.0, n_kv_heads).reshape(-1, 1, 1)  # heads of different norm
     layer.extras["queries"] += 1.5  # a mean, so that the rotation of the mean matters
     layer.extras["rotary_frequencies"] = layer.extras["rotary_frequencies"][: 8 if n_kv_heads == 4 else 6]
-    m = policy.layer_budgets(n_tokens, layer.n_layers)[layer.layer_index]
+    per_head = policy.layer_budgets(n_tokens, layer.n_layers)[layer.layer_index]
+    m = per_head * n_kv_heads if policy.allocates else per_head
     expected = assert_as_twin(policy, layer, m)
     slots = sum(len(positions) for positions, *_ in expected)
     if policy.exact_budget:
-        assert slots == n_kv_heads * m
+        assert slots == n_kv_heads * per_head
     elif correlated:
-        assert slots < 0.9 * n_kv_heads * m  # something merged
+        assert slots < 0.9 * n_kv_heads * per_head  # something merged
     if isinstance(policy, KVMerger | EvictAndMerge) and policy.merge and correlated:
         change = relative_rms(
             torch.cat([values for _, _, values, _ in expected]),
@@ -127,7 +145,7 @@ def test_a_method_is_its_twin(n_query_heads, n_kv_heads, n_tokens, correlated, p
         )
         assert change == 0.0 if getattr(policy, "threshold", 0.0) == 1.0 else change > 0.1
     if isinstance(policy, AdaKV) and policy.floor_share == 1.0:
-        alone = policy.base.compress(layer, m).positions.tolist()
+        alone = policy.base.compress(layer, per_head).positions.tolist()
         assert [positions for positions, *_ in expected] == alone
 
 
@@ -137,7 +155,9 @@ TEXT = " ".join(
 )
 REAL = [
     H2O(budget=0.35), CaM(budget=0.35), SnapKV(budget=0.35), Knorm(budget=0.35), TOVA(budget=0.35),
-    ExpectedAttention(budget=0.35, future_tokens=16), D2O(budget=0.4), WeightedKV(budget=0.35), KeepKV(budget=0.35),
+    CriticalKV(budget=0.35), CriticalAdaKV(budget=0.35), DefensiveKV(budget=0.35), LayerDefensiveKV(budget=0.35),
+    CAKE(budget=0.35), ExpectedAttention(budget=0.35, future_tokens=16), D2O(budget=0.4), WeightedKV(budget=0.35),
+    KeepKV(budget=0.35),
     KVMerger(budget=0.5), KVMerger(budget=0.35), KVMergerBias(budget=0.35), KVMerger(budget=0.35, linkage="anchor"),
     KVMerger(budget=0.35, scope="layer", sigma_mode="mean_distance"), KVMerger(budget=0.5, budget_mode="threshold"),
     KVMerger(budget=0.5, budget_mode="threshold", linkage="anchor"),
@@ -149,9 +169,10 @@ def layers(smollm2) -> dict[int, LayerStates]:
     input_ids = smollm2.tokenizer(TEXT, return_tensors="pt").input_ids[:, :201]  # odd length
     states: list[LayerStates] = []
     observer = Observer(
-        needs=frozenset({"column_sums", "window_attention", "window_logsumexp", "queries", "rotary_frequencies"}),
-        window_tokens=32, n_layers=30, n_query_heads=9, seed=1, on_layer=states.append, kernels="torch",
-        config=smollm2.model.config,
+        needs=frozenset({"column_sums", "window_attention", "window_logsumexp", "queries", "rotary_frequencies"}
+        | {"output_weight"}),
+        window_tokens=32, given={"output_weight": output_weights(smollm2.model)},
+        n_layers=30, n_query_heads=9, seed=1, on_layer=states.append, kernels="torch", config=smollm2.model.config,
     )  # fmt: skip
     with torch.no_grad(), attention_implementation(smollm2.model):
         smollm2.model(input_ids=input_ids, use_cache=False, logits_to_keep=1, attention_context=observer)
@@ -166,7 +187,8 @@ def test_a_method_is_its_twin_on_real_keys(layers, index, policy):
     layer = layers[index]
     if index < getattr(policy, "whole_first_layers", 0):
         policy = dataclasses.replace(policy, whole_first_layers=0)
-    assert_as_twin(policy, layer, policy.layer_budgets(layer.n_tokens, layer.n_layers)[index])
+    m = policy.layer_budgets(layer.n_tokens, layer.n_layers)[index]
+    assert_as_twin(policy, layer, m * layer.n_kv_heads if policy.allocates else m)
 
 
 @pytest.mark.model

@@ -7,6 +7,7 @@ from policy_inputs import relative_rms
 
 from kvbench.methods.base import reduce_groups
 from kvbench.methods.expected_attention import ExpectedAttention
+from kvbench.reference import criticalkv, defensivekv
 from kvbench.reference.expected_attention import reference_scores
 from kvbench.reference.kvmerger import reference_kvmerger
 from kvbench.reference.kvmerger_plus import reference_positions, reference_refit
@@ -151,6 +152,8 @@ SHARED = {  # twins that need their arguments spelled out; limits of the relativ
     "adakv": (adakv, *EXACT),
     **dict.fromkeys(("kvmerger", "kvmerger_bias"), (kvmerger, 1e-5, 1e-5, 1e-6)),
     "kvmerger_plus": (kvmerger_plus, 0.0, 1e-4, 1e-4),
+    "critical_adakv": (criticalkv.twin, *EXACT),
+    "layer_defensivekv": (defensivekv.twin, *EXACT),
     "d2o": (evicted_and_merged, 1e-6, 1e-6, 0.0),
     "weightedkv": (evicted_and_merged, 0.0, 1e-6, 0.0),
     "keepkv": (evicted_and_merged, 1e-6, 1e-6, 1e-6),
