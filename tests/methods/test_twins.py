@@ -77,7 +77,14 @@ COMPACT = [
     {"tile_tokens": 16, "sketch_dimensions": 10}, {"terms": "leverage", "sketch_dimensions": 7}, {"terms": "attention"},
     {"blending": 0.0, "tile_tokens": 1}, {"blending": 3.0, "start_tokens": 0, "end_tokens": 0},
 ]  # fmt: skip
-SHORT = {"question_queries": 4, "kernel_tokens": 5, "text_queries": 20, "refit_queries": 8}
+SHORT = {
+    "reach_queries": 10,
+    "recent_tokens": 5,
+    "question_queries": 4,
+    "kernel_tokens": 5,
+    "text_queries": 20,
+    "refit_queries": 8,
+}
 POLICIES = [
     *(H2O(budget=0.35, recent_share=0.4, group_reduce=reduce, normalise_by_count=by_count)
       for reduce in ("mean", "max", "first") for by_count in (False, True)),
