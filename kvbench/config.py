@@ -19,7 +19,7 @@ from omegaconf import MISSING, DictConfig
 from kvbench.commands import one_line
 from kvbench.errors import ConfigError
 from kvbench.fields import Seed, Within
-from kvbench.methods.registry import all_arms, load_policies, method_config
+from kvbench.methods.registry import all_arms, load_policies, merging_arms, method_config
 from kvbench.models.config import ModelConfig
 from kvbench.paths import config_folder
 from kvbench.tasks import register_benchmarks
@@ -86,6 +86,7 @@ def register() -> None:
     for name, policy in load_policies().items():
         store.store(group="method", name=name, node=method_config(policy), provider=policy.__module__)
     store.store(group="arms", name="all", node=all_arms(), provider="kvbench")
+    store.store(group="arms", name="merging", node=merging_arms(), provider="kvbench")
     everyone = all_arms(before_question=True)
     store.store(group="arms", name="all_before_question", node=everyone, provider="kvbench")
 

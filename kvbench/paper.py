@@ -96,8 +96,11 @@ def table_spec(parts: Sequence[ExperimentPart], command: str) -> TableSpec:
     arms = tuple(ExpectedArm(a.key, a.policy.name, a.policy.budget, not a.policy.options()) for a in plan.arms)
     columns = tuple(ExpectedColumn(part.plan.task.name, part.run, command) for part in parts)
     title = f"{parts[0].experiment} ({plan.compress.replace('_', ' ')})"
-    gate = plan.config["output"]["gate"]
-    return TableSpec(parts[0].experiment, plan.model.name, title, arms, columns, plan.mix_environments, gate)
+    keys = {arm.policy: arm.key for arm in plan.arms}
+    bases = {arm.key: arm.policy.without_merging() for arm in plan.arms}
+    merging = tuple((key, keys[base]) for key, base in bases.items() if base in keys)
+    settings = plan.mix_environments, plan.config["output"]["gate"], merging
+    return TableSpec(parts[0].experiment, plan.model.name, title, arms, columns, *settings)
 
 
 def merged_plans(parts: Sequence[ExperimentPart]) -> list[Plan]:

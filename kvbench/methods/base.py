@@ -334,6 +334,13 @@ class Policy(ABC):
         """
         raise RuntimeError(f"{self.name} declares no decoding step")
 
+    def without_merging(self) -> Policy | None:
+        """The base of a method that merges: the same slots with nothing merged into them; None if this merges nothing.
+
+        Here by the option `merge`, which such a method has; one with another switch says so.
+        """
+        return dataclasses.replace(self, **{"merge": False}) if getattr(self, "merge", False) else None
+
     @classmethod
     def rows_stepper(cls) -> type[RowsStepper] | None:
         """The class that does to all rows on a GPU what `step` does to one; None steps them row by row."""

@@ -114,6 +114,10 @@ class GRKV(Policy):
         """The base's layer budgets for this budget."""
         return dataclasses.replace(self.base, budget=self.budget).layer_budgets(n_tokens, n_layers)
 
+    def without_merging(self) -> Policy | None:
+        """The slots as they were chosen, nothing refitted."""
+        return None if self.refit == "none" else dataclasses.replace(self, refit="none")
+
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Let the base choose, then refit. A budget of T leaves the layer as the base does."""
         kept = self.base.compress(layer, budget_tokens)

@@ -31,6 +31,7 @@ heads alike, a quarter of the slots for the last tokens) is in `docs/findings.md
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,10 @@ class KVMergerPlus(Policy):
     def allocate(self, preferences: Sequence[Tensor], n_tokens: int, n_kv_heads: int) -> list[int]:
         """How many of the tokens of longest reach lie in each layer."""
         return allocate_by_scores(preferences, len(preferences) * n_kv_heads * self.budget_tokens(n_tokens))
+
+    def without_merging(self) -> Policy | None:
+        """The slots as they were chosen, nothing refitted."""
+        return None if self.refit == "none" else dataclasses.replace(self, refit="none")
 
     def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
         """Choose slots and refit them; with a bias if `refit` is "both". A layer that keeps all is left whole."""

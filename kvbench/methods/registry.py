@@ -26,6 +26,7 @@ FIRST_IN_TABLES = (
     "kvzip", "defensivekv", "layer_defensivekv",
 )  # fmt: skip
 """Order of the arms of `arms=all`, by age; methods that are not listed follow by name."""
+SHARES = (0.5, 0.35, 0.2)
 BACKEND_HAS_GONE = (
     " is no option of a method any more: kernels are the engine's choice, so leave it out and set engine.kernels "
     "(auto, torch or triton; engine=plain is torch everywhere)"
@@ -73,17 +74,31 @@ def all_arms(before_question: bool = False) -> dict[str, dict[str, Any]]:
     Methods that have the model repeat a prompt without its question are in `arms=all_before_question` only. KVMerger
     and D2O leave three layers whole, which a model of few layers cannot pay for at the lower budgets.
     """
-    own = _own_policies()
     arms = {}
-    for name in [*FIRST_IN_TABLES, *sorted(own.keys() - set(FIRST_IN_TABLES))]:
-        policy = own[name]
+    for name, policy in _in_order().items():
         if "reconstruction" in policy().needs and not before_question:
             continue
         if policy is Full:
             arms[name] = method_config(policy)
         else:
-            arms |= {f"{name}_{100 * share:.0f}": method_config(policy, budget=share) for share in (0.5, 0.35, 0.2)}
+            arms |= {f"{name}_{100 * share:.0f}": method_config(policy, budget=share) for share in SHARES}
     return arms
+
+
+def merging_arms() -> dict[str, dict[str, Any]]:
+    """What `arms=merging` composes: every method that merges, with its base, at 50, 35 and 20 %; the full cache."""
+    arms = {Full.name: method_config(Full)}
+    for name, policy in _in_order().items():
+        if (base := policy().without_merging()) is not None:
+            for share in SHARES:
+                arms[f"{name}_{100 * share:.0f}"] = method_config(policy, budget=share)
+                arms[f"{name}_off_{100 * share:.0f}"] = method_config(policy, budget=share, **base.options())
+    return arms
+
+
+def _in_order() -> dict[str, type[Policy]]:
+    own = _own_policies()
+    return {name: own[name] for name in [*FIRST_IN_TABLES, *sorted(own.keys() - set(FIRST_IN_TABLES))]}
 
 
 @functools.cache

@@ -69,6 +69,7 @@ class TableSpec:
     columns: tuple[ExpectedColumn, ...]
     mix_environments: bool = False  # whether answers of several environments may stand side by side
     gate: float = DEFAULT_GATE  # score of the full cache (0..100) below which a gated metric's column ranks no arms
+    merging: tuple[tuple[str, str], ...] = ()  # keys of arms that merge, each with that of its base
 
 
 @dataclass(frozen=True)

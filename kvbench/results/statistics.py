@@ -112,6 +112,15 @@ def percentile_interval(values: Floats, n: int) -> Interval | None:
     return Interval(float(low), float(high))
 
 
+def mean_interval(values: Floats) -> Interval | None:
+    """Interval of a mean over samples; None below 2 of them."""
+    if len(values) < 2:
+        return None
+    rng = np.random.default_rng([SEED, len(values)])
+    found = bootstrap((values,), np.mean, n_resamples=N_RESAMPLES, method="percentile", rng=rng)
+    return percentile_interval(np.asarray(found.bootstrap_distribution), len(values))
+
+
 def score_interval(columns: Mapping[str, Scores]) -> Interval | None:
     """Interval of one arm's score by data set, over several that of their unweighted mean; None if one has 1 sample."""
     if not columns or any(len(scores.parts) < 2 for scores in columns.values()):

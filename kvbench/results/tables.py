@@ -5,6 +5,7 @@ Nothing here depends on the clock or on the order of files: the same records giv
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import pandas as pd
 
 from kvbench.paths import file_stem
+from kvbench.results import merging
 from kvbench.results.cells import AVERAGE_OF_NINE, Cell, Column, Table
+from kvbench.results.merging import merging_effects
 from kvbench.results.summary import number
 
 MISSING = "no records"
@@ -56,6 +59,7 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{table.spec.name}-{file_stem(table.spec.model)}"
     writers = {".md": markdown, ".csv": cells_csv, "-pairs.csv": pairs_csv, ".tex": latex}
+    writers |= {"-merging.csv": merging_csv} if merging_effects(table) else {}
     texts = {stem.with_name(stem.name + suffix): write(table) for suffix, write in writers.items()}
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
@@ -132,6 +136,9 @@ def markdown(table: Table) -> str:
     if details := [[f"`{row[0]}`", *row[1:]] for row in detail_rows(table)]:
         lines += ["", "## Budgets, closeness to the full cache, time", "", *_pipe(DETAIL_HEADER, details)]
         lines += ["", DETAIL_NOTE]
+    if effects := merging_effects(table):
+        lines += ["", "## Merging against its own base", "", *_pipe(merging.HEADER, merging.merging_rows(effects))]
+        lines += ["", merging.NOTE]
     lines += _sources(table, footnotes)
     if table.runs:
         lines += ["", "## Runs", ""]
@@ -241,6 +248,17 @@ def pairs_csv(table: Table) -> str:
         for column in table.all_columns for c in column.comparisons
     ]  # fmt: skip
     return _csv(PAIR_COLUMNS, rows)
+
+
+def merging_csv(table: Table) -> str:
+    """One line per arm that merges and its base, in full precision."""
+    rows = []
+    for effect in merging_effects(table):
+        row = dataclasses.asdict(effect)
+        for name in ("score_interval", "kl_interval"):
+            row[f"{name}_low"], row[f"{name}_high"] = row.pop(name) or (None, None)
+        rows.append(row)
+    return _csv(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

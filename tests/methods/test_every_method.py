@@ -5,13 +5,15 @@ import itertools
 import re
 
 import pytest
+import torch
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_inputs import make_layer
 
 from kvbench.errors import BudgetError
 from kvbench.methods.adakv import AdaKV
-from kvbench.methods.registry import build_policy, load_policies
+from kvbench.methods.registry import build_policy, load_policies, merging_arms
 from kvbench.methods.snapkv import SnapKV
 
 N_LAYERS = 6
@@ -83,6 +85,41 @@ def test_what_a_refused_budget_is_told_helps(name):
                 policy.layer_budgets(int(longer[1]), n_layers)
             for option in re.findall(r"whole_\w+_layers", message):
                 assert getattr(policy, option) > 0
+
+
+MERGERS = [name for name in COMPRESSED if build_policy(name).without_merging() is not None]
+
+
+@pytest.mark.parametrize("name", MERGERS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_a_base_keeps_the_same_slots_as_they_were_in_the_same_bytes_but_for_a_bias(name, heads):
+    policy = build_policy(name, {"budget": 0.4, **SHORT_PROMPTS.get(name, {})})
+    base = policy.without_merging()
+    layer = make_layer(*heads, 97, seed=3, correlated=True)
+    slots = policy.layer_budgets(97, layer.n_layers)
+    assert base.layer_budgets(97, layer.n_layers) == slots
+    merged, kept = (one.compress(layer, slots[layer.layer_index]) for one in (policy, base))
+    assert torch.equal(merged.positions, kept.positions)
+    assert (merged.lengths is None) == (kept.lengths is None)
+    assert merged.lengths is None or torch.equal(merged.lengths, kept.lengths)
+    for name, own in (("keys", layer.keys), ("values", layer.values)):
+        ours = getattr(kept, name)
+        assert torch.equal(ours, own.gather(1, kept.positions.unsqueeze(-1).expand_as(ours)))
+        assert getattr(merged, name).nbytes == ours.nbytes
+    assert kept.bias is None  # it has nothing to weigh; what one costs is in the records' bytes
+    changed = policy.steps or not torch.equal(merged.values, kept.values)
+    assert changed  # a method that steps merges while decoding
+    assert base.without_merging() is None
+
+
+def test_the_methods_that_merge_are_known():
+    expected = {"cam", "d2o", "grkv", "keepkv", "kvmerger", "kvmerger_bias", "kvmerger_plus", "weightedkv", "zsmerge"}
+    assert set(MERGERS) == expected
+    arms = merging_arms()
+    assert len(arms) == 1 + 2 * 3 * len(expected)
+    for name in expected:
+        on, off = (instantiate(arms[key]) for key in (f"{name}_35", f"{name}_off_35"))
+        assert on.without_merging() == off
 
 
 @pytest.mark.parametrize("name", ["kvmerger", "d2o"])
