@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import math
 import subprocess
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from kvbench.methods.base import LayerStates
 from kvbench.methods.cam import CaM
 from kvbench.methods.chunkkv import ChunkKV
 from kvbench.methods.compactor import Compactor, gaussian_sketch
+from kvbench.methods.grkv import GRKV, layer_slots
 from kvbench.methods.keepkv import KeepKV
 from kvbench.methods.keydiff import KeyDiff
 from kvbench.methods.lagkv import LagKV
@@ -248,6 +250,49 @@ def keepkv(layer: Layer, budget: float, row_scale: str = "raw") -> Outcome:
     return Outcome(share, error, "keys, values, votes of the heads with the same slots")
 
 
+def grkv(layer: Layer, budget: float, solver_dtype: torch.dtype = torch.float32) -> Outcome:
+    """Value and key updates of grkv/solver.py on our slots, queries and targets, in bf16 as released."""
+    given = layer.states
+    states = dataclasses.replace(given, keys=given.keys.bfloat16(), values=given.values.bfloat16())
+    policy = GRKV(budget=budget)
+    m = policy.budget_tokens(states.n_tokens)
+    base, ours = policy.base.compress(states, m), policy.compress(states, m)
+    positions, padding = layer_slots(base)
+    mutable = ~(padding | policy.guarded(states, positions, padding))
+    rows, _ = policy.fitting_queries(states)
+    names = {"flatten_heads", "unflatten_heads", "state", "derivatives", "conjugate_gradient", "ridge_update"}
+    shared = {"sqrt": math.sqrt, "Callable": Callable}
+    attention = layer.official("grkv", "grkv/operators.py", names, **shared)
+    solver = layer.official("grkv", "grkv/solver.py", {"value_dual", "round_bounded"})
+    queries = (rows * states.keys.shape[-1] ** 0.5).unflatten(1, (states.group_size, -1)).to(solver_dtype)
+    n_queries = queries.shape[2]
+    nothing = torch.full(queries.shape[:3], -torch.inf, dtype=solver_dtype), torch.zeros_like(queries)
+    observations = SimpleNamespace(queries=queries, suffix_lse=nothing[0], suffix_value=nothing[1])
+
+    def operator(seen: Tensor) -> SimpleNamespace:
+        operator = SimpleNamespace(
+            obs=observations, mutable=mutable, visible=seen.unsqueeze(1).expand(-1, n_queries, -1)
+        )
+        operator.state = partial(attention["state"], operator)
+        return operator
+
+    every, kept = operator(torch.ones(states.keys.shape[:2], dtype=torch.bool)), operator(~padding)
+    target = every.state(states.keys.to(solver_dtype), states.values.to(solver_dtype))[0]
+    keys, values = (x.to(solver_dtype) for x in (base.keys, base.values))
+    weights = torch.full((n_queries,), policy.query_weight / n_queries, dtype=solver_dtype)
+    change, _ = solver["value_dual"](kept, keys, values, target, weights, policy.ridge)
+    values = solver["round_bounded"](values, change, mutable, policy.value_cap_ratio, torch.bfloat16)
+    weigh = SimpleNamespace(
+        forward=lambda x: x * weights.sqrt()[:, None], adjoint=lambda x: x * weights.sqrt()[:, None]
+    )
+    maps, lacking = attention["derivatives"](kept, keys, values, "key"), target - kept.state(keys, values)[0]
+    change, _ = attention["ridge_update"](*maps, weigh, lacking, policy.ridge, policy.iterations, policy.tolerance)
+    keys = solver["round_bounded"](keys, change, mutable, policy.key_cap_ratio, torch.bfloat16)
+    starts = torch.cat([base.keys, base.values], -1)
+    pairs = [(torch.cat(pair, -1) - starts)[mutable] for pair in ((ours.keys, ours.values), (keys, values))]
+    return Outcome(1.0, relative_error(*pairs), "corrections of keys and values (slots: ours)")
+
+
 METHODS: dict[str, tuple[Callable[[Layer, float], Outcome], str]] = {
     "keydiff": (keydiff, "kvpress KeyDiffPress"),
     "lagkv": (lagkv, "kvpress LagKVPress"),
@@ -255,10 +300,12 @@ METHODS: dict[str, tuple[Callable[[Layer, float], Outcome], str]] = {
     "compactor": (compactor, "kvpress CompactorPress"),
     "zsmerge": (zsmerge, "SusCom-Lab/ZSMerge `cache_init`"),
     "cam": (cam, "zyxxmu/cam `local_cam_mask`"),
+    "grkv": (grkv, "pjunjie/GRKV `value_dual`, `ridge_update`, `round_bounded`"),
+    "grkv fp64": (partial(grkv, solver_dtype=torch.float64), "the same, in fp64"),
     "keepkv": (keepkv, "kkvcache/KeepKV `KV_update`"),
     "keepkv softmax": (partial(keepkv, row_scale="softmax"), "the same, with `row_scale=softmax`"),
 }
-CLONES = ("zsmerge", "cam", "keepkv")
+CLONES = ("zsmerge", "cam", "keepkv", "grkv")
 
 
 def row_logsumexp(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
