@@ -19,11 +19,12 @@ KVPRESS := .venv-kvpress
 install: $(STAMP)
 
 # pip reads the pins from constraints.txt: the versions the project was tested with.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt requirements-ruler.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable ".[ruler]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-ruler.txt
 	touch $@
 
 demo: $(STAMP)

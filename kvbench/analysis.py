@@ -134,7 +134,7 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before it is measured
     loaded = load_model(plans[0].model)
     measured: list[dict[str, Any]] = []
-    for row in (row for plan in plans for row in measure_samples(loaded, plan.task.samples())):
+    for row in (row for plan in plans for row in measure_samples(loaded, plan.task.samples(lambda: loaded.tokenizer))):
         print(f"{row['dataset']} {row['sample']}: {row['n_tokens']} tokens", file=sys.stderr)
         measured.append(row)
     environment = describe_environment()

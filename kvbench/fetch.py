@@ -4,9 +4,11 @@
     python -m kvbench.fetch zeroscrolls                all ten tasks of ZeroSCROLLS
     python -m kvbench.fetch zeroscrolls/qasper         one of them
     python -m kvbench.fetch gsm8k                      the test problems of GSM8K, 0.7 MB
+    python -m kvbench.fetch ruler model=smollm2-135m task.length=4096 task.samples=20
 
-A killed download goes on where it stopped. The last line printed is one JSON document: the folder of each name.
-`KVBENCH_CACHE` chooses the place, `HF_ENDPOINT` a mirror of the hub.
+RULER's rows are not fetched but generated, for a model's tokenizer; the settings are those of the run to come. A killed
+download goes on where it stopped. The last line printed is one JSON document: the folder of each name. `KVBENCH_CACHE`
+chooses the place, `HF_ENDPOINT` a mirror of the hub.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from kvbench.commands import command
+from kvbench.metrics.ruler import TASKS as RULER_TASKS
 from kvbench.metrics.zeroscrolls import TASKS
 from kvbench.tasks.data import longbench_folder, zeroscrolls_folder
 from kvbench.tasks.gsm8k import gsm8k_folder
+from kvbench.tasks.ruler import Ruler
 
 FETCHERS: dict[str, Callable[[], Path]] = {
     "longbench": longbench_folder,
@@ -35,13 +40,27 @@ FETCHERS: dict[str, Callable[[], Path]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process if none is given; returns the exit code, 2 after a mendable error."""
     parser = argparse.ArgumentParser(prog="python -m kvbench.fetch", description="Fetch benchmark data.")
-    names = ["zeroscrolls", *FETCHERS]
-    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
-    chosen = parser.parse_args(arguments).names
+    ruler = [f"ruler/{task}" for task in RULER_TASKS]
+    names = ["zeroscrolls", "ruler", *FETCHERS, *ruler]
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(names)}; for ruler also NAME=VALUE")
+    words = parser.parse_args(arguments).names
+    chosen, settings = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    if unknown := [name for name in chosen if name not in names]:
+        parser.error(f"{unknown[0]} is none of {', '.join(names)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    wanted = dict.fromkeys(name for word in chosen for name in FETCHERS if name == word or name.startswith(f"{word}/"))
-    print(json.dumps({name: str(FETCHERS[name]()) for name in wanted}))
+    known: dict[str, Callable[[], Path]] = {**FETCHERS, **{name: partial(_generated, name, settings) for name in ruler}}
+    wanted = dict.fromkeys(name for word in chosen for name in known if name == word or name.startswith(f"{word}/"))
+    print(json.dumps({name: str(known[name]()) for name in wanted}))
     return 0
+
+
+def _generated(name: str, settings: Sequence[str]) -> Path:
+    from kvbench.config import composed  # late: LongBench's files need no torch
+    from kvbench.models.load import prepare_model
+    from kvbench.plan import build_plan
+
+    plan = build_plan(composed([f"task={name}", *settings]))
+    return cast(Ruler, plan.task).rows_folder(prepare_model(plan.model).tokenizer)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def spell_out_shards(arguments: Sequence[str]) -> list[str]:
 COMPRESS_CHOICES = ("after_question", "before_question")
 UNIDENTIFYING_MODEL_KEYS = ("device", "device_map")  # where it runs does not change what is asked
 SPECIAL_TOKENS_KEY = "parse_special_tokens"
-UNIDENTIFYING_TASK_KEYS = ("limit", "root", "official")  # nor does how much of it, or where the files lie
+UNIDENTIFYING_TASK_KEYS = ("limit", "root", "official", "limit_seconds")  # nor how much of it, or where its files lie
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,18 @@ def run_plan(plan: Plan, console: Console) -> Outcome:
     KeyboardInterrupt if Ctrl-C ended the run before its last sample. Whatever is raised, what was recorded stays.
     """
     started_at = time.time()
-    samples = plan.task.samples()
-    if not samples:
-        raise DataError(f"task {plan.task.name} has no samples: check its parameters and its data files")
-    check_environment()  # what cannot be scored ends the run before a weight is loaded
-    for sample in samples:
-        get_metric(sample.metric)
-    if plan.max_new_tokens:
-        samples = [replace(sample, max_new_tokens=plan.max_new_tokens) for sample in samples]
-    positions = range(len(samples)) if plan.shard is None else plan.shard.positions(samples)
     with console.status("reading the prompts") as status:
-        prepared = prepare_model(plan.model, report=status.update)
+        prepare = cache(lambda: prepare_model(plan.model, report=status.update))
+        samples = plan.task.samples(lambda: prepare().tokenizer)
+        if not samples:
+            raise DataError(f"task {plan.task.name} has no samples: check its parameters and its data files")
+        check_environment()  # what cannot be scored ends the run before a weight is loaded
+        for sample in samples:
+            get_metric(sample.metric)
+        if plan.max_new_tokens:
+            samples = [replace(sample, max_new_tokens=plan.max_new_tokens) for sample in samples]
+        positions = range(len(samples)) if plan.shard is None else plan.shard.positions(samples)
+        prepared = prepare()
         encoded = {index: encode_sample(samples[index], prepared) for index in positions}
         requests = {index: _request(plan, prepared, index, samples[index], prompt) for index, prompt in encoded.items()}
         status.update("hashing the weights")

@@ -26,6 +26,7 @@ from kvbench.metrics.longbench import ROWS
 from kvbench.paper import ExperimentPart, experiment_names, experiment_parts, merged_plans
 from kvbench.plan import Plan
 from kvbench.tasks.longbench import LongBench
+from kvbench.tasks.ruler import Ruler
 from kvbench.tasks.zeroscrolls import ZeroScrolls
 
 SPEED = Path(__file__).resolve().parent.parent / "results" / "speed"
@@ -38,6 +39,7 @@ NEW_TOKENS = {
 }  # fmt: skip
 """Generation limits of LongBench's config/dataset2maxlen.json at commit 2e00731f, for the data sets of the paper."""
 
+RULER_NEW_TOKENS = 128  # of its needle tasks; the others have 30 to 120
 ZEROSCROLLS_VALIDATION_ROWS = 20  # "about 20 rows", see kvbench/tasks/zeroscrolls.py
 
 
@@ -94,6 +96,8 @@ def workload(plan: Plan) -> list[tuple[int, int]]:
         return [(limit, NEW_TOKENS[plan.task.dataset])] * ROWS[plan.task.dataset]
     if isinstance(plan.task, ZeroScrolls):
         return [(limit, plan.task.max_new_tokens)] * ZEROSCROLLS_VALIDATION_ROWS
+    if isinstance(plan.task, Ruler):
+        return [(min(limit, plan.task.length), RULER_NEW_TOKENS)] * plan.task.n_samples
     return [(min(limit, len(s.prompt) // CHARACTERS_PER_TOKEN), s.max_new_tokens) for s in plan.task.samples()]
 
 

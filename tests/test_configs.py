@@ -26,7 +26,7 @@ def test_a_configuration_from_before_kernels_were_the_engine_s(caplog):
     assert "set engine.kernels" in caplog.text
 
 
-ABSTRACT = ("task=longbench", "task=zeroscrolls", "model=local")
+ABSTRACT = ("task=longbench", "task=ruler", "task=zeroscrolls", "model=local")
 
 
 @pytest.mark.parametrize("group", ["task", "model", "arms", "engine"])

@@ -1,4 +1,4 @@
-"""Sources of samples: LongBench, ZeroSCROLLS, GSM8K, texts made up on the spot, documents that ship with the package."""
+"""Sources of samples: LongBench, RULER, ZeroSCROLLS, GSM8K, texts made up on the spot, documents of our own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def register_benchmarks(task_folder: Path) -> None:
     """
     from hydra.core.config_store import ConfigStore
 
-    from kvbench.tasks import longbench, zeroscrolls
+    from kvbench.tasks import longbench, ruler, zeroscrolls
 
     store = ConfigStore.instance()
-    for folder, nodes in (("longbench", longbench.config_nodes()), ("zeroscrolls", zeroscrolls.config_nodes())):
-        for name, node in nodes.items():
+    for benchmark in (longbench, ruler, zeroscrolls):
+        folder = benchmark.__name__.rpartition(".")[2]
+        for name, node in benchmark.config_nodes().items():
             if not (task_folder / folder / f"{name}.yaml").is_file():
                 store.store(group=f"task/{folder}", name=name, node=node, provider="kvbench")
             if name.startswith("_"):  # what a file of one's own can begin with

@@ -7,13 +7,24 @@ shard asks the same questions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from kvbench.errors import ConfigError
 from kvbench.fields import Within, check_fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "Callable[[], PreTrainedTokenizerBase]"
+"""Gives the tokenizer of the model to be asked; called by tasks that need it alone, for it may have to be fetched."""
+
+
+def no_tokenizer() -> PreTrainedTokenizerBase:
+    """Stands where no model is known; `ConfigError` for a task that needs one."""
+    raise ConfigError("this task is made for a model's tokenizer, and none is given: call samples(tokenizer)")
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,13 @@ class Task(ABC):
     def all_samples(self) -> list[Sample]:
         """All samples in their fixed order; `DataError` if data is missing or malformed."""
 
-    def samples(self) -> list[Sample]:
+    def samples_for(self, tokenizer: Tokenizer) -> list[Sample]:
+        """The same for one model's tokenizer; a task whose texts depend on it answers here."""
+        return self.all_samples()
+
+    def samples(self, tokenizer: Tokenizer = no_tokenizer) -> list[Sample]:
         """The samples to run; `ConfigError` if two of all share data set and id, as their records would."""
-        samples = self.all_samples()
+        samples = self.samples_for(tokenizer)
         seen: set[tuple[str, str]] = set()
         for sample in samples:
             if (sample.dataset, sample.id) in seen:
@@ -98,7 +113,11 @@ class Mix(Task):
 
     def all_samples(self) -> list[Sample]:
         """The parts' samples in turn; `ConfigError` if there are no parts."""
+        return self.samples_for(no_tokenizer)
+
+    def samples_for(self, tokenizer: Tokenizer) -> list[Sample]:
+        """The same, with parts that need the tokenizer."""
         if not self.tasks:
             raise ConfigError(f"task {self.name} mixes 0 tasks: name at least 1 in task.tasks")
-        rounds = zip_longest(*(task.samples() for task in self.tasks.values()))
+        rounds = zip_longest(*(task.samples(tokenizer) for task in self.tasks.values()))
         return [sample for turn in rounds for sample in turn if sample is not None]

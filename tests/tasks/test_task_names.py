@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob
 from hydra.utils import instantiate
 
+from kvbench.metrics import ruler
 from kvbench.metrics.longbench import ROWS
 from kvbench.metrics.zeroscrolls import TASKS
 from kvbench.tasks import register_benchmarks
@@ -16,7 +17,10 @@ from kvbench.tasks.base import Mix, Task
 from kvbench.tasks.longbench import LongBench
 from kvbench.tasks.synthetic import NeedleInHaystack
 
-LONG_NAMES = [*(f"longbench/{name}" for name in ROWS), *(f"zeroscrolls/{name}" for name in TASKS)]
+LONG_NAMES = [
+    *(f"longbench/{name}" for name in ROWS), *(f"ruler/{name}" for name in ruler.TASKS),
+    *(f"zeroscrolls/{name}" for name in TASKS),
+]  # fmt: skip
 ROOT = "defaults: [{task: vcsum}, _self_]\ndata: {root: null, official: null}\n"  # like ours, where tasks touch it
 
 
@@ -35,8 +39,9 @@ def composed(*overrides: str) -> Task:
 def test_every_task_is_composed_by_its_own_name(hydra: None) -> None:
     for name in LONG_NAMES:
         task = composed(f"task={name}", "task.limit=3")
-        assert name.endswith(f"/{task.dataset.removeprefix('zeroscrolls_')}")
-        assert (task.name, task.limit) == (task.dataset, 3)
+        own = f"ruler-26.3-4096-{task.task}" if name.startswith("ruler/") else task.dataset
+        assert name.endswith(f"/{own.removeprefix('zeroscrolls_').removeprefix('ruler-26.3-4096-')}")
+        assert (task.name, task.limit) == (own, 3)
     assert composed("task=longbench/samsum_e", "data.root=/rows", "data.official=/official") == LongBench(
         name="samsum_e", dataset="samsum_e", language="en", category="few-shot", metric="rouge_l", chat=False,
         first_line_only=True, stop_newline=True, root="/rows", official="/official",
@@ -47,7 +52,7 @@ def test_every_task_is_composed_by_its_own_name(hydra: None) -> None:
 def test_long_and_short_names_are_listed_for_globs(hydra: None) -> None:
     listed = GlobalHydra.instance().config_loader().get_group_options("task")
     assert {*LONG_NAMES, *ROWS} <= set(listed)
-    assert Glob(include=["longbench/*", "zeroscrolls/*"]).filter(listed) == sorted(LONG_NAMES)
+    assert Glob(include=["longbench/*", "ruler/*", "zeroscrolls/*"]).filter(listed) == sorted(LONG_NAMES)
     found = Glob(include=["longbench/l*", "longbench/t*"], exclude=["*_e"]).filter(listed)
     assert found == [f"longbench/{name}" for name in ("lcc", "lsht", "trec", "triviaqa")]
 
