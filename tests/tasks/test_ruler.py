@@ -122,7 +122,7 @@ def test_rows_are_those_of_the_official_command(tokenizer, task, tmp_path, monke
         context, question = sample.prompt[: sample.question_start], sample.prompt[sample.question_start :]
         assert question.startswith("\n\nAnswer the question" if task.startswith("qa") else ("\nWhat", "\nQuestion:"))
         assert len(question) < 300
-        assert all(answer in context for answer in sample.answers)
+        assert task == "qa_2" or all(answer in context for answer in sample.answers)  # some of whose are "yes"
 
 
 @generator
