@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from ast import literal_eval
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,38 +14,11 @@ import pytest
 import yaml
 
 from kvbench.export import main
-from kvbench.metrics import base as metrics_base
 from kvbench.records.folder import RunFolder
 from kvbench.records.schema import Record
 
 MODEL = {"name": "qwen3", "hub_id": "Qwen/Qwen3-8B"}
 RULER_PREDICTIONS = [" 12 and\x0034\n", "nothing", "34, 12", ""]
-
-
-@dataclass(frozen=True)
-class Found:
-    """Stands in for RULER's metric where there is none yet."""
-
-    name: str
-    definition: str = "share of the answers found"
-    averaged_parts: tuple[str, ...] = field(default=("score",))
-
-    def score(self, prediction, answers, all_classes, dataset):
-        found = [float(answer.lower() in prediction.lower()) for answer in answers]
-        return {"score": max(found) if self.name == "string_match_part" else sum(found) / len(found)}
-
-    def aggregate(self, scores):
-        return 100 * sum(row["score"] for row in scores) / len(scores)
-
-
-@pytest.fixture(autouse=True)
-def ruler_metrics():
-    known = metrics_base._metrics()
-    added = {name: Found(name) for name in ("string_match_all", "string_match_part") if name not in known}
-    known.update(added)
-    yield
-    for name in added:
-        del known[name]
 
 
 def make_run(root: Path, *records: Record, compress="before_question", **config: Any) -> Path:

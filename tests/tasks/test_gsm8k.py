@@ -15,6 +15,7 @@ from kvbench.errors import DataError
 from kvbench.metrics import get_metric
 from kvbench.metrics.text import last_number
 from kvbench.records.read import read_records
+from kvbench.results.summary import DEFAULT_GATE, fails_gate
 from kvbench.tasks import gsm8k
 from kvbench.tasks.gsm8k import REQUEST, SHA256, Gsm8k
 
@@ -54,6 +55,7 @@ def test_the_official_file_whole_with_every_answer_its_own(shared_data: Path) ->
     assert metric.aggregate(scores) == 100
     of_another = [metric.score(n, s.answers, (), "") for n, s in zip(bare[1:], samples, strict=False)]
     assert metric.aggregate(of_another) < 5
+    assert fails_gate("last_number", metric.aggregate(of_another), DEFAULT_GATE)
     assert not any("<<" in sample.answers[0] for sample in samples)
 
 
