@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from kvbench.errors import ConfigError
-from kvbench.methods.adakv import AdaKV
 from kvbench.methods.base import CompressedLayer, LayerStates, Policy
+from kvbench.methods.criticalkv import CriticalAdaKV
 from kvbench.methods.expected_attention import turn
 from kvbench.methods.options import AboveZero, Fraction, Positive
 from kvbench.methods.scored import ScoredPolicy, protect_first
@@ -36,7 +36,7 @@ from kvbench.methods.snapkv import SnapKV
 from kvbench.ops.refit import add_within, attend, attend_to_all, key_correction, ridge_correction
 from kvbench.ops.selection import largest_by_recency
 
-RELEASED_BASE = AdaKV(base=SnapKV(kernel_tokens=5, pooling="avg"))
+RELEASED_BASE = CriticalAdaKV(base=SnapKV(kernel_tokens=5, pooling="avg"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class GRKV(Policy):
 
     Attributes:
         base: the method that chooses the slots; its own `budget` is not used. One that scores keys (SnapKV, Knorm) or
-            divides the slots of one that does (AdaKV).
+            chooses by the scores of one that does (AdaKV, CriticalKV).
         refit: "both" values and keys, "values" alone, or "none": the base itself, to compare with.
         guard_share: share of each head's chosen tokens, those of highest score, that stay as they are; the released
             0.1 is for Llama, for Mistral it is 0.
@@ -77,10 +77,10 @@ class GRKV(Policy):
 
     def __post_init__(self) -> None:
         """Validate the options; raises `ConfigError`."""
-        if not isinstance(self.scorer, ScoredPolicy) or self.base.steps:
+        if not isinstance(self.scorer, ScoredPolicy) or self.base.steps or self.base.allocates:
             raise ConfigError(
-                f"base={self.base!r} does not choose slots by scores, once: give a method of kvbench.methods.scored or "
-                "one over it, e.g. base._target_=kvbench.methods.adakv.AdaKV"
+                f"base={self.base!r} does not choose slots by scores, once, in each layer: give a method of "
+                "kvbench.methods.scored or one over it, e.g. base._target_=kvbench.methods.adakv.AdaKV"
             )
         super().__post_init__()
 

@@ -11,6 +11,7 @@ from kvbench.methods.cam import CaM
 from kvbench.methods.d2o import D2O
 from kvbench.methods.expected_attention import ExpectedAttention
 from kvbench.methods.full import Full
+from kvbench.methods.grkv import GRKV
 from kvbench.methods.h2o import H2O
 from kvbench.methods.keepkv import KeepKV
 from kvbench.methods.knorm import Knorm
@@ -32,6 +33,9 @@ MISTAKES = [
     (ExpectedAttention, {"epsilon": -1}, "epsilon=-1 is not a number of at least 0"),
     (ExpectedAttention, {"epsilon": float("inf")}, "epsilon=inf is not a number of at least 0"),
     (Full, {"budget": 0.5}, r"budget=0\.5 with method full"),
+    (GRKV, {"base": H2O()}, "does not choose slots by scores, once, in each layer: give a method of"),
+    (GRKV, {"base": Full()}, "does not choose slots by scores, once, in each layer"),
+    (GRKV, {"refit": "keys"}, "refit='keys' is not one of both, values, none"),
     (H2O, {"budget": 0}, r"budget=0 is not in \(0, 1\]: give the fraction of the cache to keep, e\.g\. 0\.35"),
     (H2O, {"budget": float("nan")}, r"budget=nan is not in"),
     (H2O, {"budget": True}, r"budget=True is not in"),

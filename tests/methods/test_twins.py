@@ -68,6 +68,7 @@ REFITTED = [
     {"guard_share": 0.0, "value_cap_ratio": 10.0, "key_cap_ratio": 10.0, "ridge": 0.1}, {"fit_queries": 100},
     {"base": SnapKV(observation_tokens=8)}, {"base": Knorm(), "guard_share": 0.5}, {"tolerance": 0.3},
     {"base": AdaKV(base=ExpectedAttention(future_tokens=20))},
+    {"base": CriticalAdaKV(base=SnapKV(observation_tokens=6))},
 ]  # fmt: skip
 DENSE = [
     {}, {"dense_slots": 3, "tail_share": 0.4, "bias_scale": 0.6}, {"dense_slots": 100}, {"merge": False},
