@@ -54,7 +54,7 @@ def check_fields(config: Any, group: str) -> None:
         if not fits(value, annotation) or not _printable(value):
             example = _example(field)
             raise ConfigError(
-                f"{group}.{field.name}={shown(value)} is not {_words(annotation)}: give one"
+                f"{group}.{field.name}={shown(value)} is not {in_words(annotation)}: give one"
                 + (f", e.g. {field.name}={example}" if example else "")
             )
 
@@ -95,18 +95,19 @@ def _printable(value: Any) -> bool:
     return not (isinstance(value, str) and any(unicodedata.category(c) in UNPRINTABLE for c in value))
 
 
-def _words(annotation: Any) -> str:
+def in_words(annotation: Any) -> str:
+    """What an annotation asks for, as messages and the documentation say it: "an integer of at least 1"."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(arguments[0]) + "".join(str(extra) for extra in arguments[1:] if isinstance(extra, Within))
+        return in_words(arguments[0]) + "".join(str(extra) for extra in arguments[1:] if isinstance(extra, Within))
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(choice) for choice in arguments)
+        return " or ".join(in_words(choice) for choice in arguments)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"a mapping, each value {_words(arguments[1])}"
+        return f"a mapping, each value {in_words(arguments[1])}"
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list, each entry {_words(arguments[0])}"
+        return f"a list, each entry {in_words(arguments[0])}"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "printable text", type(None): "null"}
     return names.get(annotation) or f"a {getattr(annotation, '__name__', annotation)}"
 

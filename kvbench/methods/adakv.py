@@ -1,9 +1,12 @@
-"""AdaKV: divide a layer's slots among its heads by where the high scores are, whatever scores the keys.
+r"""AdaKV: divide a layer's slots among its heads by where the high scores are, whatever scores the keys.
 
 Source: Feng et al., "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference"
 (NeurIPS 2025, arXiv 2407.11550), algorithm 1 and its safeguard; official code FFY0/AdaKV. The scores of all heads of a
-layer are pooled, the best H_k * b of them are counted per head, and a head gets `b * floor_share` slots for certain and
-its share of the others in proportion to its count. Heads then keep their own best, and become ragged.
+layer are pooled, and the best H_k b of them counted per head: c_h. A head keeps its own best
+
+$$b_h = \alpha b + (1 - \alpha)\, c_h, \qquad \sum_h c_h = H_k b, \qquad \alpha = \mathtt{floor\_share}$$
+
+tokens, and heads become ragged.
 
 Deviations: the official code rounds every head's number, so that the total may be off by a few; here the remainders
 decide (largest first, ties: the lower head), and the total is exact. Its `normalize` switch is not offered.

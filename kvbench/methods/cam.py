@@ -1,9 +1,13 @@
-"""CaM, cache merging: a token that leaves the recent window may leave its value with the tokens that follow it.
+r"""CaM, cache merging: a token that leaves the recent window may leave its value with the tokens that follow it.
 
 Source: Zhang et al., "CaM: Cache Merging for Memory-efficient LLMs Inference" (ICML 2024), eq. 14 and algorithm 1:
-`M_i ~ Bernoulli(clamp(A_i / mean(A_j .. A_(j+m-1)), 0, 1))` and `v_t <- v_t + M_i v_i / m` for each of the m targets.
-What A is, the official repository (zyxxmu/cam) answers in more than one way, so it is the option `gate`. The default is
-`current`, the one of the file that generates text (`cam_hf/utils_hh/modify_llama_cam.py`).
+
+$$M_i \sim \operatorname{Bernoulli}\left(\min\left(1, \frac{A_i}{\frac{1}{m} \sum_{t=j}^{j+m-1} A_t}\right)\right),
+\qquad v_t \leftarrow v_t + \frac{M_i v_i}{m} \quad \text{for } t = j, \dots, j+m-1$$
+
+for token i, which leaves, and the m targets that follow it. What the attention A is, the official repository
+(zyxxmu/cam) answers in more than one way, so it is the option `gate`. The default is `current`, the one of the file that
+generates text (`cam_hf/utils_hh/modify_llama_cam.py`).
 
 The base is StreamingLLM, as there: first and most recent tokens, equal shares (official start_ratio = recent_ratio =
 0.1 of the prompt each). The part of the prompt that does not fit is evicted and never merged in bulk: in the official

@@ -1,11 +1,14 @@
-"""D2O: H2O with sinks; of the evicted tokens, those similar enough to a kept one are recalled and merged into it.
+r"""D2O: H2O with sinks; of the evicted tokens, those similar enough to a kept one are recalled and merged into it.
 
 Source: Wan et al., "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language
 Models" (ICLR 2025, arXiv 2406.13035); official code AIoT-MLSys-Lab/d2o. The base keeps 4 first tokens, the heavy
 hitters by accumulated attention, and a recent window. An evicted token's nearest kept token is the one with the highest
-cosine u of the keys; it merges if u is at least the mean of these cosines, the threshold's first value. A kept token
-becomes the mean of itself and all `u_e k_e` that join it, for keys and values alike; as in the code, the weights do not
-sum to one. The first two layers and the last stay whole.
+cosine u of the keys; it merges if u is at least the mean of these cosines, the threshold's first value. A kept token c
+becomes, with the set E of those that join it, and for values alike,
+
+$$\tilde k_c = \frac{k_c + \sum_{e \in E} u_e k_e}{1 + |E|}, \qquad u_e = \max_{c'} \cos(k_e, k_{c'});$$
+
+as in the code, the weights do not sum to one. The first two layers and the last stay whole.
 
 Deviations: it fires once, at the end of the prompt (there: at the first new token, then at every one, with a moving
 average of the threshold); each head has its own threshold (there: a mean over heads of tokens that differ between

@@ -1,14 +1,15 @@
-"""ExpectedAttention: score each key by the attention that queries still to come are expected to pay to it.
+r"""ExpectedAttention: score each key by the attention that queries still to come are expected to pay to it.
 
 Source: Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries
 Distribution" (arXiv 2510.00636); ExpectedAttentionPress of NVIDIA/kvpress. Before RoPE, the queries of a head are taken
 for Gaussian with the mean mu and covariance C of the prompt's; R is the rotation averaged over the next positions. A
 query then meets key k with the expected logit
 
-    z = scaling (R mu) . k + scaling^2 k . (R C R^T) k / 2,
+$$z_j = s\, (R \mu) \cdot k_j + \frac{s^2}{2}\, k_j \cdot (R C R^\top) k_j, \qquad
+S_j = (\operatorname{softmax}_j(z) + \epsilon)\, \lVert v_j \rVert,$$
 
-whose softmax over the keys, averaged over the group and multiplied by the norm of the value, is the score. The first
-tokens are sinks: they are left out of the statistics and always kept. It fires once.
+s being the model's scale of logits; the softmax is averaged over the group. The first tokens are sinks: they are left
+out of the statistics and always kept. It fires once.
 
 Queries before RoPE are had by turning the rotated ones back by their own position. Where RoPE also scales (YaRN), mu
 and C keep that scale, so that z is the logit the model would compute.

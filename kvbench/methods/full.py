@@ -1,4 +1,11 @@
-"""The full cache: every prompt token kept, the baseline of every table."""
+r"""Full cache: every prompt token kept, the baseline of every table.
+
+Source: Vaswani et al., "Attention Is All You Need" (NeurIPS 2017), section 3.2. The output of one head for query i,
+
+$$o_i = \sum_{j \le i} A_{ij} v_j, \qquad A_{ij} = \operatorname{softmax}_j(s\, q_i \cdot k_j),$$
+
+is what every other method approximates with m slots in place of the T tokens of the prompt.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""H2O, the heavy-hitter oracle: keep the tokens that attracted most attention, and the most recent ones.
+r"""H2O, the heavy-hitter oracle: keep the tokens that attracted most attention, and the most recent ones.
 
 Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models" (NeurIPS
 2023). The official code holds four variants that differ; this is the one that really drops
@@ -6,7 +6,9 @@ Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inferen
 after each new token, at original positions. Three deliberate deviations: scores are summed in fp32 (there: fp16), sizes
 are shares of the budget (there: absolute numbers), and selection is per KV head with a choice of reduction over its
 query heads (there: no grouped-query attention; the authors' later version in llama-recipes takes the first query
-head).
+head). With A the attention of the prompt's T queries, a key's score is
+
+$$S_j = \sum_{i=j}^{T} A_{ij}.$$
 """
 
 from __future__ import annotations

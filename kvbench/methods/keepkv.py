@@ -1,9 +1,15 @@
-"""KeepKV: an evicted token joins the kept token with the most similar key, and its vote stays with it as a bias.
+r"""KeepKV: an evicted token joins the kept token with the most similar key, and its vote stays with it as a bias.
 
 Source: Tian et al., "KeepKV: Achieving Periodic Lossless KV Cache Compression for Efficient LLM Inference" (AAAI 2026,
 arXiv 2504.09936); official code kkvcache/KeepKV, `utils_hh/modify_llama_oursk.py`. A slot that stands for p tokens
-has p electoral votes: log(p) is added to its logits. Tokens merge with weights w = p s, where s estimates from the last
-queries the unnormalised attention exp(q.k) that a token gets; evicted tokens below the similarity threshold go.
+has p electoral votes: log(p) is added to its logits. Slot c and the evicted tokens E that join it become
+
+$$\tilde k = \frac{\sum_{e \in E \cup \{c\}} s_e k_e}{\sum_{e \in E \cup \{c\}} s_e}, \qquad
+\tilde v = \frac{\sum_{e \in E \cup \{c\}} s_e v_e}{\sum_{e \in E \cup \{c\}} s_e}, \qquad
+\text{bias} = \log(1 + |E|),$$
+
+where s estimates from the last queries the attention that a token gets; evicted tokens below the similarity threshold
+go.
 
 What follows the code and not the paper: the merged key is the plain convex mixture (the paper scales it further, which
 others found harmful; T0nyN1/kv-cache-merging-limits measured +0.37 LongBench points for keys left in place against

@@ -1,8 +1,12 @@
-"""Knorm: keep the keys of smallest L2 norm; no attention is needed at all.
+r"""Knorm: keep the keys of smallest L2 norm; no attention is needed at all.
 
 Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression" (EMNLP 2024, arXiv
 2406.11430); KnormPress of NVIDIA/kvpress. Keys of low norm tend to receive much attention, and the rotary embedding
-does not change a norm. It fires once; while decoding the cache grows.
+does not change a norm, so the score is
+
+$$S_j = -\lVert k_j \rVert_2.$$
+
+It fires once; while decoding the cache grows.
 
 The defaults are kvpress': every layer, no protected tokens.
 """

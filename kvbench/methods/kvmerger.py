@@ -1,4 +1,9 @@
-"""KVMerger: merge runs of similar adjacent keys, and their values, around the token that attracted most attention.
+r"""KVMerger: merge runs of similar adjacent keys, and their values, around the token that attracted most attention.
+
+A set S of adjacent tokens becomes one slot; p is its token of highest attention:
+
+$$w_i = \frac{g_i}{\sum_{j \in S} g_j}, \quad g_i = \exp\left(-\frac{\lVert k_p - k_i \rVert^2}{2 \sigma^2}\right),
+\qquad \tilde k = \sum_{i \in S} w_i k_i, \qquad \tilde v = |S| \sum_{i \in S} w_i v_i.$$
 
 Source: Wang et al., "Model Tells You Where to Merge: Adaptive KV Cache Merging for LLMs on Long-Context Tasks"
 (arXiv 2407.08454). There is no official code, and the paper leaves open what the options below decide: how a budget is
@@ -167,7 +172,9 @@ class KVMerger(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class KVMergerBias(KVMerger):
-    """KVMerger with a consistent count: plain-average values, log(size) on the logits, and no layer left whole.
+    r"""KVMerger with a consistent count: plain-average values, log(size) on the logits, and no layer left whole.
+
+    $$\tilde v = \sum_{i \in S} w_i v_i, \qquad \text{logit} = s\, q \cdot \tilde k + \log |S|$$
 
     A merged slot then weighs in the softmax like the tokens it stands for, in the denominator as well as in the
     numerator (proportional attention, Bolya et al., "Token Merging", ICLR 2023, section 3); the paper's value scaling

@@ -1,9 +1,12 @@
-"""PyramidKV: SnapKV's selection with more slots in lower layers and fewer in higher ones.
+r"""PyramidKV: SnapKV's selection with more slots in lower layers and fewer in higher ones.
 
 Source: Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling" (arXiv
-2406.02069); official code Zefan-Cai/KVCache-Factory, `pyramidkv/pyramidkv_utils.py`. With capacity c, window W and
-b = c - W, the last layer keeps b / beta prefix tokens, the first 2 b minus that, the layers between lie on a line, and
-every layer keeps its window; if b is more than half of the prompt, all layers get the same.
+2406.02069); official code Zefan-Cai/KVCache-Factory, `pyramidkv/pyramidkv_utils.py`. With m slots a layer on
+average, window W and b = m - W, layer l of L keeps its window and
+
+$$b_l = b_1 - \frac{l - 1}{L - 1} (b_1 - b_L), \qquad b_L = \frac{b}{\beta}, \qquad b_1 = 2 b - b_L$$
+
+tokens before it; if b is more than half of the prompt, all layers get the same.
 
 Deviation: the official step between layers is rounded down, so that the total depends on rounding; here each layer of
 the lower half is rounded up and its counterpart in the upper half gets the rest, so that the total is the budget.

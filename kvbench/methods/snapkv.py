@@ -1,9 +1,12 @@
-"""SnapKV: keep what the last queries of the prompt look at, neighbours included, and the tokens of those queries.
+r"""SnapKV: keep what the last queries of the prompt look at, neighbours included, and the tokens of those queries.
 
 Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation" (NeurIPS 2024, arXiv 2404.14469);
-official code FasterDecoding/SnapKV, `snapkv/monkeypatch/snapkv_utils.py`. The votes of the last W queries (their
-softmax rows, averaged) are pooled along the tokens so that a chosen token brings its neighbours, and the best are kept
-with the W tokens themselves. It fires once; while decoding the cache grows.
+official code FasterDecoding/SnapKV, `snapkv/monkeypatch/snapkv_utils.py`. The votes of the last W queries are
+pooled along the tokens so that a chosen token brings its neighbours,
+
+$$S_j = \max_{|t - j| \le r} \frac{1}{W} \sum_{i=T-W+1}^{T} A_{it}, \qquad r = (\mathtt{kernel\_tokens} - 1) / 2,$$
+
+and the best are kept with the W tokens themselves. It fires once; while decoding the cache grows.
 
 Deviations: accumulation in fp32 (there: fp16 probabilities), and grouped-query attention keeps one set per KV head
 from the group's reduced votes (there: keys are repeated and every query head keeps its own set, at G times the memory).

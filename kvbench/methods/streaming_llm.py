@@ -1,8 +1,12 @@
-"""StreamingLLM: keep the first tokens (attention sinks) and the most recent ones, whatever anyone attends to.
+r"""StreamingLLM: keep the first tokens (attention sinks) and the most recent ones, whatever anyone attends to.
 
 Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks" (ICLR 2024, arXiv 2309.17453); official
 code mit-han-lab/streaming-llm, `streaming_llm/kv_cache.py`: 4 start tokens and the most recent ones, a rolling cache of
-constant size. It is what CaM merges on top of, with four sinks in place of half the slots.
+constant size:
+
+$$\{1, \dots, s\} \cup \{T - m + s + 1, \dots, T\}, \qquad s = \mathtt{start\_tokens}.$$
+
+It is what CaM merges on top of, with four sinks in place of half the slots.
 
 Deviation: keys keep the rotation of their original positions, as in NVIDIA/kvpress. The official code rotates them anew
 by their index in the cache at every step, which lets a stream run past the context a model was trained for; prompts

@@ -1,9 +1,12 @@
-"""TOVA, token omission via attention: the last query alone decides, with one voice for all heads of a layer.
+r"""TOVA, token omission via attention: the last query alone decides, with one voice for all heads of a layer.
 
 Source: Oren et al., "Transformers are Multi-State RNNs" (EMNLP 2024, arXiv 2401.06104), section 3.3; official code
-schwartz-lab-NLP/TOVA. The attention of the newest query is averaged over all query heads; the tokens it looks at least
-are dropped, at the end of the prompt down to the budget and then one after each new token. Neither sinks nor recent
-tokens are protected; the newest token itself may go.
+schwartz-lab-NLP/TOVA. The attention of the newest query is averaged over all H query heads,
+
+$$S_j = \frac{1}{H} \sum_{h=1}^{H} A^h_{Tj},$$
+
+and the tokens it looks at least are dropped, at the end of the prompt down to the budget and then one after each new
+token. Neither sinks nor recent tokens are protected; the newest token itself may go.
 
 Deviation: the average is taken of fp32 probabilities (there: cast to the model's dtype first).
 """

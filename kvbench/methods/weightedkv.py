@@ -1,9 +1,13 @@
-"""WeightedKV: drop the key of a little-attended token and leave its value with the token that follows it.
+r"""WeightedKV: drop the key of a little-attended token and leave its value with the token that follows it.
 
 Source: Yuan et al., "WeightedKV: Attention Scores Weighted Key-Value Cache Merging for Large Language Models" (ICASSP
-2025, arXiv 2503.01330); no official code was found. The evicted token j and the next kept one c make the value
-`(a_j v_j + a_c v_c) / (a_j + a_c)`, a being the average attention a token received from the queries that could see it;
-where several evicted tokens come before c, their weights add up. Keys are never mixed.
+2025, arXiv 2503.01330); no official code was found. The evicted tokens E between two kept ones
+leave their values with the later one, c:
+
+$$\tilde v_c = \frac{a_c v_c + \sum_{j \in E} a_j v_j}{a_c + \sum_{j \in E} a_j}, \qquad
+a_j = \frac{1}{T - j + 1} \sum_{i=j}^{T} A_{ij},$$
+
+a being the average attention a token received from the queries that could see it. Keys are never mixed.
 
 Our readings: the paper evicts one token per step of a text; here all evictions happen once, at the end of the prompt,
 and long runs of evicted tokens share one slot. Sinks and a recent window are protected, half of the slots each way as
