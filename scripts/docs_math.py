@@ -17,7 +17,9 @@ def on_page_content(content: str, **_: Any) -> str:
     """Called by mkdocs with every page's HTML, in which `pymdownx.arithmatex` has marked the formulas."""
 
     def drawn(found: re.Match[str]) -> str:
-        display = "block" if found["open"] == "[" else "inline"
-        return convert(html.unescape(found["latex"]), display=display)
+        latex = html.unescape(found["latex"])
+        if found["open"] == "(":
+            return convert(latex)
+        return f'<div class="formula">{convert(latex, display="block")}</div>'
 
     return FORMULA.sub(drawn, content)
