@@ -6,8 +6,8 @@ $$M_i \sim \operatorname{Bernoulli}\left(\min\left(1, \frac{A_i}{\frac{1}{m} \su
 \qquad v_t \leftarrow v_t + \frac{M_i v_i}{m} \quad \text{for } t = j, \dots, j+m-1$$
 
 for token i, which leaves, and the m targets that follow it. What the attention A is, the official repository
-(zyxxmu/cam) answers in more than one way, so it is the option `gate`. The default is `current`, the one of the file that
-generates text (`cam_hf/utils_hh/modify_llama_cam.py`).
+(zyxxmu/cam) answers in more than one way, so it is the option `gate`. The default is `current`, the one of the file
+that generates text (`cam_hf/utils_hh/modify_llama_cam.py`).
 
 The base is StreamingLLM, as there: first and most recent tokens, equal shares (official start_ratio = recent_ratio =
 0.1 of the prompt each). The part of the prompt that does not fit is evicted and never merged in bulk: in the official

@@ -1,8 +1,12 @@
-"""ChunkKV: keep whole chunks of neighbouring tokens, the same in every head, by the scores of another method.
+r"""ChunkKV: keep whole chunks of neighbouring tokens, the same in every head, by the scores of another method.
 
 Source: Liu et al., "ChunkKV: Semantic-Preserving KV Cache Compression for Efficient Long-Context LLM Inference" (arXiv
-2502.00299); ChunkKVPress of NVIDIA/kvpress. Scores are summed over the heads; a chunk's score is the mean over its
-tokens, and the best chunks are kept. Chunks are counted from the first token; the last one may be shorter.
+2502.00299); ChunkKVPress of NVIDIA/kvpress. With $S^h_j$ the base's score of token j in head h,
+a chunk C of neighbouring tokens has the score
+
+$$S_C = \frac{1}{|C|} \sum_{j \in C} \sum_{h=1}^{H_k} S^h_j,$$
+
+and the best chunks are kept. Chunks are counted from the first token; the last one may be shorter.
 
 Deviations: what the base method protects is kept and takes no part in the means, as in the paper, where the observation
 window is appended (kvpress lets the window's raised scores lift the chunk they fall into); the first chunk that does

@@ -1,16 +1,21 @@
-"""Compactor: keep keys that are outliers, or that the tokens around them, before and after, look at.
+r"""Compactor: keep keys that are outliers, or that the tokens around them, before and after, look at.
 
 Source: Chari and Van Durme, "Compactor: Calibrated Query-Agnostic KV Cache Compression with Approximate Leverage
 Scores" (arXiv 2507.08143); the authors' CompactorPress in NVIDIA/kvpress, which is followed where it differs from the
 paper. Two terms, each standardised over all heads and tokens of the layer, are added, the first times `blending`:
 
-* leverage: keys before RoPE, centred, times a Gaussian sketch `(D, s)`, give X; the score is `x (X^T X + 0.01 I)^-1 x`.
+* leverage: keys before RoPE, centred, times a Gaussian sketch `(D, s)`, are the rows $x_j$ of X; score l below.
 * attention without a causal mask inside tiles of the prompt, its logits not divided by sqrt(D); column sums, averaged
-  over the group, times the norm of the value, and averaged with both neighbours.
+  over the group, times the norm of the value, and averaged with both neighbours: a.
 
-Sinks and last tokens are always kept and take no part. Deviations: the sketch comes from the sample's seed (there: the
-global generator); queries of the last, shorter tile attend to that tile alone, whereas there its padding joins in with
-logits of about 0. Keys before RoPE are had by turning the rotated ones back.
+$$S_j = \beta\, z(l)_j + z(a)_j, \qquad l_j = x_j^\top (X^\top X + 0.01\, I)^{-1} x_j, \qquad
+\beta = \mathtt{blending},$$
+
+z being that standardisation. Sinks and last tokens are always kept and take no part.
+
+Deviations: the sketch comes from the sample's seed (there: the global generator); queries of the last, shorter tile
+attend to that tile alone, whereas there its padding joins in with logits of about 0. Keys before RoPE are had by
+turning the rotated ones back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GRKV: what another method keeps, its values and keys refitted to attention outputs over the whole prompt.
+r"""GRKV: what another method keeps, its values and keys refitted to attention outputs over the whole prompt.
 
 Source: "GRKV" (arXiv 2605.31105, EMNLP 2026) in the form that is released (official code pjunjie/GRKV at 04a9e39,
 grkv/press.py, queries.py, solver.py, operators.py; `configs/llama.yaml`), which differs from what reports say of the
@@ -11,6 +11,10 @@ paper: docs/methods/grkv.md. One fit per layer at the end of the prompt:
 3. Values move by ridge regression, then keys by one Gauss-Newton step (`kvbench.ops.refit`), each at most by a share of
    the norm of what may move in the head.
 4. The layer keeps both corrections, that of the values or none, whichever fits the same queries best.
+
+Of the base's slots, with attention P on them and targets o of the weighted queries, the movable values become
+
+$$\tilde V = V + \operatorname{argmin}_X \lVert (o - P V) - P X \rVert^2 + \lambda \lVert X \rVert^2.$$
 
 Deviations: the query is turned on from its own position, after the model's rounding, and not rotated anew; a prompt no
 longer than the base's window is refused with its budget, where the official code leaves it whole; ties of the guard go

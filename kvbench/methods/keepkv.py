@@ -8,8 +8,8 @@ $$\tilde k = \frac{\sum_{e \in E \cup \{c\}} s_e k_e}{\sum_{e \in E \cup \{c\}} 
 \tilde v = \frac{\sum_{e \in E \cup \{c\}} s_e v_e}{\sum_{e \in E \cup \{c\}} s_e}, \qquad
 \text{bias} = \log(1 + |E|),$$
 
-where s estimates from the last queries the attention that a token gets; evicted tokens below the similarity threshold
-go.
+where s estimates from the last queries the unnormalised attention exp(q.k) that a token gets; evicted tokens below the
+similarity threshold go.
 
 What follows the code and not the paper: the merged key is the plain convex mixture (the paper scales it further, which
 others found harmful; T0nyN1/kv-cache-merging-limits measured +0.37 LongBench points for keys left in place against

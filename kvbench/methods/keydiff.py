@@ -1,8 +1,10 @@
-"""KeyDiff: keep the keys that point furthest away from where most keys point; no attention is needed at all.
+r"""KeyDiff: keep the keys that point furthest away from where most keys point; no attention is needed at all.
 
 Source: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
 Resource-Constrained Environments" (arXiv 2504.15364). The score of a key after RoPE is its negative cosine with the
-mean of all keys of its head, each scaled to length 1 first.
+mean of all keys of its head, each scaled to length 1 first:
+
+$$S_j = -\cos\left(k_j,\ \frac{1}{T} \sum_{i=1}^{T} \frac{k_i}{\lVert k_i \rVert}\right).$$
 
 Deviation: one selection over the whole prompt, as KeyDiffPress of NVIDIA/kvpress does it (in the paper the prompt comes
 in blocks and the cache is cut back after each). No token is protected, there as here.

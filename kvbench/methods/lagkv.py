@@ -1,10 +1,16 @@
-"""LagKV: score a token by how much its channels differ once they are scaled to the range of the tokens that follow.
+r"""LagKV: score a token by how much its channels differ once they are scaled to the range of the tokens that follow.
 
 Source: Liang et al., "LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important" (arXiv
 2504.04704); LagKVPress of NVIDIA/kvpress. After the sinks the prompt is cut into partitions of equal length. Keys of a
 partition are scaled, channel by channel, to the minimum and maximum of the next one; a token's standard deviation over
-its scaled channels, by a softmax over its partition, is half of its score, and the same of values the other half. The
-last whole partition has nothing to be scaled to: it is kept, with what is left over after it.
+its scaled channels, by a softmax over its partition, is half of its score, and the same of values the other half. With
+low and high the extremes of the next partition, channel by channel,
+
+$$\hat k_j = \frac{k_j - k^{low}}{k^{high} - k^{low}}, \qquad
+S_j = \frac{1}{2} \operatorname{softmax}_j(\operatorname{std}(\hat k_j))
++ \frac{1}{2} \operatorname{softmax}_j(\operatorname{std}(\hat v_j)).$$
+
+The last whole partition has nothing to be scaled to: it is kept, with what is left over after it.
 
 Scores become ranks within the partition, so that every partition keeps nearly the same number; on equal ranks the more
 recent partition wins (kvpress leaves that open). Prompts of less than two partitions keep the most recent tokens, as

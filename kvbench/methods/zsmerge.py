@@ -1,10 +1,14 @@
-"""ZSMerge: keep the last and the most attended tokens, and average all others into a few dense slots.
+r"""ZSMerge: keep the last and the most attended tokens, and average all others into a few dense slots.
 
 Source: Liu et al., "ZSMerge: Zero-Shot KV Cache Compression for Memory-Efficient Long-Context LLMs" (arXiv 2503.10714);
 official code SusCom-Lab/ZSMerge, `mergekv/mergekv.py`, its one-shot part at the end of the prompt. A token's score is
 the attention it received, each query counting 0.98 times the next one. What is neither in the tail nor among the best
 is cut, in order, into as many blocks of nearly equal size as there are dense slots; a block becomes the plain mean of
-its keys and values, and the logarithm of its size, times a scale, is added to its logits.
+its keys and values, and the logarithm of its size, times a scale, is added to its logits. With W observed queries and
+a block B,
+
+$$S_j = \sum_{i=T-W+1}^{T} 0.98^{T-i} A_{ij}, \qquad \tilde k = \frac{1}{|B|} \sum_{j \in B} k_j, \qquad
+\tilde v = \frac{1}{|B|} \sum_{j \in B} v_j, \qquad \text{bias} = c \log |B|.$$
 
 Deviations: only the last `observation_tokens` queries count (512 leave out weights below 4e-5); query heads of a group
 share one score; while decoding the cache grows (there: a token that leaves the tail takes the place of the weakest one,
