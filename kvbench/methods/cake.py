@@ -1,11 +1,15 @@
-"""CAKE: give more slots to layers whose attention is spread over many tokens and shifts between queries.
+r"""CAKE: give more slots to layers whose attention is spread over many tokens and shifts between queries.
 
 Source: Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences" (ICLR 2025, arXiv
 2503.12491), equations for layer preference and eviction indicator; official code antgroup/cakekv,
 `cake/model/modify_llama.py`, `cake/utils.py`, `cake/cake_cache.py`. Of the last W queries' rows over the tokens before
-the window, a layer's preference is `entropy^(1/tau1) * variance^(1/tau2)`, entropy summed over all rows and heads,
-variance over the rows and summed over heads and tokens. Layers share the slots beside the window in proportion. In a
-layer a token's score is the mean of its entries plus gamma times their variance, pooled along the tokens.
+the window, a layer's preference P and a token's score S, pooled along the tokens, are
+
+$$P = \left(-\sum_{i,j} A_{ij} \log A_{ij}\right)^{1/\tau_1} \left(\sum_j \operatorname{var}_i A_{ij}\right)^{1/\tau_2},
+\qquad
+S_j = \operatorname{mean}_i A_{ij} + \gamma \operatorname{var}_i A_{ij},$$
+
+the sums of P running over heads, too. Layers share the slots beside the window in proportion to P.
 
 The paper chose tau1 and tau2 for each model and budget (`model2tau.json` there: for Llama-3.1-8B 1.6 and 0.4 with 1,024
 slots, 1.6 and 0.6 with 128); 1 where it names none.

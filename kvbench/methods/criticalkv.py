@@ -1,11 +1,15 @@
-"""CriticalKV and CriticalAdaKV: where attention leaves a doubt, keep the tokens whose values change the output.
+r"""CriticalKV and CriticalAdaKV: where attention leaves a doubt, keep the tokens whose values change the output.
 
 Source: Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation Perspective" (arXiv
 2502.03805), algorithm 1; CriticalKVPress and CriticalAdaKVPress of NVIDIA/kvpress. What a token adds to the hidden
 states is its attention times its value times the output projection, and the L1 norm of the latter two bounds the error
-of leaving it out. A first share of the slots goes by another method's scores s alone, the others by
-`(s + epsilon) * mean over the group of |v @ W_o|_1`. CriticalAdaKV first divides a layer's slots among its heads: the
-best scores of all heads together are counted, after each head's own best `floor_share` have been put before all others.
+of leaving it out. A first share of the slots goes by another method's scores s alone, the others, for
+a group of G query heads, by
+
+$$S_j = (s_j + \epsilon)\, \frac{1}{G} \sum_{g=1}^{G} \lVert v_j W^g_o \rVert_1.$$
+
+CriticalAdaKV first divides a layer's slots among its heads: the best scores of all heads together are counted, after
+each head's own best `floor_share` have been put before all others.
 
 Scores must not be negative, as attention is: with Knorm a large norm would speak against a token (so in kvpress, too).
 

@@ -1,11 +1,15 @@
-"""DefensiveKV and LayerDefensiveKV: score a token by the most it was ever attended to, not by the mean.
+r"""DefensiveKV and LayerDefensiveKV: score a token by the most it was ever attended to, not by the mean.
 
 Source: Feng et al., "Taming the Fragility of KV Cache Eviction in LLM Inference" (ICLR 2026, arXiv 2510.13334);
 official code FFY0/DefensiveKV, `kvpress/presses/efficient_defensivekv_press.py`. Each of the last W queries' rows of
 each query head is pooled along the tokens and scaled back to its own mass; a token's risk is its highest such entry,
 and at least the mean risk of its head (the paper's prior). Risks are weighed by the L1 norm of the projected values as
-in CriticalKV, here as a share of all KV heads' norms. Tokens that together carry most of the attention are taken first,
-and all heads of the layer compete for its slots, without a floor. LayerDefensiveKV lets all layers compete, too.
+in CriticalKV, here as a share n of all KV heads' norms:
+
+$$S_j = n_j \max(r_j, \operatorname{mean}_t r_t), \qquad r_j = \max_{T - W < i \le T} \hat A_{ij}.$$
+
+Tokens that together carry most of the attention are taken first, and all heads of the layer compete for its slots,
+without a floor. LayerDefensiveKV lets all layers compete, too.
 
 Deviations: accumulation in fp32. The official threshold of the first stage is 0.9 less the attention on the W tokens
 before the window; the text beside it means the window's own, which its code has cut off by then: `window_mass` chooses.

@@ -1,9 +1,13 @@
-"""KVzip: keep what the model looks at while it repeats the context, whatever may be asked later.
+r"""KVzip: keep what the model looks at while it repeats the context, whatever may be asked later.
 
 Source: Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction" (NeurIPS 2025, arXiv
-2505.23416), algorithm 1; official code snu-mllab/KVzip, `attention/score.py` (`_threshold`, `_threshold_uniform`). The
-scores come from a second pass, `kvbench.runtime.reconstruct`, whose time each record names; since the prompt that is
-repeated must not hold the question, the method runs under `protocol.compress=before_question` only.
+2505.23416), algorithm 1; official code snu-mllab/KVzip, `attention/score.py` (`_threshold`, `_threshold_uniform`). With
+i running over the tokens that repeat the context, and over the query heads of a group,
+
+$$S_j = \max_i A_{ij}.$$
+
+The scores come from a second pass, `kvbench.runtime.reconstruct`, whose time each record names; since the prompt that
+is repeated must not hold the question, the method runs under `protocol.compress=before_question` only.
 
 Deviations: the slots kept are exact (there: all scores strictly above a threshold, so one fewer and no ties), ties go
 to the more recent token, and the first 4 tokens are kept in every head (there: the whole system prompt).
