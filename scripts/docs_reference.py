@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -224,6 +225,16 @@ def prose(lines: list[str]) -> str:
     return "\n".join([*text, "```"] if was_code else text)
 
 
+def notebook_page() -> str:
+    """docs/first_look.ipynb as a page: its texts, its cells, what they printed."""
+    parts = []
+    for cell in json.loads((ROOT / "docs" / "first_look.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [f"```text\n{''.join(output['text'])}```" for output in cell.get("outputs", [])]
+    return "\n\n".join([*parts, "The notebook: [first_look.ipynb](first_look.ipynb).\n"])
+
+
 def module_pages() -> dict[str, str]:
     """A page of docstrings for every public module, by its path below `reference/`."""
     pages = {}
@@ -249,6 +260,7 @@ def main() -> None:
             file.write(text)
 
     own = methods()
+    write("first_look.md", notebook_page())
     write("methods/index.md", method_index())
     for name, kind in own.items():
         write(f"methods/{name}.md", method_page(name, kind))
