@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from griffe import Docstring
 from hydra.core.config_store import ConfigStore
-from hydra.utils import get_class
+from hydra.utils import get_class, get_object
 from omegaconf import OmegaConf
 
 from kvbench.config import register
@@ -91,6 +91,7 @@ def method_page(name: str, kind: type[Policy]) -> str:
             "",
             f"{own}\n\nIt is a variant of [{head.name}]({head.name}.md):\n\n{text}",
         )
+    text = re.sub(ARXIV, LINK, re.sub(r"^   (?=\S)", "    ", text, flags=re.MULTILINE))  # Markdown wants four in lists
     reads = ", ".join(f"`{need}`" for need in sorted(policy.needs)) or "nothing"
     facts = {
         "command line": f"`method={name} budget=0.35`",
@@ -107,7 +108,7 @@ def method_page(name: str, kind: type[Policy]) -> str:
         f"# {kind.__name__}\n\n{idea}\n",
         f"| {label} | {value} |\n|---|---|",
         *(f"| {label} | {value} |" for label, value in others),
-        f"\n## The method\n\n{re.sub(ARXIV, LINK, text)}",
+        f"\n## The method\n\n{text}",
         notes.read_text(encoding="utf-8").partition("\n")[2] if notes.exists() else "",
         f"## Options\n\n`method.OPTION=VALUE`; in Python a keyword of the class.\n\n{option_list(kind, defaults)}\n",
     ]
@@ -186,10 +187,12 @@ def benchmarks() -> list[str]:
             by_class.setdefault(node.node["_target_"], []).append(name.removesuffix(".yaml"))
     parts = []
     for target, names in by_class.items():
-        kind = get_class(target)
+        made_by = get_object(target)
+        kind = made_by if isinstance(made_by, type) else get_type_hints(made_by)["return"]
         known = {field.name: default_of(field) for field in dataclasses.fields(kind)}
+        note = "" if kind is made_by else f"{inspect.cleandoc(made_by.__doc__ or '')}\n\n"
         line, listed = inspect.cleandoc(kind.__doc__ or "").partition("\n")[0], ", ".join(f"`{name}`" for name in names)
-        parts.append(f"## {kind.__name__}\n\n{line}\n\n{listed}\n\n{option_list(kind, known)}\n")
+        parts.append(f"## {kind.__name__}\n\n{line}\n\n{listed}\n\n{note}{option_list(kind, known)}\n")
     return parts
 
 
