@@ -20,7 +20,7 @@ from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, command, one_line, 
 from kvbench.config import check_arguments, register
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.paths import config_folder
-from kvbench.plan import build_plan, spell_out_shards
+from kvbench.plan import build_plan, defer_task_settings, spell_out_shards
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
 from kvbench.results.summary import print_tables, summarise
@@ -60,7 +60,7 @@ def main() -> int:
     job = Job()
     register()
     check_arguments(sys.argv[1:])
-    sys.argv[1:] = spell_out_shards(sys.argv[1:])
+    sys.argv[1:] = defer_task_settings(spell_out_shards(sys.argv[1:]))
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
     except Exception as error:

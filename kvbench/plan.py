@@ -89,6 +89,17 @@ def spell_out_shards(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
+def defer_task_settings(arguments: Sequence[str]) -> list[str]:
+    """Write `task.X=V` beside a swept `task=` as `task.X=choice(V)`, a sweep over one value.
+
+    Hydra tries what is not swept on the default task first, which may have no X.
+    """
+    if not any(re.match(r"task=.*[,(]", argument, re.DOTALL) for argument in arguments):
+        return list(arguments)
+    setting = re.compile(r"^(task\.[\w.]+=)(?!(?:choice|range|glob|interval|shuffle)\()(.+)", re.DOTALL)
+    return [setting.sub(r"\1choice(\2)", argument) for argument in arguments]
+
+
 COMPRESS_CHOICES = ("after_question", "before_question")
 UNIDENTIFYING_MODEL_KEYS = ("device", "device_map")  # where it runs does not change what is asked
 SPECIAL_TOKENS_KEY = "parse_special_tokens"

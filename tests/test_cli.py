@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from kvbench.cli import main
+from kvbench.plan import defer_task_settings
 
 SMOKE = [
     "model=tiny-random", "arms=smoke", "task=passkey", "task.limit=2", "task.lengths=[300]", "engine=fused",
@@ -148,3 +149,12 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
 def test_bad_input_ends_in_one_line(tmp_path, kvbench, arguments, words):
     line = error_line(kvbench(tmp_path, *SMOKE, *arguments))
     assert [word for word in words if word not in line] == []
+
+
+def test_a_task_s_settings_wait_for_the_tasks_of_a_sweep():
+    given = ["task.length=8192", "task.seed=1,2", "task.lengths=[1,2]", "task.limit=range(3)", "model.seed=1"]
+    deferred = ["task.length=choice(8192)", "task.seed=choice(1,2)", "task.lengths=choice([1,2])", *given[3:]]
+    for tasks in ("task=glob(ruler/*)", "task=a,b"):
+        assert defer_task_settings(["-m", tasks, *given]) == ["-m", tasks, *deferred]
+    for alone in (["task=ruler/vt", "task.length=8192"], ["task.limit=2"]):
+        assert defer_task_settings(alone) == alone
