@@ -122,6 +122,7 @@ def test_rows_are_those_of_the_official_command(tokenizer, task, tmp_path, monke
         context, question = sample.prompt[: sample.question_start], sample.prompt[sample.question_start :]
         assert question.startswith("\n\nAnswer the question" if task.startswith("qa") else ("\nWhat", "\nQuestion:"))
         assert len(question) < 300
+        assert sample.prompt.count("Question: Find all") == (2 if task == "vt" else 0)  # the first is a worked example
         assert task == "qa_2" or all(answer in context for answer in sample.answers)  # some of whose are "yes"
 
 
@@ -136,10 +137,10 @@ def test_the_official_command_itself_writes_the_same_rows(tmp_path, cache):
     }  # fmt: skip
     command = [
         sys.executable, "prepare.py", "--save_dir", tmp_path, "--task", "vt", "--tokenizer_path",
-        tmp_path / "tokenizer", "--tokenizer_type", "hf", "--max_seq_length", "1024", "--num_samples", "2",
+        tmp_path / "tokenizer", "--tokenizer_type", "hf", "--max_seq_length", "2048", "--num_samples", "2",
     ]  # fmt: skip
     subprocess.run(command, cwd=package / "data", env=environment, check=True, capture_output=True, timeout=300)
-    task = build(name="r", task="vt", length=1024, samples=2)
+    task = build(name="r", task="vt", length=2048, samples=2)
     written = (task.rows_folder(made) / "rows.jsonl").read_bytes()
     assert written == (tmp_path / "vt" / "validation.jsonl").read_bytes()
 
