@@ -16,6 +16,7 @@ import dataclasses
 import math
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,16 +28,24 @@ import torch
 from torch import Tensor
 
 from kvbench.methods import cam as our_cam
-from kvbench.methods.base import LayerStates
+from kvbench.methods.base import CompressedLayer, LayerStates
+from kvbench.methods.cake import CAKE
 from kvbench.methods.cam import CaM
 from kvbench.methods.chunkkv import ChunkKV
 from kvbench.methods.compactor import Compactor, gaussian_sketch
+from kvbench.methods.criticalkv import CriticalAdaKV, CriticalKV, projected_value_norms
+from kvbench.methods.defensivekv import DefensiveKV, LayerDefensiveKV
 from kvbench.methods.grkv import GRKV, layer_slots
 from kvbench.methods.keepkv import KeepKV
 from kvbench.methods.keydiff import KeyDiff
+from kvbench.methods.kvzip import KVzip
 from kvbench.methods.lagkv import LagKV
 from kvbench.methods.scored import ScoredPolicy
+from kvbench.methods.snapkv import SnapKV
 from kvbench.methods.zsmerge import ZSMerge
+from kvbench.models.prompt import DEMANDS
+from kvbench.runtime.reconstruct import chunk_scores
+from kvbench.runtime.requests import SINK_TOKENS
 from kvbench.testing import decode_slots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +69,8 @@ class Layer:
     position_embeddings: tuple[Tensor, Tensor]
     states: LayerStates
     sources: dict[str, Path] = field(default_factory=dict)
+    peers: list[Layer] = field(default_factory=list)
+    """All layers that are compared: the whole model of a method that divides slots among layers."""
 
     def press_scores(self, press: Any) -> Tensor:
         """What a scoring press of kvpress says of this layer, `(H_k, T)`."""
@@ -67,12 +78,13 @@ class Layer:
         embeddings = {"position_embeddings": self.position_embeddings}
         return press.score(self.module, self.hidden_states, keys, values, None, embeddings)[0]
 
-    def official(self, method: str, path: str, names: set[str], **namespace: Any) -> dict[str, Any]:
-        """Functions (also a class's) of one file of a clone at HEAD, executed among `namespace`."""
+    def official(self, method: str, path: str, names: set[str], within: str = "", **namespace: Any) -> dict[str, Any]:
+        """Functions (also a class's, or those `within` one) of a file of a clone at HEAD, run among `namespace`."""
         text = subprocess.check_output(["git", "-C", str(self.sources[method]), "show", f"HEAD:{path}"], text=True)
-        found = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name in names]
+        tree = next(n for n in ast.walk(ast.parse(text)) if not within or getattr(n, "name", "") == within)
+        found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in names]
         namespace = {"torch": torch, "math": math, "F": torch.nn.functional, **namespace}
-        namespace |= {name: __import__("typing").__dict__[name] for name in ("Optional", "Tuple")}
+        namespace |= {name: __import__("typing").__dict__[name] for name in ("Optional", "Tuple", "List", "Union")}
         exec(compile(ast.Module(found, []), path, "exec"), namespace)
         return namespace
 
@@ -87,6 +99,27 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """Relative RMS error."""
     ours, theirs = ours.double(), theirs.double()
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+def marked(kept: CompressedLayer, n_tokens: int) -> Tensor:
+    """The tokens that a layer keeps, `(H_k, T)` bool; its heads may be ragged."""
+    assert kept.positions is not None
+    marks = torch.zeros(kept.keys.shape[0], n_tokens, dtype=torch.bool)
+    lengths = [kept.keys.shape[1]] * len(marks) if kept.lengths is None else kept.lengths.tolist()
+    for head, length in enumerate(lengths):
+        marks[head, kept.positions[head, :length]] = True
+    return marks
+
+
+def best_of_all(scores: Tensor, n_slots: int) -> Tensor:
+    """Mark the `n_slots` highest of all scores, as topk breaks ties."""
+    marks = torch.zeros(scores.numel(), dtype=torch.bool)
+    return marks.index_fill_(0, scores.flatten().topk(n_slots).indices, True).view(scores.shape)
+
+
+def against(ours: Tensor, theirs: Tensor, error: float, compared: str) -> Outcome:
+    """The outcome of two `(H_k, T)` bool markings."""
+    return Outcome(float((ours & theirs).sum() / ours.sum()), error, compared)
 
 
 def scored(policy: ScoredPolicy, layer: Layer, press: Any) -> Outcome:
@@ -293,6 +326,154 @@ def grkv(layer: Layer, budget: float, solver_dtype: torch.dtype = torch.float32)
     return Outcome(1.0, relative_error(*pairs), "corrections of keys and values (slots: ours)")
 
 
+WINDOW = SnapKV(kernel_tokens=5, pooling="avg")  # kvpress' SnapKV
+PROJECTED = "norms of projected values"
+
+
+def critical(layer: Layer, budget: float, adaptive: bool = False) -> Outcome:
+    """CriticalKVPress and CriticalAdaKVPress over SnapKVPress, given the same attention."""
+    from kvpress import CriticalAdaKVPress, CriticalKVPress, SnapKVPress
+
+    states, module = layer.states, layer.module
+    keys, values, rows = states.keys[None], states.values[None], states.window_attention[None]  # type: ignore[index]
+    sizes = {name: getattr(module.config, name) for name in ("num_attention_heads", "hidden_size")}
+    config = SimpleNamespace(**sizes, head_dim=module.head_dim, _attn_implementation="sdpa")
+    shim = SimpleNamespace(config=config, o_proj=module.o_proj, num_key_value_groups=states.group_size)
+    base = SnapKVPress(1 - budget, WINDOW.observation_tokens, WINDOW.kernel_tokens)
+    arguments = (shim, layer.hidden_states, keys, values, rows, {})
+    policy = (CriticalAdaKV if adaptive else CriticalKV)(budget=budget, base=WINDOW)
+    m = policy.budget_tokens(states.n_tokens)
+    if adaptive:
+        CriticalAdaKVPress(base).compress(*arguments)
+        theirs = torch.ones(states.keys.shape[:2], dtype=torch.bool)
+        theirs[shim.masked_key_indices[1:]] = False  # type: ignore[attr-defined]
+    else:
+        scores = CriticalKVPress(base).score(*arguments)[0]
+        theirs = torch.stack([best_of_all(head, m) for head in scores])
+    error = relative_error(projected_value_norms(states), CriticalKVPress.vwl1norm(values, shim)[0])
+    return against(marked(policy.compress(states, m), states.n_tokens), theirs, error, PROJECTED)
+
+
+def defensive_scores(layer: Layer, policy: DefensiveKV) -> Tensor:
+    """What the authors' press says of a layer, `(H_k, T)`, by the version without Triton."""
+    from torch import nn
+    from transformers.models.llama.modeling_llama import repeat_kv, rotate_half
+
+    names = {"vwl1norm", "compute_window_attention", "score"}
+    others: dict[str, Any] = {"Qwen3MoeAttention": (), "Qwen3Attention": (), "nn": nn}
+    path = "kvpress/presses/efficient_defensivekv_press.py"
+    functions = layer.official("defensivekv", path, names, repeat_kv=repeat_kv, rotate_half=rotate_half, **others)
+    states = layer.states
+    press = SimpleNamespace(
+        window_size=policy.observation_tokens, kernel_size=policy.kernel_tokens, compression_ratio=1 - policy.budget,
+        compute_window_attention=functions["compute_window_attention"],
+    )  # fmt: skip
+    press.vwl1norm_triton = partial(functions["vwl1norm"], press)
+    n_heads, n_tokens = states.keys.shape[:2]
+    metadata = SimpleNamespace(bsz=1, num_key_value_heads=n_heads, head_lens=[n_tokens] * n_heads)
+    given = {"metadata": metadata, "position_embeddings": layer.position_embeddings}
+    tensors = (layer.hidden_states, states.keys[None], states.values[None], None, given)
+    return functions["score"](press, layer.module, *tensors).view(n_heads, n_tokens)
+
+
+def defensive(layer: Layer, budget: float, across_layers: bool = False) -> Outcome:
+    """EfficientDefensiveKVPress, and its ranking over all layers, of our number of slots."""
+    policy = (LayerDefensiveKV if across_layers else DefensiveKV)(budget=budget)
+    competitors = layer.peers if across_layers else [layer]
+    n_tokens, n_heads = layer.states.n_tokens, layer.states.n_kv_heads
+    theirs = torch.stack([defensive_scores(one, policy) for one in competitors])
+    kept = best_of_all(theirs, len(competitors) * n_heads * policy.budget_tokens(n_tokens))
+    m, place = policy.budget_tokens(n_tokens), competitors.index(layer)
+    if across_layers:
+        m = policy.allocate([policy.ranks(one.states) for one in competitors], n_tokens, n_heads)[place]
+    ranks = policy.ranks(layer.states)
+    both = ranks.isfinite() & (theirs[place] < theirs[place].max())
+    error = relative_error(ranks[both], theirs[place][both])
+    ours = marked(policy.compress(layer.states, m), n_tokens)
+    return against(ours, kept[place], error, "weighed risks outside the first stage")
+
+
+def kvzip(layer: Layer, budget: float, selection: str = "global") -> Outcome:
+    """`_get_score` over a repetition in the official wording, and `_threshold` or `_threshold_uniform`."""
+    from torch import nn
+
+    names = {"_get_score", "_update_score", "_mask_causal", "_make_mask", "_threshold", "_threshold_uniform"}
+    functions = layer.official("kvzip", "attention/score.py", names, "KVScore", nn=nn)
+    policy = KVzip(budget=budget, selection=selection)  # type: ignore[arg-type]
+    competitors = layer.peers if selection == "global" else [layer]
+    n_tokens, n_heads = layer.states.n_tokens, layer.states.n_kv_heads
+
+    def official_scores(one: Layer) -> Tensor:
+        shim = SimpleNamespace(sink=SINK_TOKENS, start_idx=SINK_TOKENS, end_idx=n_tokens, causal_mask_score=None)
+        shim.score = [torch.zeros(1, n_heads, 0)]
+        for name in names:
+            setattr(shim, name, partial(functions[name], shim))
+        extras = one.states.extras
+        shim._get_score(extras["repeat_queries"][None], torch.cat([one.states.keys, extras["repeat_keys"]], 1)[None], 0)
+        return shim.score[0][0]
+
+    theirs, m = torch.stack([official_scores(one) for one in competitors]), policy.budget_tokens(n_tokens)
+    ratio = (m - SINK_TOKENS) / (n_tokens - SINK_TOKENS)  # of what may be evicted, that is all but the sinks
+    chosen, _ = functions["_threshold_uniform" if selection == "uniform" else "_threshold"](None, theirs, ratio + 1e-9)
+    place = competitors.index(layer)
+    error = relative_error(policy.scores(layer.states)[:, SINK_TOKENS:], theirs[place])
+    if selection == "global":
+        m = policy.allocate([policy.preference(one.states) for one in competitors], n_tokens, n_heads)[place]
+    ours = marked(policy.compress(layer.states, m), n_tokens)[:, SINK_TOKENS:]
+    return against(ours, chosen[place], error, "scores")
+
+
+class _Seen(Exception):
+    """The official forward has scored the layer; what follows is attention itself."""
+
+
+def cake(layer: Layer, budget: float) -> Outcome:
+    """The scores of `llama_attn_forward_cake`, its budgets by `adjust_budgets`; tau1 = tau2 = 1."""
+    import numpy as np
+    from torch import nn
+    from transformers.models.llama.modeling_llama import repeat_kv
+
+    policy, (H_k, n_tokens) = CAKE(budget=budget), layer.states.keys.shape[:2]
+    utils = layer.official("cake", "cake/utils.py", {"calculate_entropy", "adjust_budgets"}, np=np)
+    types = {name: type(name, (), {}) for name in ("Cache", "StaticCache", "DynamicCache", "CakeCache")}
+    path, name, window = "cake/model/modify_llama.py", "llama_attn_forward_cake", policy.observation_tokens
+    forward = layer.official(
+        "cake", path, {name}, nn=nn, repeat_kv=repeat_kv, calculate_entropy=utils["calculate_entropy"],
+        apply_rotary_pos_emb=lambda queries, keys, *_: (queries, keys), logger=mock.MagicMock(), **types,
+    )[name]  # fmt: skip
+
+    def official_scores(one: Layer) -> tuple[float, Tensor]:
+        states, seen = one.states, []
+
+        def evict(*_: Any) -> None:
+            raise _Seen
+
+        evict.num_layers = -1  # type: ignore[attr-defined]
+        past = SimpleNamespace(update=lambda k, v, *_: (k, v), layer_budget=[], update_score=lambda *s: seen.extend(s))
+        options = {"window_size": [window], "prefill": [True], "decoding_evict": [None], "key_size": [0]}
+        config = SimpleNamespace(**options, tau1=1.0, tau2=1.0, gamma=policy.gamma, prefill_cake_evict=[evict])
+        flat = [x.transpose(0, 1).flatten(1)[None] for x in (states.extras["queries"], states.keys, states.values)]
+        module = SimpleNamespace(
+            config=config, layer_idx=0, num_heads=states.n_query_heads, num_key_value_heads=H_k, training=False,
+            num_key_value_groups=states.group_size, head_dim=states.keys.shape[2], attention_dropout=0.0,
+            q_proj=lambda _: flat[0], k_proj=lambda _: flat[1], v_proj=lambda _: flat[2],
+        )  # fmt: skip
+        with suppress(_Seen):
+            forward(module, one.hidden_states, past_key_value=past, position_embeddings=one.position_embeddings)
+        return float(seen[0]), seen[1][0]
+
+    found = [official_scores(one) for one in layer.peers]
+    place, n_layers, m = layer.peers.index(layer), len(layer.peers), policy.budget_tokens(n_tokens)
+    total, preferences = (m - window) * n_layers, [preference for preference, _ in found]
+    shares = [preference / sum(preferences) * total for preference in preferences]
+    share = utils["adjust_budgets"](shares, total, n_tokens - window, n_layers)[place]
+    theirs = torch.ones(H_k, n_tokens, dtype=torch.bool)
+    theirs[:, : n_tokens - window] = torch.stack([best_of_all(head, share) for head in found[place][1]])
+    slots = policy.allocate([policy.preference(one.states) for one in layer.peers], n_tokens, H_k)[place]
+    error = relative_error(policy.scores(layer.states)[:, : n_tokens - window], found[place][1])
+    return against(marked(policy.compress(layer.states, slots), n_tokens), theirs, error, "scores")
+
+
 METHODS: dict[str, tuple[Callable[[Layer, float], Outcome], str]] = {
     "keydiff": (keydiff, "kvpress KeyDiffPress"),
     "lagkv": (lagkv, "kvpress LagKVPress"),
@@ -303,9 +484,17 @@ METHODS: dict[str, tuple[Callable[[Layer, float], Outcome], str]] = {
     "grkv": (grkv, "pjunjie/GRKV `value_dual`, `ridge_update`, `round_bounded`"),
     "grkv fp64": (partial(grkv, solver_dtype=torch.float64), "the same, in fp64"),
     "keepkv": (keepkv, "kkvcache/KeepKV `KV_update`"),
+    "criticalkv": (critical, "kvpress CriticalKVPress"),
+    "critical_adakv": (partial(critical, adaptive=True), "kvpress CriticalAdaKVPress"),
+    "defensivekv": (defensive, "FFY0/DefensiveKV `EfficientDefensiveKVPress`"),
+    "defensivekv layers": (partial(defensive, across_layers=True), "the same, over all layers (`layer_defensivekv`)"),
+    "kvzip": (kvzip, "snu-mllab/KVzip `_get_score`, `_threshold`"),
+    "kvzip layerwise": (partial(kvzip, selection="layerwise"), "the same, within a layer"),
+    "kvzip uniform": (partial(kvzip, selection="uniform"), "the same, `_threshold_uniform`"),
+    "cake": (cake, "antgroup/cakekv `llama_attn_forward_cake`, `adjust_budgets`"),
     "keepkv softmax": (partial(keepkv, row_scale="softmax"), "the same, with `row_scale=softmax`"),
 }
-CLONES = ("zsmerge", "cam", "keepkv", "grkv")
+CLONES = ("zsmerge", "cam", "keepkv", "grkv", "defensivekv", "kvzip", "cake")
 
 
 def row_logsumexp(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -321,29 +510,42 @@ def observed(folder: str, n_tokens: int, indices: list[int]) -> list[Layer]:
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    input_ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[:, :n_tokens]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :n_tokens]
+    demand = tokenizer(DEMANDS[0], return_tensors="pt", add_special_tokens=False).input_ids
     config, seen = model.config, {}
     for index, block in enumerate(model.model.layers):
         if index in indices:
             hook = lambda module, _, kwargs, index=index: seen.update({index: (module, kwargs)})  # noqa: E731
             block.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
+        output = model(input_ids=torch.cat([input_ids, demand, input_ids[:, SINK_TOKENS:]], 1), use_cache=True)
+        repeated = [(seen[index], output.past_key_values.layers[index].keys[0, :, n_tokens:]) for index in indices]
         output = model(input_ids=input_ids, use_cache=True, output_attentions=True)
-    layers = []
-    for index in indices:
+
+    def queries_of(module: Any, kwargs: dict[str, Any]) -> Tensor:
+        queries = module.q_proj(kwargs["hidden_states"]).unflatten(-1, (-1, module.head_dim)).transpose(1, 2).detach()
+        return apply_rotary_pos_emb(queries, queries, *kwargs["position_embeddings"])[0][0]
+
+    layers: list[Layer] = []
+    for index, (again, repeat_keys) in zip(indices, repeated, strict=True):
         (module, kwargs), cached = seen[index], output.past_key_values.layers[index]
-        hidden, embeddings = kwargs["hidden_states"], kwargs["position_embeddings"]
-        queries = module.q_proj(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2).detach()
-        queries, _ = apply_rotary_pos_emb(queries, queries, *embeddings)
+        hidden, embeddings, queries = kwargs["hidden_states"], kwargs["position_embeddings"], queries_of(*seen[index])
+        keys, repeat_queries = cached.keys[0], queries_of(*again)[:, n_tokens:]
+        both, chunk = torch.cat([keys, repeat_keys], 1), slice(SINK_TOKENS, n_tokens)
+        weight = module.o_proj.weight.detach().unflatten(1, (-1, module.head_dim)).permute(1, 2, 0)
+        reconstruction = torch.ones(keys.shape[:2])
+        reconstruction[:, chunk] = chunk_scores(repeat_queries, both, n_tokens, chunk, module.scaling)
         attention = output.attentions[index][0].detach()
         exponents = torch.arange(0, module.head_dim, 2) / module.head_dim
         extras = {
-            "queries": queries[0], "scaling": torch.tensor(module.scaling),
+            "queries": queries, "scaling": torch.tensor(module.scaling),
             "rotary_frequencies": 1.0 / config.rope_parameters["rope_theta"] ** exponents,
-            "window_logsumexp": row_logsumexp(queries[0], cached.keys[0], module.scaling),
+            "window_logsumexp": row_logsumexp(queries, keys, module.scaling), "output_weight": weight,
+            "reconstruction": reconstruction, "repeat_queries": repeat_queries, "repeat_keys": repeat_keys,
         }  # fmt: skip
         states = LayerStates(
-            cached.keys[0], cached.values[0], index, config.num_hidden_layers, config.num_attention_heads,
+            keys, cached.values[0], index, config.num_hidden_layers, config.num_attention_heads,
             column_sums=attention.sum(1), window_attention=attention, extras=extras,
         )  # fmt: skip
         layers.append(Layer(module, hidden.detach(), embeddings, states))
@@ -374,7 +576,7 @@ def main() -> None:
             print(f"| `{name}` | {against} | not compared: give --repo {repository}=CLONE | | |")
             continue
         for layer in layers:
-            layer.sources = sources
+            layer.sources, layer.peers = sources, layers
         with torch.no_grad():
             found = [function(layer, budget) for layer in layers for budget in BUDGETS]
         agreements = [one.agreement for one in found]
