@@ -16,7 +16,7 @@ as in NVIDIA/kvpress (there: the whole system prompt, which is never evicted), a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,8 @@ from kvbench.ops.observe import cap_logits, observe, softmax_attention
 from kvbench.runtime.attention import attention_implementation
 from kvbench.runtime.requests import RECONSTRUCTION, SINK_TOKENS, Arm, Request
 
-BLOCK_LOGITS = 2**25
-"""Logits of one block of a repetition's queries at most: 128 MiB in fp32."""
+BLOCK_QUERIES, BLOCK_LOGITS = 256, 2**25
+"""Queries of a repetition that are taken at a time, and their logits at most: 128 MiB in fp32."""
 
 
 def reconstruct(loaded: LoadedModel, request: Request, arms: Iterable[Arm]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -78,13 +78,11 @@ class _Scorer:
         scores = torch.ones(key.shape[1], n_tokens, device=key.device)  # sinks keep the 1
         for begin, end, first, last in self.spans:
             keys, values = (torch.cat([x[:, :, :n_tokens], x[:, :, begin:end]], 2) for x in (key, value))
-            n_queries, n_keys = end - begin, keys.shape[2]
-            block = max(16, BLOCK_LOGITS // (query.shape[1] * n_keys))
-            for start in range(0, n_queries, block):
-                count = min(block, n_queries - start)
-                rows = query[:, :, begin + start : begin + start + count]
-                past = torch.ones(count, n_keys, dtype=torch.bool, device=key.device).tril(n_tokens + start)
-                outputs.append(softmax_attention(rows, keys, values, scaling, softcap, past[None, None]))
+            for start, stop in _blocks(end - begin, query.shape[1] * keys.shape[2]):
+                rows, n_seen = query[:, :, begin + start : begin + stop], n_tokens + stop
+                past = torch.ones(stop - start, n_seen, dtype=torch.bool, device=key.device).tril(n_tokens + start)
+                states = rows, keys[:, :, :n_seen], values[:, :, :n_seen]
+                outputs.append(softmax_attention(*states, scaling, softcap, past[None, None]))
             chunk = slice(first, last)
             scores[:, chunk] = chunk_scores(query[0, :, begin:end], key[0], begin, chunk, scaling, softcap)
         self.scores.append(scores)
@@ -103,11 +101,16 @@ def chunk_scores(
     seen = torch.cat([keys[:, :sinks], keys[:, chunk], keys[:, begin : begin + n_queries]], 1).float()
     before = seen.shape[1] - n_queries
     highest = keys.new_zeros(n_kv_heads, before - sinks, dtype=torch.float32)
-    block = max(16, BLOCK_LOGITS // (queries.shape[0] * seen.shape[1]))
-    for start in range(0, n_queries, block):
-        rows = queries[:, start : start + block].float().unflatten(0, (n_kv_heads, -1)) * scaling
-        logits = cap_logits(rows @ seen.transpose(1, 2).unsqueeze(1), softcap)
-        past = torch.ones(logits.shape[2:], dtype=torch.bool, device=keys.device).tril(before + start)
-        weights = logits.masked_fill_(~past, -torch.inf).softmax(-1)[..., sinks:before]
-        highest = torch.maximum(highest, weights.amax((1, 2)))
+    for start, stop in _blocks(n_queries, queries.shape[0] * seen.shape[1]):
+        rows = (queries[:, start:stop].float() * scaling).reshape(n_kv_heads, -1, queries.shape[2])
+        logits = cap_logits(rows @ seen[:, : before + stop].transpose(1, 2), softcap)
+        future = torch.full((stop - start, stop - start), -torch.inf, device=keys.device).triu_(1)
+        logits.unflatten(1, (-1, stop - start))[..., before + start :] += future
+        highest = torch.maximum(highest, logits.softmax(-1)[..., sinks:before].amax(1))
     return highest
+
+
+def _blocks(n_queries: int, logits_per_query: int) -> Iterator[tuple[int, int]]:
+    """First and last query of each block; what comes after a block's last query is not computed."""
+    block = max(16, min(BLOCK_QUERIES, BLOCK_LOGITS // logits_per_query))
+    return ((start, min(start + block, n_queries)) for start in range(0, n_queries, block))
