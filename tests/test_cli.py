@@ -82,6 +82,18 @@ def test_a_sweep_runs_every_combination(kvbench, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no outputs/, no multirun/
 
 
+def test_a_method_that_repeats_the_context_runs_before_the_question_and_records_its_cost(kvbench, tmp_path):
+    arms = ["method=kvzip", "budget=0.4", "protocol.compress=before_question", "task.limit=1"]
+    (arm,) = document(kvbench(tmp_path, *SMOKE, *arms))["arms"]
+    assert (arm["arm"], arm["n"], arm["n_failed"]) == ("kvzip@0.4", 1, 0)
+    (path,) = tmp_path.glob("**/kvzip@0.4.jsonl")
+    record = json.loads(path.read_text())
+    assert record["seconds"] > record["engine"]["second_pass_seconds"] > 0
+    assert record["engine"]["second_pass_tokens"] > 2 * record["compressed_tokens"] - 4
+    assert record["budget_measured"] == pytest.approx(0.4, abs=0.005)
+    assert len(set(record["slots_per_layer"])) > 1
+
+
 def test_help_and_cfg_need_no_model(kvbench, tmp_path):
     code, out, _ = kvbench(tmp_path, "--help")
     assert code == 0
@@ -115,6 +127,7 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["budget=0", "method=h2o"], ["budget=0", "(0, 1]"]), (["budget=1.5", "method=h2o"], ["1.5", "(0, 1]"]),
         (["budget=half", "method=h2o"], ["half"]), (["method=h2o", "budget=0.002"], ["0.002", "slots", "at least"]),
         (["method=kvmerger", "budget=0.5"], ["0.5", "whole"]),
+        (["method=kvzip"], ["kvzip@0.5", "after_question", "set protocol.compress=before_question"]),
         (["protocol.compress=never"], ["never", "after_question"]), (["task.lengths=[9000]"], ["16384"]),
         (["output.root=/proc/none"], ["/proc/none", "output.root"]),
         (["task.limit=0"], ["task.limit=0", INTEGER_OR_NULL]),
