@@ -129,3 +129,39 @@ def test_a_window_as_wide_as_the_context_counts_as_full():  # Phi-3 of 128k toke
     short, message = build("phi3", sliding_window=45, max_position_embeddings=45), "46 tokens exceed the sliding window"
     with kvbench.compress(short, H2O(budget=0.4)), pytest.raises(ModelError, match=message):
         short.generate(prompt(40), **GREEDY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unequal(Newest):
+    """Gives the first of two full layers two slots a head less than the other, and notes the output projections."""
+
+    name: ClassVar[str] = "unequal"
+    needs: ClassVar[frozenset[str]] = frozenset({"output_weight"})
+    allocates: ClassVar[bool] = True
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def preference(self, layer: LayerStates) -> torch.Tensor:
+        self.seen.append(layer.observed("output_weight"))
+        return torch.zeros(1)
+
+    def allocate(self, preferences, n_tokens, n_kv_heads):
+        each = n_kv_heads * self.budget_tokens(n_tokens)
+        return [each - n_kv_heads, each + n_kv_heads]
+
+    def compress(self, layer: LayerStates, budget_tokens: int) -> CompressedLayer:
+        return super().compress(layer, budget_tokens // layer.n_kv_heads)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_full_layers_get_their_own_projection_and_share_the_slots_row_by_row(family):
+    model = build(family, **HYBRIDS[family])
+    Unequal.seen.clear()
+    with kvbench.compress(model, Unequal(budget=0.5)) as cache:
+        model.generate(**padded([prompt(40), prompt(31)]), **GREEDY)
+    full = [index for index, kind in enumerate(HYBRIDS[family]["layer_types"]) if kind == FULL]
+    for rank, weight in enumerate(Unequal.seen):
+        projection = model.model.layers[full[rank // 2]].self_attn.o_proj.weight
+        assert weight.data_ptr() == projection.data_ptr()
+    slots = {layer.index: layer.slots for layer in cache.report().layers if layer.compressed}
+    n_kv_heads = model.config.num_key_value_heads
+    assert slots == {full[0]: n_kv_heads * (19 + 14), full[1]: n_kv_heads * (21 + 16)}
