@@ -6,11 +6,17 @@ from typing import ClassVar
 import pytest
 import torch
 from engine_cases import answers, assert_same, request
+from small_decoders import build, loaded, prompt
 from wrong_policies import Newest, Shares
 
 import kvbench
 from kvbench.errors import ConfigError, ModelError
 from kvbench.methods.base import CompressedLayer, LayerStates
+from kvbench.methods.cake import CAKE
+from kvbench.methods.criticalkv import CriticalAdaKV
+from kvbench.methods.defensivekv import LayerDefensiveKV
+from kvbench.methods.kvzip import KVzip
+from kvbench.methods.snapkv import SnapKV
 from kvbench.models.config import named_config
 from kvbench.models.load import load_model
 from kvbench.runtime import reconstruct as second_pass
@@ -141,3 +147,15 @@ def test_the_output_weight_maps_heads_to_hidden_states(tiny):
             output_weights(tiny.model)
     finally:
         layer.o_proj = projection
+
+
+@pytest.mark.parametrize(("family", "options"), [("gemma2", {"attn_logit_softcapping": 2.0}), ("qwen2", {})])
+def test_methods_that_ask_for_more_are_the_same_in_both_engines(family, options):
+    window = {"budget": 0.5, "observation_tokens": 6}
+    critical = CriticalAdaKV(budget=0.5, base=SnapKV(observation_tokens=6))
+    policies = KVzip(budget=0.5), KVzip(budget=0.5, selection="uniform"), critical, CAKE(**window)
+    asked = request(arms(*policies, LayerDefensiveKV(**window)), question=4, gold=3)
+    ids = tuple(prompt(40)[0].tolist())
+    asked = [replace(asked, input_ids=ids, gold_ids=ids[:3], demand_ids=DEMANDS)]
+    model = loaded(build(family, **options))
+    assert_same(*(answers(engine, model, asked) for engine in (FusedEngine(), PlainEngine())), 3e-4)
