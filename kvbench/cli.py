@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from kvbench.commands import EXIT_FAILED_SAMPLES, EXIT_MEND, command, one_line, strict_json
@@ -23,8 +23,11 @@ from kvbench.paths import config_folder
 from kvbench.plan import build_plan, defer_task_settings, spell_out_shards
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls
-from kvbench.results.summary import print_tables, summarise
+from kvbench.results.summary import summarise
+from kvbench.results.terminal import limits_of, next_commands, print_tables, print_verdict
 from kvbench.run import Outcome, run_plan
+
+JSON_FLAG = "--json"
 
 
 class Job:
@@ -44,8 +47,12 @@ class Job:
         if any(outcome.error for outcome in self.outcomes):
             return None
         try:
+            limits = limits_of(OmegaConf.to_container(config.task))
             outcome = replace(
-                run_plan(build_plan(config), Console(stderr=True)), table=config.output.table, gate=config.output.gate
+                run_plan(build_plan(config), Console(stderr=True)),
+                table=config.output.table,
+                gate=config.output.gate,
+                limits=limits,
             )
         except KvbenchError as error:  # kept from Hydra, which would add lines of its own
             outcome = Outcome(error=str(error))
@@ -57,6 +64,8 @@ class Job:
 def main() -> int:
     """Entry point; returns the exit code."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us whole: we print one line
+    with_json = JSON_FLAG in sys.argv or not sys.stdout.isatty()
+    sys.argv[1:] = arguments = [word for word in sys.argv[1:] if word != JSON_FLAG]
     job = Job()
     register()
     check_arguments(sys.argv[1:])
@@ -72,7 +81,7 @@ def main() -> int:
         if not outcome.error:
             runs.setdefault(outcome.folder, []).append(outcome)
     for outcomes in runs.values():
-        report(outcomes)
+        report(outcomes, arguments, with_json)
     refusals = dict.fromkeys(outcome.error for outcome in job.outcomes if outcome.error)
     for refusal in refusals:
         print(f"kvbench: {refusal}", file=sys.stderr)
@@ -81,8 +90,11 @@ def main() -> int:
     return EXIT_FAILED_SAMPLES if any(outcome.n_failed for outcome in job.outcomes) else 0
 
 
-def report(outcomes: Sequence[Outcome]) -> None:
-    """Print the table of one run, of whose shards or arms these are, and, as the last line, one JSON document."""
+def report(outcomes: Sequence[Outcome], arguments: Sequence[str], with_json: bool) -> None:
+    """Print tables and verdict of one run, of whose shards or arms these are, and, as the last line, one JSON document.
+
+    In a terminal the document comes only where `--json` asks for it; `arguments` are the words of the command line.
+    """
     first = outcomes[0]
     samples = {position: key for outcome in outcomes for position, key in outcome.samples.items()}
     order = {key: rank for rank, (_, key) in enumerate(sorted(samples.items()))}
@@ -93,16 +105,21 @@ def report(outcomes: Sequence[Outcome]) -> None:
         refuse_mixture(environments(records, calls), first.folder, "mix_environments=true shows them side by side")
     notes = doubts(records, calls, n_left_out)
     records.sort(key=lambda r: order[r["dataset"], r["sample"]])  # sums then do not hang on who finished first
+    wall_s = round(max(o.ended_at for o in outcomes) - min(o.started_at for o in outcomes), 2)
     if any(outcome.table for outcome in outcomes):
         console = Console(width=None if sys.stdout.isatty() else 120)
-        print_tables(records, f"{first.model} · {first.compress}", console, first.gate)
+        table = print_tables(records, first.model, first.compress, console, first.gate)
+        print_verdict(table, next_commands(arguments, first.folder, first.limits), console)
+        print(f"The batches took {table.batch_s:.1f} s, this call {wall_s:.1f} s.")
         for note in notes:
             print(note)
+    if not with_json:
+        return
     shards = sorted({outcome.shard for outcome in outcomes if outcome.shard is not None})
     document: dict[str, Any] = {
         "run": str(first.folder), "model": first.model, "task": first.task,
         **({"shards": shards} if shards else {}), "n_samples": len(samples),
-        "wall_s": round(max(o.ended_at for o in outcomes) - min(o.started_at for o in outcomes), 2),
+        "wall_s": wall_s,
         **({"notes": notes} if notes else {}), "arms": [summary.to_dict() for summary in summarise(records)],
     }  # fmt: skip
     print(strict_json(document, ensure_ascii=False), flush=True)

@@ -49,6 +49,7 @@ class Outcome:
     shard: str | None = None  # "2/8", or None without shards
     table: bool = True  # whether one is wanted
     gate: float = 60.0  # what the table greys: see `kvbench.results.summary.fails_gate`
+    limits: dict[str, int] = field(default_factory=dict)  # of samples, by the setting's name
     samples: dict[int, tuple[str, str]] = field(default_factory=dict)  # (dataset, id) by position; the shard's only
     n_failed: int = 0  # samples that failed in this call
     mix_environments: bool = False

@@ -58,10 +58,19 @@ def test_last_line_is_the_promised_json(smoke):
     assert [arm["arm"] for arm in found["arms"]][:2] == ["full", "cam@0.5"]
     assert len(found["arms"]) == 9
     for arm in found["arms"]:
-        assert {"method", "budget", "score", "gold_nll", "kl", "cache_bytes", "seconds"} <= set(arm)
+        assert {"method", "budget", "score", "gold_nll", "kl", "cache_bytes"} <= set(arm)
         assert arm["n"] == 2
         assert arm["budget"] - 1 / 250 <= arm["budget_measured"] <= arm["budget"]
     assert (folder / found["run"] / "config.json").is_file()
+
+
+def test_in_a_terminal_json_comes_only_when_asked_for(smoke, kvbench, monkeypatch):
+    out = kvbench(smoke[0], *SMOKE)[1]
+    assert "No arm's score is separated" in out or "by more than chance" in out or "No verdict" in out
+    assert "python -m kvbench.report " in out
+    monkeypatch.setattr("kvbench.commands._Output.isatty", lambda self: True, raising=False)
+    assert not kvbench(smoke[0], *SMOKE)[1].splitlines()[-1].startswith("{")
+    assert document(kvbench(smoke[0], *SMOKE, "--json"))["run"] == smoke[1]["run"]
 
 
 def test_a_second_call_computes_nothing_and_says_the_same(smoke, kvbench):

@@ -6,7 +6,7 @@ numbers to show beside ours; one without a source is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -18,7 +18,16 @@ from kvbench.errors import DataError
 from kvbench.metrics.longbench import KVMERGER_DATASETS
 from kvbench.records.environment import doubts, environments, refuse_mixture
 from kvbench.records.read import read_answers, read_calls, read_config, read_environments
-from kvbench.results.statistics import Comparison, Interval, Scores, best_arm, compare_arms, score_interval
+from kvbench.results.statistics import (
+    KL,
+    Comparison,
+    Interval,
+    Scores,
+    against,
+    best_arm,
+    compare_arms,
+    score_interval,
+)
 from kvbench.results.summary import (
     DEFAULT_GATE,
     REFERENCE_METHOD,
@@ -81,11 +90,15 @@ class Cell:
     n_failed: int = 0
     interval: Interval | None = None
     best: bool = False  # whether the arm is separated from all others of its budget
+    kl: float | None = None  # to the full cache, nats a gold token; None for the full cache itself
+    kl_interval: Interval | None = None
+    closest: bool = False  # whether it has the lowest KL of its budget
+    kl_above: Comparison | None = None  # with the closest arm of its budget; None for the closest itself
 
 
 @dataclass
 class Column:
-    """One data set: its cells and scores by arm key, all pairs of arms, and the command that fills what is missing."""
+    """One data set: its cells, scores and KL by arm key, pairs of arms, and the command that fills what is missing."""
 
     name: str
     metric: str = ""
@@ -94,6 +107,9 @@ class Column:
     scores: dict[str, Scores] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     below_gate: bool = False  # then it has no comparisons, no winner and no part in the average
+    distances: dict[str, Scores] = field(default_factory=dict)  # KL to the full cache, without the full cache itself
+    kl_comparisons: list[Comparison] = field(default_factory=list)  # pairs of one budget
+    contests: dict[float, list[str]] = field(default_factory=dict)  # the arms that compete, by budget
 
 
 @dataclass
@@ -116,6 +132,17 @@ class Table:
     def all_columns(self) -> list[Column]:
         """The data sets and, if there is one, their average."""
         return [*self.columns, *([self.average] if self.average else [])]
+
+    @property
+    def overall(self) -> Column | None:
+        """What a verdict is about: the average, or the only data set above the gate; None if arms share too little."""
+        able = [column for column in self.columns if not column.below_gate]
+        return self.average or (able[0] if len(able) == 1 else None)
+
+    @property
+    def batch_s(self) -> float:
+        """Seconds of prefill, compression and decoding of all answers; an arm's share of a batch says nothing."""
+        return sum(float(row["seconds"]) for row in self.records)
 
 
 def read_published(folder: Path) -> pd.DataFrame:
@@ -155,9 +182,8 @@ def build_table(spec: TableSpec, published: pd.DataFrame | None = None) -> Table
     if not spec.mix_environments:
         refuse_mixture(environments(table.records, calls), f"table {spec.name} of {spec.model}", MIX_REMEDY)
     table.doubts = doubts(table.records, calls, n_left_out)
-    table.summaries = {summary.arm: summary for summary in summarise(table.records)}
+    _sum_up(table)
     table.agreements = agreements(table.records)
-    _average(table)
     names = {column.name for column in table.columns}
     if names == set(KVMERGER_DATASETS):
         names.add(AVERAGE_OF_NINE)
@@ -170,6 +196,20 @@ def build_table(spec: TableSpec, published: pd.DataFrame | None = None) -> Table
     return table
 
 
+def table_of(records: Sequence[RecordDict], model: str, gate: float = DEFAULT_GATE) -> Table:
+    """The table of some records, of whatever arms and data sets are in them, as a run shows it at its end."""
+    arms = tuple(ExpectedArm(s.arm, s.method, s.budget, "," not in s.arm) for s in summarise(records))
+    table = Table(TableSpec("run", model, model, arms, (), gate=gate), records=list(records))
+    table.columns = [_column(dataset, rows, table.spec, "") for dataset, rows in grouped(records, "dataset").items()]
+    _sum_up(table)
+    return table
+
+
+def _sum_up(table: Table) -> None:
+    table.summaries = {summary.arm: summary for summary in summarise(table.records)}
+    _average(table)
+
+
 def _rows(published: pd.DataFrame, **values: str) -> list[Any]:
     return list(published[(published[list(values)] == list(values.values())).all(axis=1)].itertuples(index=False))
 
@@ -178,6 +218,9 @@ def _column(name: str, rows: Sequence[RecordDict], spec: TableSpec, command: str
     column = Column(name, next((row["metric"] for row in rows if row["metric"]), ""), command)
     for arm, own in grouped((row for row in rows if row["status"] == "ok" and row["parts"]), "arm").items():
         column.scores[arm] = Scores(column.metric, {row["sample"]: row["parts"] for row in own})
+    for arm, own in grouped((row for row in rows if row["status"] == "ok" and row["kl"] is not None), "arm").items():
+        if own[0]["method"] != REFERENCE_METHOD:
+            column.distances[arm] = Scores(KL, {row["sample"]: {"score": row["kl"]} for row in own})
     for arm in spec.arms:
         cell = Cell(n_failed=sum(r["arm"] == arm.key and r["status"] != "ok" for r in rows))
         if scores := column.scores.get(arm.key):
@@ -188,22 +231,46 @@ def _column(name: str, rows: Sequence[RecordDict], spec: TableSpec, command: str
     column.below_gate = fails_gate(column.metric, next(full, None), spec.gate)
     if not column.below_gate:
         column.comparisons = compare_arms({name: column.scores})
-        _mark_best(column, spec.arms, summarise(rows))
+    _judge(column, {name: column.distances}, spec.arms, summarise(rows))
     return column
 
 
-def _mark_best(column: Column, arms: Sequence[ExpectedArm], summaries: Sequence[ArmSummary]) -> None:
-    """Mark the separated winners, one contest for each budget; the full cache is the yardstick, not a contestant."""
+def _judge(
+    column: Column, distances: Mapping[str, Mapping[str, Scores]], arms: Sequence[ExpectedArm],
+    summaries: Sequence[ArmSummary],
+) -> None:  # fmt: skip
+    """One contest for each budget: mark its separated winner, and compare all KL with the closest arm's.
+
+    The full cache is the yardstick, not a contestant.
+    """
     measured = {s.arm: s.budget_measured for s in summaries}
-    contests: dict[float, dict[str, float]] = {}
     for key, method, budget, _ in arms:
-        score, kept = column.cells.get(key, Cell()).score, measured.get(key)
-        missed = kept is not None and abs(kept - budget) > BUDGET_TOLERANCE
-        if method != REFERENCE_METHOD and score is not None and not missed:
-            contests.setdefault(budget, {})[key] = score
-    for contest in contests.values():
-        if winner := best_arm(contest, column.comparisons):
+        kept = measured.get(key)
+        if (
+            method != REFERENCE_METHOD
+            and not column.below_gate
+            and (kept is None or abs(kept - budget) <= BUDGET_TOLERANCE)
+        ):
+            column.contests.setdefault(budget, []).append(key)
+    column.kl_comparisons = compare_arms(distances, column.contests.values())
+    for arm in set.intersection(*map(set, distances.values())) if distances else ():
+        own = {name: data_set[arm] for name, data_set in distances.items()}
+        kl = sum(scores.aggregate(list(scores.parts)) for scores in own.values()) / len(own)
+        column.cells[arm] = replace(column.cells.get(arm, Cell()), kl=kl, kl_interval=score_interval(own))
+    for contest in column.contests.values():
+        scores = {key: s for key in contest if (s := column.cells.get(key, Cell()).score) is not None}
+        if winner := best_arm(scores, column.comparisons):
             column.cells[winner] = replace(column.cells[winner], best=True)
+        if closest := closest_arm(column, contest):
+            column.cells[closest] = replace(column.cells[closest], closest=True)
+        for comparison in against(closest, column.kl_comparisons):
+            column.cells[comparison.second] = replace(column.cells[comparison.second], kl_above=comparison.turned())
+
+
+def closest_arm(column: Column, contest: Iterable[str]) -> str | None:
+    """The contestant with the lowest KL to the full cache; None if no two have one."""
+    known = {key: kl for key in sorted(contest) if (kl := column.cells.get(key, Cell()).kl) is not None}
+    return min(known, key=lambda key: known[key]) if len(known) > 1 else None
 
 
 def _average(table: Table) -> None:
@@ -219,5 +286,6 @@ def _average(table: Table) -> None:
         score = sum(cell.score for cell in cells if cell.score is not None) / len(cells)
         interval = score_interval({name: column.scores[arm] for name, column in shared.items()})
         average.cells[arm] = Cell(score, sum(c.n for c in cells), sum(c.n_failed for c in cells), interval)
-    _mark_best(average, table.spec.arms, list(table.summaries.values()))
+    distances = {name: column.distances for name, column in shared.items() if column.distances}
+    _judge(average, distances, table.spec.arms, list(table.summaries.values()))
     table.average, table.averaged = average, tuple(shared)

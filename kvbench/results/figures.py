@@ -1,7 +1,7 @@
 """Figures from a table's records: PNG and SVG, the same bytes for the same records.
 
-Colours are Okabe and Ito's, which stay apart under the common forms of colour blindness; methods differ in marker and
-line style too.
+Every colour has a contrast of at least 3:1 on the paper of the figures and on both backgrounds of the page. Methods
+differ in marker and line style too, and their names stand at their lines.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from kvbench.results.summary import REFERENCE_METHOD, ArmSummary, aggregate_scor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe, Ito: "Color Universal Design" (2008).
-PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+# The first four are Okabe and Ito's ("Color Universal Design", 2008), which stay apart under the common forms of colour
+# blindness; their yellow, orange and sky blue are too light for white paper.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#A87B00", "#7C6FE0", "#A0622D", "#5B7F95")
+INK = "#1B1F24"  # the full cache
+BACKGROUNDS = ("#FFFFFF", "#14171B")
 MARKERS = "oDs^vPX*"
 LINES = ("-", "--", "-.", ":")
 SEQUENTIAL = "cividis"  # made to look the same with and without colour blindness (Nuñez et al. 2018)
@@ -76,36 +79,72 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **options: Any)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _methods(summaries: Iterable[ArmSummary]) -> dict[str, int]:
-    """Methods in fixed order with the number that gives colour, marker and line."""
-    names = sorted({s.method for s in summaries}, key=lambda name: (name != REFERENCE_METHOD, name))
-    return {name: index for index, name in enumerate(names)}
+def looks(methods: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line of every method, the full cache in ink; no two alike among 64."""
+    others = sorted(set(methods) - {REFERENCE_METHOD})
+    found = {REFERENCE_METHOD: (INK, MARKERS[0], LINES[0])}
+    for i, name in enumerate(others):
+        shift = i + i // len(PALETTE)
+        found[name] = (PALETTE[i % len(PALETTE)], MARKERS[shift % len(MARKERS)], LINES[shift % len(LINES)])
+    return found
+
+
+def budget_lines(table: Table, value: Callable[[ArmSummary], float | None]) -> dict[str, list[tuple[float, float]]]:
+    """By method with its default options, points (share of slots kept in %, value), falling; none below two budgets."""
+    plain = {arm.key for arm in table.spec.arms if arm.plain}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for s in sorted(table.summaries.values(), key=lambda s: (s.method, -s.budget)):
+        if s.n and s.arm in plain and (y := value(s)) is not None:
+            lines.setdefault(s.method, []).append((100 * (s.budget_measured or 0), y))
+    return lines if max(map(len, lines.values()), default=0) > 1 else {}
+
+
+def spread(places: Iterable[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """The places moved apart as little as their order allows, so that labels at them do not overlap."""
+    order = sorted(range(len(wanted := list(places))), key=lambda i: wanted[i])
+    gap, moved = min(gap, (high - low) / max(1, len(order) - 1)), list(wanted)
+    for rank, i in enumerate(order):
+        moved[i] = max(wanted[i], low if rank == 0 else moved[order[rank - 1]] + gap)
+    for rank, i in reversed(list(enumerate(order))):
+        moved[i] = min(moved[i], high if rank == len(order) - 1 else moved[order[rank + 1]] - gap)
+    return moved
+
+
+BUDGET_PANELS: tuple[tuple[str, str, Callable[[ArmSummary], float | None]], ...] = (
+    ("KL to the full cache, nats a token", "log", lambda s: s.kl or None),
+    ("score (mean over data sets)", "linear", lambda s: s.score),
+)
 
 
 def budget_figure(table: Table) -> Figure | None:
-    """Score and KL to the full cache against the measured budget, one line per method with its default options."""
-    plain = {arm.key for arm in table.spec.arms if arm.plain}
-    summaries = [s for s in table.summaries.values() if s.n and s.arm in plain]
-    methods = _methods(summaries)
-    points = {name: sorted((s for s in summaries if s.method == name), key=lambda s: s.budget) for name in methods}
-    if max(map(len, points.values()), default=0) < 2:
+    """KL to the full cache and score against the measured budget, one line per method with its default options."""
+    panels = [(label, scale, budget_lines(table, value)) for label, scale, value in BUDGET_PANELS]
+    panels = [panel for panel in panels if panel[2]]
+    if not panels:
         return None
-    figure, axes = subplots(1, 2, (9.0, 3.4))
-    for axis, label, value in (
-        (axes[0][0], "score (mean over data sets)", lambda s: s.score),
-        (axes[0][1], "KL to the full cache, nats a token", lambda s: s.kl),
-    ):
-        for name, index in methods.items():
-            line = [(100 * (s.budget_measured or 0), value(s)) for s in points[name] if value(s) is not None]
-            if line and name == REFERENCE_METHOD:
-                axis.axhline(line[0][1], color=PALETTE[0], linewidth=1, label=name)
-            elif line:
-                axis.plot(*zip(*line, strict=True), color=PALETTE[index % len(PALETTE)], marker=MARKERS[index % 8],
-                          linestyle=LINES[index % 4], label=name)  # fmt: skip
-        axis.set(xlabel="slots kept, % of the full cache", ylabel=label, xlim=(0, 103))
+    look = looks(s.method for s in table.summaries.values())
+    height = max(3.4, 0.16 * max(len(lines) for *_, lines in panels))
+    figure, axes = subplots(1, len(panels), (5.2 * len(panels), height))
+    for axis, (label, scale, lines) in zip(axes[0], panels, strict=True):
+        for name, points in lines.items():
+            colour, marker, line = look[name]
+            if name == REFERENCE_METHOD:
+                axis.axhline(points[0][1], color=colour, linewidth=1)
+            else:
+                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line)
+        axis.set(xlabel="slots kept, % of the full cache", ylabel=label, yscale=scale)
         axis.margins(y=0.1)
-    axes[0][1].set_ylim(bottom=0)
-    axes[0][0].legend(fontsize=8)
+        axis.invert_xaxis()
+        ends = {name: points[-1] for name, points in lines.items()}
+        if REFERENCE_METHOD in ends:
+            ends[REFERENCE_METHOD] = (axis.get_xlim()[1], ends[REFERENCE_METHOD][1])
+        to_axes = axis.transData + axis.transAxes.inverted()
+        places = spread((to_axes.transform(end)[1] for end in ends.values()), 0.045)
+        for (name, end), place in zip(ends.items(), places, strict=True):
+            axis.annotate(
+                name, end, (1.04, place), textcoords=axis.transAxes, color=look[name][0], fontsize=7, va="center",
+                arrowprops={"arrowstyle": "-", "color": look[name][0], "linewidth": 0.5, "relpos": (0, 0.5)},
+            )  # fmt: skip
     return figure
 
 
@@ -141,31 +180,38 @@ def needle_figure(table: Table) -> Figure | None:
 
 
 def cost_figure(table: Table) -> Figure | None:
-    """Cache memory and seconds a sample for each arm."""
+    """Cache memory of each arm."""
     order = {arm.key: index for index, arm in enumerate(table.spec.arms)}
     summaries = sorted((s for s in table.summaries.values() if s.n), key=lambda s: order.get(s.arm, len(order)))
     if not summaries:
         return None
-    methods, names = _methods(summaries), [s.arm for s in summaries]
-    figure, axes = subplots(1, 2, (9.0, 1.2 + 0.28 * len(names)))
-    for axis, label, values in (
-        (axes[0][0], "cache after compression, MiB a sample", [(s.cache_bytes or 0) / 2**20 for s in summaries]),
-        (axes[0][1], "share of wall time, s a sample", [s.seconds / s.n for s in summaries]),
-    ):
-        bars = axis.barh(range(len(names)), values, color=[PALETTE[methods[s.method] % 8] for s in summaries])
-        axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_xlabel(label)
-        axis.grid(False, axis="y")
-    axes[0][1].set_yticklabels([])
+    look, names = looks(s.method for s in summaries), [s.arm for s in summaries]
+    figure, axes = subplots(1, 1, (6.0, 1.2 + 0.28 * len(names)))
+    axis, values = axes[0][0], [(s.cache_bytes or 0) / 2**20 for s in summaries]
+    bars = axis.barh(range(len(names)), values, color=[look[s.method][0] for s in summaries])
+    axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel("cache after compression, MiB a sample")
+    axis.grid(False, axis="y")
     return figure
 
 
+def needle_finding(table: Table) -> str:
+    """What the needle figure shows, for those who do not see it."""
+    rows = [r for r in table.records if {"length_tokens", "depth"} <= set(r["meta"]) and r["status"] == "ok"]
+    scores = {arm: aggregate_score(own) for arm, own in grouped(rows, "arm").items()}
+    known = sorted((score, arm) for arm, score in scores.items() if score is not None)
+    if not known:
+        return ""
+    (low, worst), (high, best) = known[0], known[-1]
+    return f"from {high:.0f} ({best}) down to {low:.0f} ({worst}) over all lengths and depths"
+
+
 FIGURES: dict[str, tuple[str, Callable[[Table], Figure | None]]] = {
-    "budget": ("Score and KL to the full cache against the measured budget", budget_figure),
+    "budget": ("KL to the full cache and score against the measured budget", budget_figure),
     "needle": ("Score over prompt length and depth of the needle", needle_figure),
-    "cost": ("Cache memory and time for each arm (the arms of a fused batch share its time equally)", cost_figure),
+    "cost": ("Cache memory of each arm", cost_figure),
 }
 """Name -> caption, and the function that draws it or returns None where the records do not carry it."""

@@ -6,16 +6,19 @@ data sets resamples within each of them. Data sets' names seed the draws: the sa
 An arm is called *separated* from another only if two tests agree after Holm's correction over all pairs of a column:
 the paired bootstrap (is the mean ahead?) and the exact sign test (is it ahead on more samples?). The bootstrap alone is
 too quick with the handful of informative samples that a 10-row data set has.
+
+The KL divergence to the full cache goes the same way, as one more measure: `Scores(KL, ...)`, in nats, lower is better.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +31,26 @@ CONFIDENCE = 0.95
 ALPHA = 0.05
 TIE = 1e-9  # resampled differences below this are rounding, not differences
 SEED = 20_240
+KL = "kl"
 Floats = NDArray[np.float64]
 
 
+class _Mean:
+    """The mean of what is no metric, on its own scale; what is averaged is called "score" as everywhere."""
+
+    averaged_parts = ("score",)
+    scale = 1.0
+
+    def aggregate(self, rows: Sequence[Mapping[str, float]]) -> float:
+        return sum(row["score"] for row in rows) / len(rows)
+
+
+def _measure(name: str) -> Any:
+    return _Mean() if name == KL else get_metric(name)
+
+
 class Interval(NamedTuple):
-    """The ends of a bootstrap percentile interval on the 0..100 scale."""
+    """The ends of a bootstrap percentile interval, on the scale of what is measured."""
 
     low: float
     high: float
@@ -45,14 +63,15 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One arm's scored samples of a data set: the metric's name, and the metric's parts by sample id."""
+    """One arm's scored samples of a data set: the name of the metric (or `KL`), and its parts by sample id."""
 
     metric: str
     parts: Mapping[str, Mapping[str, float]]
 
     def aggregate(self, samples: Sequence[str]) -> float:
-        """The metric's score of some samples, 0..100."""
-        return get_metric(self.metric).aggregate([self.parts[sample] for sample in samples])
+        """The metric's score of some samples, 0..100 (nats for `KL`)."""
+        value: float = _measure(self.metric).aggregate([self.parts[sample] for sample in samples])
+        return value
 
 
 @dataclass(frozen=True)
@@ -62,8 +81,8 @@ class Comparison:
     first: str
     second: str
     n: int  # common samples
-    difference: float  # score of `first` minus score of `second` on them, 0..100 scale
-    interval: Interval | None  # its paired bootstrap interval; None below 2 samples
+    difference: float  # score of `first` minus score of `second` on them, 0..100 scale (KL: nats)
+    interval: Interval | None  # its paired bootstrap interval; None where a data set has below 2 samples
     wins: int  # samples on which `first` scores higher; `losses`: lower
     losses: int
     p_bootstrap: float
@@ -76,22 +95,30 @@ class Comparison:
         """Whether both corrected tests reject equality."""
         return max(self.p_bootstrap_holm, self.p_sign_holm) < ALPHA
 
+    def turned(self) -> Comparison:
+        """The same with the other arm first."""
+        interval = None if self.interval is None else Interval(0.0 - self.interval.high, 0.0 - self.interval.low)
+        return replace(
+            self, first=self.second, second=self.first, difference=0.0 - self.difference, interval=interval,
+            wins=self.losses, losses=self.wins,
+        )  # fmt: skip
 
-@lru_cache(maxsize=1024)
+
+@lru_cache(maxsize=2048)
 def bootstrap_scores(dataset: str, scores: Scores, samples: tuple[str, ...]) -> Floats:
-    """The data set's score in every resample of some samples, `(resamples,)` on the 0..100 scale.
+    """The data set's score in every resample of some samples, `(resamples,)` on its scale.
 
     A metric that names its `averaged_parts` is computed for all resamples at once; another is asked one resample at a
     time, which is right as long as its aggregate depends on the means of its parts alone.
     """
-    metric = get_metric(scores.metric)
+    metric = _measure(scores.metric)
     averaged = getattr(metric, "averaged_parts", ())
     names = averaged or tuple(sorted(scores.parts[samples[0]]))
 
     def aggregate(*parts: Floats, axis: int) -> Floats:
         means = np.stack([part.mean(axis) for part in parts], axis=-1)
         if averaged:
-            return 100.0 * np.prod(means, axis=-1) ** (1.0 / len(names))
+            return getattr(metric, "scale", 100.0) * np.prod(means, axis=-1) ** (1.0 / len(names))
         rows = [dict(zip(names, row, strict=True)) for row in np.atleast_2d(means).tolist()]
         return np.array([metric.aggregate([row]) for row in rows]).reshape(means.shape[:-1])
 
@@ -103,7 +130,7 @@ def bootstrap_scores(dataset: str, scores: Scores, samples: tuple[str, ...]) -> 
     return np.asarray(found.bootstrap_distribution)
 
 
-def percentile_interval(values: Floats, n: int) -> Interval | None:
+def percentile_interval(values: Floats, n: float) -> Interval | None:
     """The central `CONFIDENCE` share of bootstrap values; None below 2 samples, which say nothing about spread."""
     if n < 2:
         return None
@@ -131,15 +158,20 @@ def score_interval(columns: Mapping[str, Scores]) -> Interval | None:
     return percentile_interval(total / len(columns), 2)
 
 
-def compare_arms(columns: Mapping[str, Mapping[str, Scores]]) -> list[Comparison]:
+def compare_arms(
+    columns: Mapping[str, Mapping[str, Scores]], contests: Iterable[Iterable[str]] | None = None
+) -> list[Comparison]:
     """All pairs of arms that share samples in every data set (data set -> arm key -> scores), in sorted order.
 
-    Over several data sets the difference is that of the unweighted means. Holm's correction counts the pairs.
+    With `contests` only pairs inside one of them. Over several data sets the difference is that of the unweighted
+    means, and a data set of one sample, which says nothing about spread, leaves all equal. Holm's correction counts
+    the pairs.
     """
     found = []
-    arms = sorted(set.intersection(*map(set, columns.values()))) if columns else []
-    for first, second in itertools.combinations(arms, 2):
-        difference, wins, losses, n = 0.0, 0, 0, 0
+    arms = set.intersection(*map(set, columns.values())) if columns else set()
+    groups = [sorted(arms.intersection(contest)) for contest in ((arms,) if contests is None else contests)]
+    for first, second in itertools.chain.from_iterable(itertools.combinations(group, 2) for group in groups):
+        difference, wins, losses, n, least = 0.0, 0, 0, 0, math.inf
         values = np.zeros(N_RESAMPLES)
         for dataset, column in sorted(columns.items()):
             a, b = column[first], column[second]
@@ -150,10 +182,12 @@ def compare_arms(columns: Mapping[str, Mapping[str, Scores]]) -> list[Comparison
             difference += a.aggregate(samples) - b.aggregate(samples)
             single = np.array([a.parts[s]["score"] - b.parts[s]["score"] for s in samples])
             wins, losses, n = wins + int((single > TIE).sum()), losses + int((single < -TIE).sum()), n + len(samples)
+            least = min(least, len(samples))
         else:
             values, difference = values / len(columns), difference / len(columns)
-            tests = _bootstrap_p(values, n), sign_test(wins, losses)
-            found.append(Comparison(first, second, n, difference, percentile_interval(values, n), wins, losses, *tests))
+            interval = percentile_interval(values, least)
+            tests = _bootstrap_p(values, least), sign_test(wins, losses)
+            found.append(Comparison(first, second, n, difference, interval, wins, losses, *tests))
     corrected = zip(found, holm([c.p_bootstrap for c in found]), holm([c.p_sign for c in found]), strict=True)
     return [replace(comparison, p_bootstrap_holm=b, p_sign_holm=s) for comparison, b, s in corrected]
 
@@ -165,6 +199,11 @@ def best_arm(scores: Mapping[str, float], comparisons: Sequence[Comparison]) -> 
     best = max(sorted(scores), key=lambda arm: scores[arm])
     separated = {frozenset((c.first, c.second)) for c in comparisons if c.separated}
     return best if all(frozenset((best, other)) in separated for other in scores if other != best) else None
+
+
+def against(arm: str | None, comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons that one arm takes part in, turned so that it is `first`."""
+    return [c if c.first == arm else c.turned() for c in comparisons if arm in (c.first, c.second)]
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -179,7 +218,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return np.maximum.accumulate(np.minimum(stepped, 1.0))[np.argsort(order)].tolist()
 
 
-def _bootstrap_p(values: Floats, n: int) -> float:
+def _bootstrap_p(values: Floats, n: float) -> float:
     """Twice the smaller share of resampled differences on one side of zero; ties count for both sides."""
     if n < 2:
         return 1.0

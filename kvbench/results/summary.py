@@ -1,4 +1,4 @@
-"""From records to one line of numbers per arm, and the table of them at the end of a run.
+"""From records to one line of numbers per arm.
 
 Scores need hundreds of samples to tell methods apart; tokens that differ from the full cache's own answer do it with a
 handful, so each arm's answers are compared with those as well. The only input is records.
@@ -12,11 +12,6 @@ from operator import itemgetter
 from statistics import mean, median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from kvbench.errors import printable
 from kvbench.metrics import get_metric
 from kvbench.metrics.text import equal_share, first_divergence, rouge_l_to_full
 
@@ -24,7 +19,6 @@ RecordDict = dict[str, Any]
 REFERENCE_METHOD = "full"
 DEFAULT_GATE = 60.0
 """Score of the full cache (0..100) below which a data set of a gated metric ranks no methods."""
-COLUMNS = ("arm", "budget", "measured", "cache MiB", "n", "score", "gold NLL", "KL to full", "seconds")
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,6 @@ class ArmSummary:
     kl: float | None  # mean over samples of the mean KL to the full cache per gold token, nats
     budget_measured: float | None  # kept slots over slots of the full cache, summed over the samples
     cache_bytes: float | None  # mean bytes allocated for the kept slots
-    seconds: float  # total of the arm's share of wall time
 
     def to_dict(self) -> dict[str, Any]:
         """The line as plain JSON types, as in the last line of standard output."""
@@ -73,7 +66,7 @@ def _summary(arm: str, rows: Sequence[RecordDict]) -> ArmSummary:
     means = {name: _mean(row[name] for row in good) for name in ("gold_nll", "kl", "cache_bytes")}
     return ArmSummary(
         arm=arm, method=rows[0]["method"], budget=rows[0]["budget"], n=len(good), n_failed=len(rows) - len(good),
-        score=aggregate_score(good), budget_measured=measured, seconds=sum(row["seconds"] for row in good), **means,
+        score=aggregate_score(good), budget_measured=measured, **means,
     )  # fmt: skip
 
 
@@ -109,33 +102,6 @@ def agreements(records: Sequence[RecordDict]) -> dict[str, dict[str, float | Non
 def fails_gate(metric: str, full_score: float | None, gate: float) -> bool:
     """Whether the metric is gated and the full cache itself scores below the gate."""
     return full_score is not None and full_score < gate and getattr(get_metric(metric), "gated", False)
-
-
-def print_tables(records: Iterable[RecordDict], title: str, console: Console, gate: float = DEFAULT_GATE) -> None:
-    """Print one table per data set of a run; the title says what the run was: model, protocol.
-
-    What fails the gate is printed dim, with a line that says so.
-    """
-    for dataset, rows in grouped(records, "dataset").items():
-        heading = printable(f"{dataset} · {rows[0]['metric']} · {title}")
-        table = Table(title=Text(heading), title_justify="left")  # a Text: square brackets in names are no markup
-        table.add_column(COLUMNS[0], overflow="fold")
-        for column in COLUMNS[1:]:
-            table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
-        summaries = summarise(rows)
-        full_score = next((s.score for s in summaries if s.method == REFERENCE_METHOD), None)
-        dim = fails_gate(rows[0]["metric"], full_score, gate)
-        for s in summaries:
-            mib = None if s.cache_bytes is None else s.cache_bytes / 2**20
-            numbers = (number(s.score, ".2f", "-"), number(s.gold_nll, ".3f", "-"), number(s.kl, ".4f", "-"))
-            table.add_row(
-                Text(printable(s.arm)), f"{s.budget:.0%}", number(s.budget_measured, ".2%", "-"),
-                number(mib, ".2f", "-"), f"{s.n} ({s.n_failed} failed)" if s.n_failed else str(s.n), *numbers,
-                f"{s.seconds:.1f}", style="dim" if dim else None,
-            )  # fmt: skip
-        console.print(table)
-        if dim:
-            console.print(f"the full cache scores below {gate:g} (output.gate): this ranks no methods", highlight=False)
 
 
 def number(value: float | None, spec: str, missing: str = "–") -> str:

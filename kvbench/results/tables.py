@@ -18,6 +18,7 @@ from kvbench.results import merging
 from kvbench.results.cells import AVERAGE_OF_NINE, Cell, Column, Table
 from kvbench.results.merging import merging_effects
 from kvbench.results.summary import number
+from kvbench.results.verdict import verdict
 
 MISSING = "no records"
 READING = (
@@ -25,28 +26,30 @@ READING = (
     "(percentile, 10,000 resamples, fixed seed; averages resample within each data set). **Bold**: the best arm of its "
     "budget, only where it is separated from every other one: paired bootstrap and exact sign test both below 0.05 "
     "after Holm's correction over all pairs of arms in the column. \"all equal\": all samples score the same, so the "
-    "bootstrap sees no spread; that is a sign of few samples, not of certainty."
+    "bootstrap sees no spread; that is a sign of few samples, not of certainty. KL to the full cache likewise: "
+    "its interval, and by how much it lies above that of the closest arm of its budget, paired by sample, with a star "
+    "where both tests separate the two after Holm's correction over the pairs of arms of one budget."
 )  # fmt: skip
 DETAIL_HEADER = (
-    "arm", "kept", "cache MiB", "KL to full", "gold NLL", "same answer", "equal tokens", "first difference",
-    "ROUGE-L to full", "s a sample",
+    "arm", "kept", "cache MiB", "KL to full", "above the closest", "gold NLL", "same answer", "equal tokens",
+    "first difference", "ROUGE-L to full",
 )  # fmt: skip
 CLOSENESS = (
     ("identical_share", ".0%"), ("equal_share", ".1%"), ("first_divergence_tokens", ".1f"), ("rouge_l", ".3f"),
 )  # fmt: skip
 DETAIL_NOTE = (
-    "Means over all samples. Kept: slots over slots of the full cache. KL and NLL: nats a gold token. The last columns "
-    "compare each arm's own answer with the full cache's; first difference: median over the answers that differ, in "
-    "tokens. Seconds: the arm's share of the wall time of prefill, compression and decoding. Arms that keep over two "
-    "points more or less than asked, as with whole layers on top of the budget, compete with nobody."
+    "Means over all samples; of KL, over data sets. Kept: slots over slots of the full cache. KL and NLL: nats a gold "
+    "token. The last columns compare each arm's own answer with the full cache's; first difference: median over the "
+    "answers that differ, in tokens. Arms that keep over two points more or less than asked, as with whole layers "
+    "on top of the budget, compete with nobody."
 )
 CELL_COLUMNS = (
     "model", "arm", "method", "budget_requested", "budget_measured", "dataset", "metric", "n", "n_failed", "score",
-    "low", "high", "best", "source", "note",
+    "low", "high", "best", "kl", "kl_low", "kl_high", "source", "note",
 )  # fmt: skip
 PAIR_COLUMNS = (
-    "dataset", "first", "second", "n", "difference", "low", "high", "wins", "losses", "p_bootstrap", "p_sign",
-    "p_bootstrap_holm", "p_sign_holm", "separated",
+    "dataset", "measure", "first", "second", "n", "difference", "low", "high", "wins", "losses", "p_bootstrap",
+    "p_sign", "p_bootstrap_holm", "p_sign_holm", "separated",
 )  # fmt: skip
 TEX_ESCAPES = {character: "\\" + character for character in "&%$#_{}"}
 TEX_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -99,15 +102,31 @@ def interval_text(cell: Cell) -> str:
     return "[all equal]" if cell.interval.flat else f"[{cell.interval.low:.1f}, {cell.interval.high:.1f}]"
 
 
+def kl_text(cell: Cell, missing: str = "-") -> str:
+    """KL to the full cache with its interval."""
+    ends = "" if cell.kl_interval is None else f" [{cell.kl_interval.low:.2g}, {cell.kl_interval.high:.2g}]"
+    return missing if cell.kl is None else f"{cell.kl:.3g}{ends}"
+
+
+def above_text(cell: Cell, missing: str = "") -> str:
+    """How much further from the full cache the arm is than the closest of its budget, with the paired interval."""
+    if (above := cell.kl_above) is None:
+        return "closest" if cell.closest else missing
+    ends = "" if above.interval is None else f" [{above.interval.low:+.2g}, {above.interval.high:+.2g}]"
+    return f"{above.difference:+.2g}{ends}{'*' if above.separated else ''}"
+
+
 def detail_rows(table: Table) -> list[list[str]]:
-    """Budgets, bytes, closeness to the full cache and time of every arm, as text, after `DETAIL_HEADER`."""
+    """Budgets, bytes and closeness to the full cache of every arm, as text, after `DETAIL_HEADER`."""
     rows = []
     for s in (table.summaries[arm.key] for arm in table.spec.arms if arm.key in table.summaries):
         mib, closeness = None if s.cache_bytes is None else s.cache_bytes / 2**20, table.agreements.get(s.arm, {})
-        measures = (s.budget_measured, ".2%"), (mib, ".2f"), (s.kl, ".4f"), (s.gold_nll, ".3f")
-        shares = ((closeness.get(name), spec) for name, spec in CLOSENESS)
+        cell = table.overall.cells.get(s.arm, Cell()) if table.overall else Cell()
+        kl = kl_text(cell) if cell.kl is not None else number(s.kl, ".3g")
+        shares = (number(closeness.get(name), spec) for name, spec in CLOSENESS)
         if s.n:
-            rows.append([s.arm, *(number(*one) for one in (*measures, *shares, (s.seconds / s.n, ".2f")))])
+            texts = number(s.budget_measured, ".2%"), number(mib, ".2f"), kl, above_text(cell)
+            rows.append([s.arm, *texts, number(s.gold_nll, ".3f"), *shares])
     return rows
 
 
@@ -126,7 +145,7 @@ def environment_text(environment: Mapping[str, Any]) -> str:
 def markdown(table: Table) -> str:
     """The table with everything a reader needs to judge it."""
     footnotes: dict[str, str] = {}
-    lines = [f"# {table.spec.title} · {table.spec.model}", "", READING, ""]
+    lines = [f"# {table.spec.title} · {table.spec.model}", "", *verdict(table), "", READING, ""]
     lines += _pipe(["arm", *(heading(table, column) for column in table.all_columns)], _score_rows(table, footnotes))
     lines += ["", note] if (note := gate_note(table)) else []
     gaps = [column for column in table.columns if any(cell.score is None for cell in column.cells.values())]
@@ -134,8 +153,8 @@ def markdown(table: Table) -> str:
         lines += ["", f"Cells with {MISSING} (or failed samples) are filled by:", ""]
         lines += [f"- {column.name}: `{column.command}`" for column in gaps]
     if details := [[f"`{row[0]}`", *row[1:]] for row in detail_rows(table)]:
-        lines += ["", "## Budgets, closeness to the full cache, time", "", *_pipe(DETAIL_HEADER, details)]
-        lines += ["", DETAIL_NOTE]
+        lines += ["", "## Budgets, closeness to the full cache", "", *_pipe(DETAIL_HEADER, details)]
+        lines += ["", DETAIL_NOTE, "", f"All batches together took {table.batch_s:.0f} s."]
     if effects := merging_effects(table):
         lines += ["", "## Merging against its own base", "", *_pipe(merging.HEADER, merging.merging_rows(effects))]
         lines += ["", merging.NOTE]
@@ -222,30 +241,33 @@ def cells_csv(table: Table) -> str:
         for column in table.all_columns:
             cell = column.cells.get(key, Cell())
             ends = [number(end, ".4f") for end in (cell.score, *(cell.interval or (None, None)))]
+            kl_ends = [number(end, ".6g") for end in (cell.kl, *(cell.kl_interval or (None, None)))]
             note = f"{MISSING}; fill with: {column.command}" if cell.score is None and column.command else ""
             note = note or (f"full cache below the gate of {table.spec.gate:g}" if column.below_gate else "")
             name = f"average of {', '.join(table.averaged)}" if column is table.average else column.name
             rows.append((
                 table.spec.model, key, method, f"{budget:g}", measured, name, column.metric, cell.n, cell.n_failed,
-                *ends, int(cell.best), "records", note,
+                *ends, int(cell.best), *kl_ends, "records", note,
             ))  # fmt: skip
         rows += [_published_row(p, key) for p in table.published.get(key, [])]
     return _csv(CELL_COLUMNS, [*rows, *(_published_row(p, "") for p in table.unplaced)])
 
 
 def _published_row(p: Any, arm: str) -> Sequence[object]:
-    return p.model, arm, p.method, p.budget, "", p.dataset, "", "", "", p.score, "", "", "", p.source, p.note
+    return p.model, arm, p.method, p.budget, "", p.dataset, "", "", "", p.score, *[""] * 6, p.source, p.note
 
 
 def pairs_csv(table: Table) -> str:
-    """One line per data set and pair of arms: the paired difference and both tests."""
+    """One line per data set, measure ("score" or "kl") and pair of arms: the paired difference and both tests."""
     rows = [
         (
-            column.name, c.first, c.second, c.n, f"{c.difference:.4f}",
-            *(number(end, ".4f") for end in c.interval or (None, None)), c.wins, c.losses,
+            column.name, measure, c.first, c.second, c.n, format(c.difference, spec),
+            *(number(end, spec) for end in c.interval or (None, None)), c.wins, c.losses,
             *(f"{p:.5f}" for p in (c.p_bootstrap, c.p_sign, c.p_bootstrap_holm, c.p_sign_holm)), int(c.separated),
         )
-        for column in table.all_columns for c in column.comparisons
+        for column in table.all_columns
+        for measure, spec, pairs in (("score", ".4f", column.comparisons), ("kl", ".6g", column.kl_comparisons))
+        for c in pairs
     ]  # fmt: skip
     return _csv(PAIR_COLUMNS, rows)
 

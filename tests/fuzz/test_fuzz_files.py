@@ -25,7 +25,8 @@ from kvbench.progress import RunWatch, draw
 from kvbench.records.read import read_calls, read_prompts, read_records
 from kvbench.results.exports import export_longbench, export_model_index
 from kvbench.results.page import render_report
-from kvbench.results.summary import print_tables, summarise
+from kvbench.results.summary import summarise
+from kvbench.results.terminal import print_tables
 from kvbench.run import run_plan
 from kvbench.tasks.data import unpack
 from kvbench.tasks.longbench import LongBench
@@ -124,7 +125,7 @@ def readers(run: Path, out: Path) -> dict[str, Callable[[], Any]]:
     def table() -> None:
         records = read_records(run)
         json.dumps([summary.to_dict() for summary in summarise(records)], allow_nan=False)
-        print_tables(records, "title", console)
+        print_tables(records, "model", "title", console)
 
     return {
         "table": table,

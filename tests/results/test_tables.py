@@ -109,8 +109,22 @@ def test_csv_files_hold_every_cell_and_pair(table):
     assert [(r["arm"], r["n"]) for r in rows] == [(arm, "12") for arm in ARMS]
     assert float(rows[1]["low"]) < float(rows[1]["score"]) < float(rows[1]["high"])
     pairs = list(csv.DictReader(io.StringIO(pairs_csv(table))))
-    assert len(pairs) == 6
-    assert {p["separated"] for p in pairs} == {"1"}
+    assert [p["measure"] for p in pairs] == ["score"] * 6 + ["kl"]
+    assert {p["separated"] for p in pairs if p["measure"] == "score"} == {"1"}
+    assert [float(pairs[-1][name]) for name in ("difference", "low", "high")] == [0, 0, 0]
+    assert [float(rows[-1][name]) for name in ("kl", "kl_low", "kl_high")] == [0.65] * 3
+
+
+def test_the_markdown_begins_with_the_verdict_and_has_no_time_by_arm(table):
+    text = markdown(table)
+    assert (
+        "KL to the full cache (n = 12): at 50 %, h2o is closest, but separated from no other"
+        in text.split("Scores are")[0]
+    )
+    assert "s a sample" not in text
+    assert "All batches together took 24 s." in text
+    assert "| `h2o@0.5` | 50.00% | 0.00 | 0.5 [0.5, 0.5] | closest |" in text
+    assert "| +0 [+0, +0] |" in text
 
 
 def test_files_are_rebuilt_byte_for_byte(tmp_path):
