@@ -3,8 +3,11 @@
 Everything that a model or a data set wrote goes through the template's escaping, and a content security policy allows
 one script and one style sheet by their hashes, so that even an escaped escape could not run.
 
-The sample browser shows each arm's output beside the full cache's. Records hold token ids, not token texts: the
-first differing token is counted from the ids, and the word in which the texts first differ is what gets marked.
+The conclusion comes first; below it every arm's KL and score with intervals, the data sets, and every answer: two arms
+of a sample side by side with their words compared, in a view that has an address of its own (after the "#"). Samples
+are JSON in the page, and elements are made of them when they are looked at. Drawings are inline SVG and one small
+script: vega and plotly would bring 0.9 MB and 1 to 4.5 MB of foreign script, which compile code while they run
+and write styles, so that the policy above would have to go.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,13 +25,16 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from kvbench.commands import strict_json
+from kvbench.metrics.longbench import CATEGORIES, DATASETS, base_dataset
 from kvbench.metrics.text import first_divergence
 from kvbench.records.read import model_name, read_environments, read_prompts, read_records, record_files
-from kvbench.results.cells import Cell, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
-from kvbench.results.figures import FIGURES, drawn, save
+from kvbench.results.cells import Cell, Column, ExpectedArm, ExpectedColumn, Table, TableSpec, build_table
+from kvbench.results.charts import heat, line_charts, panel
+from kvbench.results.figures import FIGURES, needle_figure, needle_finding, save, style
 from kvbench.results.summary import DEFAULT_GATE, REFERENCE_METHOD, RecordDict, grouped, summarise
 from kvbench.results.tables import (
     DETAIL_HEADER,
+    DETAIL_NOTE,
     MISSING,
     READING,
     detail_rows,
@@ -38,9 +43,9 @@ from kvbench.results.tables import (
     heading,
     interval_text,
 )  # fmt: skip
+from kvbench.results.verdict import verdict
 
 PROMPT_CHARACTERS = 4000  # of a longer prompt the beginning and the end are shown
-_WORD = re.compile(r"\S+")
 
 
 def render_report(runs: Sequence[Path], mix_environments: bool = False, gate: float = DEFAULT_GATE) -> str:
@@ -49,24 +54,31 @@ def render_report(runs: Sequence[Path], mix_environments: bool = False, gate: fl
     for run in runs:
         by_model.setdefault(model_name(run), []).append(run)
     tables = [_table(model, group, mix_environments, gate) for model, group in by_model.items()]
-    samples: list[dict[str, Any]] = []
+    samples: list[list[Any]] = []
+    arms = list(dict.fromkeys(arm.key for table in tables for arm in table.spec.arms))
     for table, group in zip(tables, by_model.values(), strict=True):
         prompts = {key: text for run in group for key, text in read_prompts(run).items()}
-        samples += browser_samples(table, prompts)
+        samples += browser_samples(table, prompts, arms)
+    data = strict_json({"arms": arms, "samples": samples}, ensure_ascii=False, separators=(",", ":"))
     templates = resources.files("kvbench.results") / "templates"
     names = ("report.html.j2", "report.css", "report.js")
     page, css, script = ((templates / name).read_text(encoding="utf-8") for name in names)
     n_runs, n_records = f"{len(runs)} run{'s' if len(runs) > 1 else ''}", sum(len(table.records) for table in tables)
+    batch_s = sum(table.batch_s for table in tables)
+    known = [arm for table in tables for arm in table.spec.arms if arm.method != REFERENCE_METHOD]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(page).render(
-        title="kvbench: " + ", ".join(by_model), lead=f"{n_runs}, {len(samples)} samples, {n_records} records.",
-        reading=READING.replace("**", ""), missing=MISSING, detail_header=DETAIL_HEADER, detail_rows=detail_rows,
-        heading=heading, gate_note=gate_note, interval_text=interval_text, no_cell=Cell(), tables=tables,
-        figures=[figure for table in tables for figure in _figures(table)],
-        datasets=sorted({sample["dataset"] for sample in samples}),
-        arms=list(dict.fromkeys(a.key for table in tables for a in table.spec.arms if a.method != REFERENCE_METHOD)),
-        samples=samples, runs=[_run_view(run) for run in runs],
-        style=Markup(css), script=Markup(script), style_hash=_csp_hash(css), script_hash=_csp_hash(script),
+        title="kvbench: " + ", ".join(by_model),
+        lead=f"{n_runs}, {len(samples)} samples, {n_records} answers; the batches took {batch_s:,.0f} s.",
+        reading=READING.replace("**", ""), missing=MISSING, detail_header=DETAIL_HEADER, detail_note=DETAIL_NOTE,
+        detail_rows=detail_rows, heading=heading, gate_note=gate_note, interval_text=interval_text, heat=heat,
+        no_cell=Cell(), tables=[(table, by_category(table)) for table in tables], verdict=verdict, panel=panel,
+        line_charts=line_charts, needle=_needle, budgets=sorted({arm.budget for arm in known}, reverse=True),
+        methods=list(dict.fromkeys(arm.method for arm in known)),
+        categories=list(dict.fromkeys(name for table in tables for name, _ in by_category(table) if name)),
+        datasets=sorted({sample[1] for sample in samples}), arms=arms, n_samples=len(samples),
+        runs=[_run_view(run) for run in runs], data=Markup(data.replace("<", "\\u003c")), style=Markup(css),
+        script=Markup(script), style_hash=_csp_hash(css), script_hash=_csp_hash(script),
     )  # fmt: skip
 
 
@@ -77,12 +89,23 @@ def _table(model: str, runs: Sequence[Path], mix_environments: bool, gate: float
     return build_table(TableSpec("report", model, model, arms, columns, mix_environments, gate))
 
 
-def _figures(table: Table) -> Iterable[dict[str, str]]:
-    for name, figure in drawn(table):
+def by_category(table: Table) -> list[tuple[str, list[Column]]]:
+    """The data sets by LongBench's categories, in their order; others ("" is their category) come first."""
+    known = {column.name: DATASETS.get(base_dataset(column.name)) for column in table.columns}
+    category = {name: data_set.category if data_set else "" for name, data_set in known.items()}
+    found = [(name, [c for c in table.columns if category[c.name] == name]) for name in ("", *CATEGORIES)]
+    return [(name, columns) for name, columns in found if columns]
+
+
+def _needle(table: Table) -> dict[str, str] | None:
+    """The heat maps of needle tasks as an image, with what they show in words."""
+    with style():
+        if not table.records or (figure := needle_figure(table)) is None:
+            return None
         buffer = io.BytesIO()
-        save(figure, buffer, "svg")
-        uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-        yield {"uri": uri, "alt": f"{FIGURES[name][0]}, {table.spec.model}"}
+        save(figure, buffer, "png")
+    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"uri": uri, "caption": FIGURES["needle"][0], "finding": needle_finding(table)}
 
 
 def _run_view(run: Path) -> dict[str, Any]:
@@ -113,20 +136,21 @@ def data_checksums(records: Iterable[RecordDict], prompts: Mapping[tuple[str, st
     return checksums
 
 
-def browser_samples(table: Table, prompts: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
-    """One entry per sample of one model's runs, by data set and sample id, with its arms in the table's order."""
+def browser_samples(table: Table, prompts: Mapping[tuple[str, str], str], arms: Sequence[str]) -> list[list[Any]]:
+    """One row per sample of one model's runs, by data set and sample id, as the page's script reads it.
+
+    Model, data set, id, answers, prompt (or None), score of the full cache as text, and of each arm, in the table's
+    order: its place in `arms`, score as text, facts, whether the full cache is right and it wrong, and its answer.
+    """
     rank = {arm.key: index for index, arm in enumerate(table.spec.arms)}
     samples = []
     for (dataset, sample), rows in sorted(grouped(table.records, "dataset", "sample").items()):
         rows.sort(key=lambda row: (rank.get(row["arm"], len(rank)), row["arm"]))
         full = next((r for r in rows if r["method"] == REFERENCE_METHOD and r["status"] == "ok"), None)
         prompt = prompts.get((dataset, sample))
-        losers = [row["arm"] for row in rows if lost(full, row)]
-        samples.append({
-            "id": sample, "dataset": dataset, "answers": rows[0]["answers"], "lost": json.dumps(losers),
-            "n_lost": len(losers), "full_score": _score(full), "arms": [_arm(row, full) for row in rows],
-            "prompt": None if prompt is None else shortened(prompt),
-        })  # fmt: skip
+        shown = [[arms.index(row["arm"]), *_arm(row, full)] for row in rows]
+        text = None if prompt is None else shortened(prompt)
+        samples.append([table.spec.model, dataset, sample, rows[0]["answers"], text, _score(full), shown])
     return samples
 
 
@@ -145,33 +169,18 @@ def lost(full: RecordDict | None, arm: RecordDict) -> bool:
     return bool(arm["score"] <= full["score"] / 2)
 
 
-def marked_parts(text: str, full_text: str | None = None) -> list[dict[str, Any]]:
-    """The text in pieces, the word in which it first differs from the full cache's (if there is one) marked."""
-    if full_text is None or text == full_text:
-        return [{"text": text, "marked": False}]
-    common = next((i for i, (a, b) in enumerate(zip(text, full_text, strict=False)) if a != b), None)
-    start = end = min(len(text), len(full_text)) if common is None else common
-    for word in _WORD.finditer(text):
-        if word.end() > start or (word.end() == start == len(text)):
-            start, end = min(word.start(), start), word.end()
-            break
-    pieces = [(text[:start], False), (text[start:end] or "⌫", True), (text[end:], False)]
-    return [{"text": piece, "marked": marked} for piece, marked in pieces if piece]
-
-
-def _arm(row: RecordDict, full: RecordDict | None) -> dict[str, Any]:
+def _arm(row: RecordDict, full: RecordDict | None) -> tuple[str, str, int, str]:
     if row["status"] != "ok":
-        return {"key": row["arm"], "facts": "failed", "lost": False, "parts": marked_parts(row["reason"])}
-    facts = [f"score {_score(row)}", f"{len(row['token_ids'])} tokens"]
+        return "–", "failed", 0, row["reason"]
+    facts = [f"{len(row['token_ids'])} tokens"]
     if row["budget_measured"] is not None:
         facts.append(f"{row['budget_measured']:.1%} kept, {row['cache_bytes'] / 2**20:.2f} MiB")
     if row["kl"] is not None:
-        facts.append(f"KL {row['kl']:.4f}")
+        facts.append(f"KL {row['kl']:.3g}")
     if full is not None and row is not full:
         first = first_divergence(row["token_ids"], full["token_ids"])
         facts.append("same tokens as full" if first is None else f"differs from token {first + 1} on")
-    parts = marked_parts(row["prediction"], full["prediction"] if full else None)
-    return {"key": row["arm"], "facts": " · ".join(facts), "lost": lost(full, row), "parts": parts}
+    return _score(row), " · ".join(facts), int(lost(full, row)), row["prediction"]
 
 
 def _score(row: RecordDict | None) -> str:
