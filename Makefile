@@ -70,7 +70,7 @@ $(KVPRESS)/.installed: requirements-kvpress.txt
 	$(KVPRESS)/bin/python -m pip install --quiet --requirement requirements-kvpress.txt
 	touch $@
 
-# What is missing is skipped with its reason, and fails where CI=true (tests/conftest.py).
+# What is missing is skipped with its reason, and fails where CI is set (tests/conftest.py).
 test-lm-eval: $(LM_EVAL)/.installed
 	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=lm_eval $(LM_EVAL)/bin/python -m pytest -m integration tests/integrations
 
