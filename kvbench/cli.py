@@ -107,7 +107,7 @@ def report(outcomes: Sequence[Outcome], arguments: Sequence[str], with_json: boo
     records.sort(key=lambda r: order[r["dataset"], r["sample"]])  # sums then do not hang on who finished first
     wall_s = round(max(o.ended_at for o in outcomes) - min(o.started_at for o in outcomes), 2)
     if any(outcome.table for outcome in outcomes):
-        console = Console(width=None if sys.stdout.isatty() else 120)
+        console = Console(width=None if sys.stdout.isatty() else 124)
         table = print_tables(records, first.model, first.compress, console, first.gate)
         print_verdict(table, next_commands(arguments, first.folder, first.limits), console)
         print(f"The batches took {table.batch_s:.1f} s, this call {wall_s:.1f} s.")

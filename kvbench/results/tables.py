@@ -112,7 +112,7 @@ def above_text(cell: Cell, missing: str = "") -> str:
     """How much further from the full cache the arm is than the closest of its budget, with the paired interval."""
     if (above := cell.kl_above) is None:
         return "closest" if cell.closest else missing
-    ends = "" if above.interval is None else f" [{above.interval.low:+.2g}, {above.interval.high:+.2g}]"
+    ends = "" if above.interval is None else f" [{above.interval.low:.2g}, {above.interval.high:.2g}]"
     return f"{above.difference:+.2g}{ends}{'*' if above.separated else ''}"
 
 
