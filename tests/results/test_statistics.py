@@ -6,7 +6,7 @@ import scipy.stats
 from report_records import make_scores as scores
 
 from kvbench.results import statistics
-from kvbench.results.statistics import Scores, best_arm, bootstrap_scores, compare_arms, score_interval
+from kvbench.results.statistics import Scores, against, best_arm, bootstrap_scores, compare_arms, score_interval
 
 ROUGES = ("rouge1", "rouge2", "rougeL")
 
@@ -167,3 +167,23 @@ def test_best_arm_only_where_separated_from_all_others():
     assert best_arm({"a": 60.0}, comparisons) is None
     close = compare_arms({"d": {**column, "c": scores(np.where(np.arange(30) % 2, steps + 0.3, steps + 0.1))}})
     assert best_arm(means, close) is None
+
+
+def test_many_arms_can_still_be_separated_and_equal_ones_are_not():
+    """Over 300 pairs, Holm's correction asks for less than 10,000 resamples can count."""
+    noise = np.random.default_rng(3).normal(0, 0.02, (25, 30))
+    arms = {f"a{i:02}": scores(0.1 + 0.03 * (i // 5) + noise[i]) for i in range(25)}
+    found = {(c.first, c.second): c for c in compare_arms({"qasper": arms})}
+    assert len(found) == 300
+    assert found["a00", "a24"].separated
+    assert not found["a00", "a01"].separated
+    within = [c.separated for (a, b), c in found.items() if int(a[1:]) // 5 == int(b[1:]) // 5]
+    assert sum(within) == 0
+
+
+def test_pairs_are_compared_inside_contests_only():
+    arms = {name: scores([0.1, 0.2, 0.3]) for name in "abcd"}
+    found = compare_arms({"qasper": arms}, [["b", "a"], ["c", "d", "none"]])
+    assert [(c.first, c.second) for c in found] == [("a", "b"), ("c", "d")]
+    (turned, *_) = against("b", found)
+    assert (turned.first, turned.second, turned.wins, turned.difference) == ("b", "a", 0, 0)
