@@ -64,7 +64,11 @@ def make_jobs(loaded: LoadedModel, arms: tuple[Arm, ...], options: DictConfig) -
     for index, n_tokens in enumerate(lengths):
         ours = ids[index * stride :]
         gold = ours[n_tokens : n_tokens + options.gold_tokens]
-        yield Request(index, ours[:n_tokens], n_tokens, gold, arms, Arm.of(Full()), (), options.new_tokens, seed=index)
+        given = {
+            "seed": index,
+            "demand_ids": (ours[:9], ours[:9], ours[:3]),
+        }  # any words will do to demand a repetition
+        yield Request(index, ours[:n_tokens], n_tokens, gold, arms, Arm.of(Full()), (), options.new_tokens, **given)
 
 
 def run(engine: Engine, loaded: LoadedModel, jobs: list[Request]) -> tuple[dict[tuple[str, int], Answer], str]:

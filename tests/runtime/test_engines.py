@@ -125,7 +125,8 @@ def test_triton_and_graphs_give_the_plain_engine_s_tokens(shape, question):
     arms += [arm("h2o", 0.35, group_reduce="max"), arm("cam", 0.35), arm("kvmerger_bias", 0.35)]
     arms += [arm("kvmerger", **TWO_WHOLE), arm("kvmerger", **TWO_WHOLE, budget_mode="threshold", threshold=0.2)]
     loaded = load_model(named_config(shape, n_layers=8, dtype="float32", device="cuda"))
-    todo = [request(arms, i, 75 + 23 * i, question=question, gold=6, new_tokens=12 + i) for i in range(3)]
+    options = {"question": question, "gold": 6, "demand_ids": ((5, 6, 7), (8, 9), (10,))}
+    todo = [request(arms, i, 75 + 23 * i, new_tokens=12 + i, **options) for i in range(3)]
     found = answers(FusedEngine(max_rows=4 * len(arms)), loaded, todo)
     assert all(answer.settings["kernels"] == ["triton"] and answer.settings["cuda_graphs"] for answer in found)
     assert_same(found, answers(PlainEngine(), loaded, todo), 1e-3)
