@@ -75,7 +75,8 @@ test-lm-eval: $(LM_EVAL)/.installed
 	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=lm_eval $(LM_EVAL)/bin/python -m pytest -m integration tests/integrations
 
 test-kvpress: $(KVPRESS)/.installed
-	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=kvpress $(KVPRESS)/bin/python -m pytest tests/docs/test_kvpress_page.py
+	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=kvpress $(KVPRESS)/bin/python -m pytest tests/docs/test_kvpress_page.py \
+	  tests/integrations/test_compare_official.py
 
 test-chromium: $(STAMP)
 	OMP_NUM_THREADS=1 KVBENCH_INTEGRATION=chromium $(BIN)/python -m pytest -m integration tests/results

@@ -3,8 +3,8 @@
     python scripts/compare_official.py MODEL_FOLDER [METHOD ...] [--repo zsmerge=CLONE] [--repo cam=CLONE] ...
 
 needs the environment of requirements-kvpress.txt, and for some methods a clone of the official repository, whose
-functions are taken out of the file at HEAD and executed; nothing of theirs is part of this one. The text is our own
-documentation. A method is one function here, from a layer's tensors to an `Outcome`. Without its clone it is left out,
+functions are taken out of the file at HEAD and executed; nothing of theirs is part of this one. The text is our
+licence's. A method is one function here, from a layer's tensors to an `Outcome`. Without its clone it is left out,
 by name.
 """
 
@@ -503,16 +503,11 @@ def row_logsumexp(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf).logsumexp(-1)
 
 
-def observed(folder: str, n_tokens: int, indices: list[int]) -> list[Layer]:
-    """Layers of a model over our own documentation."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def observed(model: Any, input_ids: Tensor, demand: Tensor, indices: list[int]) -> list[Layer]:
+    """Layers of a Llama-like model with eager attention over `(1, T)` tokens, repeated after a demand `(1, N)`."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :n_tokens]
-    demand = tokenizer(DEMANDS[0], return_tensors="pt", add_special_tokens=False).input_ids
+    n_tokens = input_ids.shape[1]
     config, seen = model.config, {}
     for index, block in enumerate(model.model.layers):
         if index in indices:
@@ -563,7 +558,14 @@ def main() -> None:
     arguments = parser.parse_args()
     sources = {name: Path(path) for name, path in (one.split("=", 1) for one in arguments.repo)}
     wanted = arguments.methods or list(METHODS)
-    layers = observed(arguments.model, arguments.tokens, arguments.layers)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, attn_implementation="eager")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")  # the same for everyone
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    input_ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.tokens]
+    demand = tokenizer(DEMANDS[0], return_tensors="pt", add_special_tokens=False).input_ids
+    layers = observed(model.eval(), input_ids, demand, arguments.layers)
     print(
         f"{arguments.tokens} tokens, layers {arguments.layers}, budgets {BUDGETS}: "
         "the least agreement, the largest error, and in brackets the means\n"
