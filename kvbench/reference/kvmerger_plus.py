@@ -93,7 +93,7 @@ def question(policy: Any, last: Tensor) -> list[float]:
 def mean_attention(policy: Any, layer: LayerStates, h: int, last: Tensor) -> list[float]:
     """Mean attention over all queries that see a token and over the last ones, averaged."""
     G, T = layer.group_size, layer.n_tokens
-    sums = layer.column_sums[h * G : (h + 1) * G].double() / torch.arange(T, 0, -1)
+    sums = layer.observed("column_sums")[h * G : (h + 1) * G].double() / torch.arange(T, 0, -1)
     late = last[:, -policy.text_queries :].mean(1)
     both = [{"mean": x.mean(0), "max": x.amax(0), "first": x[0]}[policy.group_reduce] for x in (sums, late)]
     return ((both[0] + both[1]) / 2).tolist()
