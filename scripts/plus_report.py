@@ -1,10 +1,10 @@
 """Tables of the trials that `plus_trials.py` wrote: means, and each arm paired with `kvmerger_plus` at the same budget.
 
-    python scripts/plus_report.py results/plus/held_back.csv
+    python scripts/plus_report.py results/plus/second_held_back_smollm2-135m.csv
 
-An interval is the 95 % paired bootstrap of the difference; p is the larger of the bootstrap's and the sign test's, both
-corrected after Holm for all pairs of arms in the table; wins are samples on which `kvmerger_plus` is better. Only
-samples that every arm has are used.
+Every row is over the n samples that its arm and `kvmerger_plus` both have. An interval is the 95 % paired bootstrap of
+the difference; p is the larger of the bootstrap's and the sign test's, both corrected after Holm over the rows of the
+table; wins are samples on which `kvmerger_plus` is better.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvbench.results.statistics import Comparison, Scores, compare_arms
+from kvbench.results.statistics import Comparison, Scores, compare_arms, holm
 
 Line = Mapping[str, str]
 PERCENT = 100.0  # comparisons are on the 0..100 scale
@@ -31,27 +31,43 @@ def excess_nll(line: Line) -> float:
 
 
 def table(title: str, scores: Mapping[str, Mapping[str, float]], ours: str) -> list[str]:
-    """One table: arm -> sample -> nats."""
-    common = set.intersection(*(set(samples) for samples in scores.values()))
-    column = {  # the comparison wants higher scores to be better
+    """One table: arm -> sample -> nats, the lowest mean first."""
+    found = [paired(samples, scores[ours]) for arm, samples in scores.items() if arm != ours]
+    p_values = map(max, holm([c.p_bootstrap for c in found]), holm([c.p_sign for c in found]))
+    lines = {}
+    for (arm, samples), comparison, p_value in zip(
+        ((arm, samples) for arm, samples in scores.items() if arm != ours), found, p_values, strict=True
+    ):
+        lines[arm] = f"{len(samples.keys() & scores[ours].keys())} | {mean(samples):.4f} | " + cells(
+            comparison, p_value
+        )
+    lines[ours] = f"{len(scores[ours])} | {mean(scores[ours]):.4f} | | | | |"
+    order = sorted(lines, key=lambda arm: mean(scores[arm]))
+    head = [f"| {title} | n | nats | {ours} less it | 95 % | wins | p |", "|---|---|---|---|---|---|---|"]
+    return head + [f"| {arm} | {lines[arm]}" for arm in order]
+
+
+def mean(samples: Mapping[str, float]) -> float:
+    """Mean over the samples an arm has."""
+    return sum(samples.values()) / len(samples)
+
+
+def paired(theirs: Mapping[str, float], ours: Mapping[str, float]) -> Comparison:
+    """Ours against another arm on the samples that both have; higher scores are better there, hence the signs."""
+    common = theirs.keys() & ours.keys()
+    arms = {"ours": ours, "theirs": theirs}
+    column = {
         arm: Scores("needle", {sample: {"score": -samples[sample]} for sample in common})
-        for arm, samples in scores.items()
+        for arm, samples in arms.items()
     }
-    paired = {frozenset((c.first, c.second)): c for c in compare_arms({title: column}) if ours in (c.first, c.second)}
-    lines = [f"| {title} (n = {len(common)}) | nats | {ours} less it | 95 % | wins | p |", "|---|---|---|---|---|---|"]
-    for arm, samples in sorted(scores.items()):
-        mean = sum(samples[sample] for sample in common) / len(common)
-        comparison = paired.get(frozenset((arm, ours)))
-        cells = difference_cells(comparison, ours) if comparison else "| | | |"
-        lines.append(f"| {arm} | {mean:.4f} | {cells}")
-    return lines
+    [comparison] = compare_arms({"": column})
+    return comparison
 
 
-def difference_cells(comparison: Comparison, ours: str) -> str:
+def cells(comparison: Comparison, p_value: float) -> str:
     """The paired difference in nats (negative: ours is better), its interval, wins and p."""
-    sign = -1.0 if comparison.first == ours else 1.0
-    wins = comparison.wins if comparison.first == ours else comparison.losses
-    p_value = max(comparison.p_bootstrap_holm, comparison.p_sign_holm)
+    first = comparison.first == "ours"
+    sign, wins = (-1.0, comparison.wins) if first else (1.0, comparison.losses)
     interval = ""
     if comparison.interval is not None:
         low, high = sorted(sign * end / PERCENT for end in (comparison.interval.low, comparison.interval.high))

@@ -202,5 +202,5 @@ def test_the_report_of_the_trials_pairs_every_arm_with_ours(tmp_path):
                 writer.writerow({"kind": "text", "sample": sample, "arm": arm, "budget": 0.5, "kl": kl})
     done = run_script("plus_report.py", tmp_path / "trials.csv")
     assert done.returncode == 0, done.stderr
-    for line in ("| h2o@0.5 | 0.5350 | -0.3350 |", "| 8/8 | 0.008 |", "| kvmerger_plus@0.5 | 0.2000 | | | |"):
+    for line in ("| h2o@0.5 | 8 | 0.5350 | -0.3350 |", "| 8/8 | 0.008 |", "| kvmerger_plus@0.5 | 8 | 0.2000 | | | | |"):
         assert line in done.stdout
