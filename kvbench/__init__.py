@@ -29,7 +29,7 @@ __all__ = ["CompressedCache", "KVMerger", "__version__", "compress"]
 def __getattr__(name: str) -> Any:
     if name in ("CompressedCache", "compress"):
         return getattr(importlib.import_module("kvbench.runtime.generate"), name)
-    if not name.startswith("_"):
+    if name[:1].isupper():  # a class; `from kvbench import paths` asks here first, and shall not load torch
         from kvbench.methods.registry import load_policies
 
         for policy in load_policies().values():

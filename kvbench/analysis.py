@@ -11,7 +11,6 @@ of a sample measures all of it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from kvbench.arguments import Parser
 from kvbench.commands import command, strict_json
 from kvbench.config import composed
 from kvbench.methods.base import LayerStates
@@ -150,7 +150,7 @@ def measure(model: str, tasks: Sequence[str], limit: int, overrides: Sequence[st
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m kvbench.analysis", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m kvbench.analysis", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("results/analysis"), help="measurements and figures")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("measure", help="prefill samples and measure every layer")

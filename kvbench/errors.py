@@ -5,8 +5,10 @@ any other exception is a defect of the project and keeps its traceback. The exce
 model raises while one sample is computed fails that sample alone (`kvbench.runtime.requests`).
 """
 
+import difflib
 import traceback
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
 UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs")
@@ -63,3 +65,11 @@ def failure_reason(error: BaseException) -> str:
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Which of the known words was probably meant, as the end of a message: " did you mean passkey?", or nothing."""
+    names = {name.lower(): name for name in known}
+    ends = [name for name in names if name.endswith(f"/{word.lower()}")]  # qasper_e for longbench/qasper_e
+    found = ends or difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return f" did you mean {names[found[0]]}?" if found else ""

@@ -13,11 +13,10 @@ document: the rows (or metrics) of each file.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from kvbench.arguments import parse
 from kvbench.commands import command, strict_json
 from kvbench.records.environment import environments, refuse_mixture
 from kvbench.records.read import read_calls, read_records
@@ -36,12 +35,7 @@ EXPORTERS = {
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m kvbench.export", description="Export predictions or scores.")
-    parser.add_argument("format", choices=tuple(EXPORTERS))
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, default=Path("export"), metavar="DIR", help="default: export")
-    parser.add_argument("--mix-environments", action="store_true", help="export answers of several environments too")
-    options = parser.parse_args(arguments)
+    options = parse("export", arguments)
     if not options.mix_environments:
         records = [record for run in options.runs for record in read_records(run)]
         calls = [call for run in options.runs for call in read_calls(run)]

@@ -13,7 +13,6 @@ chooses the place, `HF_ENDPOINT` a mirror of the hub.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+from kvbench.arguments import parse
 from kvbench.commands import command
 from kvbench.metrics.ruler import TASKS as RULER_TASKS
 from kvbench.metrics.zeroscrolls import TASKS
@@ -39,14 +39,9 @@ FETCHERS: dict[str, Callable[[], Path]] = {
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process if none is given; returns the exit code, 2 after a mendable error."""
-    parser = argparse.ArgumentParser(prog="python -m kvbench.fetch", description="Fetch benchmark data.")
-    ruler = [f"ruler/{task}" for task in RULER_TASKS]
-    names = ["zeroscrolls", "ruler", *FETCHERS, *ruler]
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"{', '.join(names)}; for ruler also NAME=VALUE")
-    words = parser.parse_args(arguments).names
+    words = parse("fetch", arguments).names
     chosen, settings = [word for word in words if "=" not in word], [word for word in words if "=" in word]
-    if unknown := [name for name in chosen if name not in names]:
-        parser.error(f"{unknown[0]} is none of {', '.join(names)}")
+    ruler = [f"ruler/{task}" for task in RULER_TASKS]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     known: dict[str, Callable[[], Path]] = {**FETCHERS, **{name: partial(_generated, name, settings) for name in ruler}}
     wanted = dict.fromkeys(name for word in chosen for name in known if name == word or name.startswith(f"{word}/"))

@@ -14,7 +14,6 @@ tasks, so `python -m kvbench experiment=longbench` runs it too; here its parts a
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from kvbench.arguments import parse
 from kvbench.commands import command
 from kvbench.config import composed
 from kvbench.errors import ConfigError, KvbenchError
@@ -149,18 +149,7 @@ def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0 done (tasks left out included: they are named), 2 something to mend."""
-    parser = argparse.ArgumentParser(prog="python -m kvbench.paper", description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    add("--experiment", nargs="*", default=[], help="names in configs/experiment; default: all")
-    add("--model", nargs="*", default=[], help="models that replace the experiments' own")
-    add("--limit", type=int, default=None, help="at most so many samples of each task")
-    add("--data", default=None, help="folder with <dataset>.jsonl files (data.root)")
-    add("--official", default=None, help="folder with the official LongBench files (data.official)")
-    add("--prompt-tokens", type=int, default=None, help="cut LongBench and ZeroSCROLLS prompts to this")
-    add("--override", nargs="*", default=[], help="further settings, e.g. model.max_prompt_tokens=2000")
-    add("--results", type=Path, default=Path("results"), help="where reference/ is and tables/ go")
-    add("--rebuild", action="store_true", help="run nothing, write tables and figures from the records")
-    options = parser.parse_args(arguments)
+    options = parse("tables", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = Console(stderr=True)
     given = {"data.root": options.data, "data.official": options.official}

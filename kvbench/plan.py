@@ -23,19 +23,16 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kvbench.config import DataConfig, OutputConfig, ProtocolConfig
+from kvbench.config import SHARD_REMEDY, DataConfig, OutputConfig, ProtocolConfig, method_entries
 from kvbench.errors import ConfigError, KvbenchError
 from kvbench.fields import check_fields, shown
 from kvbench.methods.base import Policy
 from kvbench.methods.full import Full, in_effect
-from kvbench.methods.registry import load_policies, pass_over_backend
+from kvbench.methods.registry import build_policy, load_policies, pass_over_backend
 from kvbench.models.config import ModelConfig
 from kvbench.paths import user_path
 from kvbench.runtime.requests import RECONSTRUCTION, Arm, Engine
 from kvbench.tasks.base import Sample, Task
-
-MAX_SHARDS = 1000
-REMEDY = "give shard=I/N with I from 1 to N, e.g. shard=2/8, or with -m shard=range(8) for all eight"
 
 
 @dataclass(frozen=True)
@@ -50,10 +47,10 @@ class Shard:
         """Read "2/8"; refuses another form, and a part that there is not."""
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
         if match is None:
-            raise ConfigError(f"shard={text!r} does not say which part of how many: {REMEDY}")
+            raise ConfigError(f"shard={text!r} does not say which part of how many: {SHARD_REMEDY}")
         number, count = int(match[1]), int(match[2])
         if not 1 <= number <= count:
-            raise ConfigError(f"shard={text} is none of the parts 1 to {count}: {REMEDY}")
+            raise ConfigError(f"shard={text} is none of the parts 1 to {count}: {SHARD_REMEDY}")
         return cls(number, count)
 
     def __str__(self) -> str:
@@ -75,29 +72,6 @@ class Shard:
         turns = [(rank // self.count, rank % self.count) for rank in range(len(samples))]
         dealt_to = [place if turn % 2 == 0 else self.count - 1 - place for turn, place in turns]
         return sorted(longest_first[rank] for rank, shard in enumerate(dealt_to) if shard == self.number - 1)
-
-
-def spell_out_shards(arguments: Sequence[str]) -> list[str]:
-    """Replace `shard=range(3)` among a command's arguments by `shard=1/3,2/3,3/3`, which Hydra sweeps over."""
-    spelled = list(arguments)
-    for place, argument in enumerate(arguments):
-        if match := re.fullmatch(r"shard=range\((.*)\)", argument.replace(" ", "")):
-            count = int(match[1]) if re.fullmatch(r"\d{1,6}", match[1], re.ASCII) else 0
-            if not 1 <= count <= MAX_SHARDS:
-                raise ConfigError(f"{argument} does not name a number of shards from 1 to {MAX_SHARDS}: {REMEDY}")
-            spelled[place] = "shard=" + ",".join(str(Shard(number, count)) for number in range(1, count + 1))
-    return spelled
-
-
-def defer_task_settings(arguments: Sequence[str]) -> list[str]:
-    """Write `task.X=V` beside a swept `task=` as `task.X=choice(V)`, a sweep over one value.
-
-    Hydra tries what is not swept on the default task first, which may have no X.
-    """
-    if not any(re.match(r"task=.*[,(]", argument, re.DOTALL) for argument in arguments):
-        return list(arguments)
-    setting = re.compile(r"^(task\.[\w.]+=)(?!(?:choice|range|glob|interval|shuffle)\()(.+)", re.DOTALL)
-    return [setting.sub(r"\1choice(\2)", argument) for argument in arguments]
 
 
 COMPRESS_CHOICES = ("after_question", "before_question")
@@ -154,18 +128,25 @@ def build_plan(config: DictConfig) -> Plan:
 
 
 def _arms(config: DictConfig) -> tuple[Arm, ...]:
-    if config.method is not None:
-        policies = [_policy(config.method, "method")]
+    """The arms that the configuration names; a method that is named runs beside the full cache."""
+    if config.method is not None and config.methods is not None:
+        raise ConfigError("method and methods are both given: write all of them into methods=[...]")
+    if config.budget is not None and config.budgets is not None:
+        raise ConfigError("budget and budgets are both given: write all of them into budgets=[...]")
+    if config.methods is not None:
+        policies = [Full(), *(build_policy(name, options) for name, options in method_entries(config))]
+    elif config.method is not None:
+        policies = [Full(), _policy(config.method, "method")]
     else:
         if not OmegaConf.is_dict(config.arms):
             raise ConfigError(f"arms={shown(config.arms)} names no arms: choose a set, e.g. arms=paper, or method=h2o")
         policies = [_policy(node, f"arms.{name}") for name, node in config.arms.items() if node is not None]
-    if config.budget is not None:
-        policies = [p if type(p) is Full else dataclasses.replace(p, budget=config.budget) for p in policies]
+    budgets = [config.budget] if config.budgets is None else list(config.budgets)
     arms: dict[str, Arm] = {}
     for policy in policies:
-        arm = Arm.of(policy)
-        _refuse_namesakes(policy, arms.setdefault(arm.key, arm))
+        for budget in budgets if type(policy) is not Full else [None]:
+            arm = Arm.of(policy if budget is None else dataclasses.replace(policy, budget=budget))
+            _refuse_namesakes(arm.policy, arms.setdefault(arm.key, arm))
     if not arms:
         raise ConfigError("no arm to run: name a method (method=h2o) or a set of arms (arms=paper)")
     return tuple(arms.values())

@@ -12,7 +12,6 @@ machines that wrote; clocks that differ by minutes make the rate wrong by as muc
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.arguments import parse
 from kvbench.commands import EXIT_FAILED_SAMPLES, command, strict_json
 from kvbench.errors import RecordError, printable
 from kvbench.records.read import consistent, keep_newest, parsed, parts, read_calls
@@ -157,11 +157,7 @@ def draw(runs: Sequence[Progress]) -> RenderableType:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m kvbench.progress", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, nargs="*", default=[Path("runs")], help="run folders, or folders of them")
-    parser.add_argument("--once", action="store_true", help="one look, then JSON as the last line")
-    parser.add_argument("--every", type=float, default=2.0, help="seconds between looks")
-    options = parser.parse_args(arguments)
+    options = parse("progress", arguments)
     watches = {run: RunWatch(run) for run in find_runs(options.run)}
     if not watches:
         named = ", ".join(map(str, options.run))

@@ -50,8 +50,11 @@ class Outcome:
     table: bool = True  # whether one is wanted
     gate: float = 60.0  # what the table greys: see `kvbench.results.summary.fails_gate`
     limits: dict[str, int] = field(default_factory=dict)  # of samples, by the setting's name
+    settings: dict[str, Any] = field(default_factory=dict)  # the composed configuration
     samples: dict[int, tuple[str, str]] = field(default_factory=dict)  # (dataset, id) by position; the shard's only
     n_failed: int = 0  # samples that failed in this call
+    n_new: int = 0  # answers (of one sample and arm) that this call computed
+    n_reused: int = 0  # answers that were recorded before
     mix_environments: bool = False
     started_at: float = 0.0  # seconds since 1970
     ended_at: float = 0.0
@@ -113,10 +116,12 @@ def run_plan(plan: Plan, console: Console) -> Outcome:
                     advance()
         if n_left := sum(n > 0 for n in waiting.values()):
             raise KeyboardInterrupt(f"{len(wanted) - n_left} of {len(wanted)} samples were finished, {n_left} are left")
+    n_new = sum(map(len, todo.values()))
     keys = {position: (samples[position].dataset, samples[position].id) for position in positions}
     return Outcome(
         folder=folder.path, model=plan.model.name, task=plan.task.name, compress=plan.compress,
         shard=None if plan.shard is None else str(plan.shard), samples=keys, n_failed=len(failed),
+        n_new=n_new, n_reused=len(positions) * len(plan.arms) - n_new,
         mix_environments=plan.mix_environments, started_at=started_at, ended_at=time.time(),
     )  # fmt: skip
 

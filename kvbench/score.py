@@ -11,7 +11,6 @@ packages are installed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
+from kvbench.arguments import CODE_METRICS, parse
 from kvbench.commands import command, strict_json
 from kvbench.errors import DataError
 from kvbench.metrics.base import check_environment, get_metric
 from kvbench.metrics.longbench import DATASETS, LENGTH_BUCKETS, averages, base_dataset, bucket_mean, length_buckets
 from kvbench.tasks.data import read_jsonl
 
-CODE_METRICS = {"difflib": "code_sim", "levenshtein": "code_sim_levenshtein"}
 WHOLE = "score"  # the only part of a file unless it is scored by length
 
 
@@ -124,13 +123,7 @@ def _print_tables(scores: Sequence[DatasetScore], by_length: bool) -> None:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, that of the process if none is given; returns the exit code, 2 after a mendable error."""
-    parser = argparse.ArgumentParser(prog="python -m kvbench.score", description="Score LongBench prediction files.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of <dataset>.jsonl files")
-    parser.add_argument("--e", action="store_true", help="LongBench-E: one score per length bucket")
-    code_help = "similarity of code lines; default difflib, which the official requirements give"
-    parser.add_argument("--code-metric", choices=tuple(CODE_METRICS), default="difflib", help=code_help)
-    parser.add_argument("--write", action="store_true", help="write DIR/result.json in the official layout")
-    options = parser.parse_args(arguments)
+    options = parse("score", arguments)
     scores = score_folder(options.folder, options.e, options.code_metric)
     result = {score.dataset: score.official if options.e else score.official[WHOLE] for score in scores}
     if options.write:

@@ -1,7 +1,6 @@
 """The command line as a user meets it: the last line, the exit codes, one line per error, resuming."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import pytest
 
 from kvbench.cli import main
-from kvbench.plan import defer_task_settings
+from kvbench.config import check_arguments, defer_task_settings
 
 SMOKE = [
     "model=tiny-random", "arms=smoke", "task=passkey", "task.limit=2", "task.lengths=[300]", "engine=fused",
@@ -53,7 +52,7 @@ def document(outcome):
 
 def test_last_line_is_the_promised_json(smoke):
     folder, found = smoke
-    assert set(found) == {"run", "model", "task", "n_samples", "wall_s", "arms"}
+    assert set(found) == {"run", "model", "task", "n_samples", "answers", "wall_s", "arms"}
     assert (found["model"], found["task"], found["n_samples"]) == ("tiny-random", "passkey", 2)
     assert [arm["arm"] for arm in found["arms"]][:2] == ["full", "cam@0.5"]
     assert len(found["arms"]) == 9
@@ -75,7 +74,9 @@ def test_in_a_terminal_json_comes_only_when_asked_for(smoke, kvbench, monkeypatc
 
 def test_a_second_call_computes_nothing_and_says_the_same(smoke, kvbench):
     again = kvbench(smoke[0], *SMOKE)
-    assert {**document(again), "wall_s": 0} == {**smoke[1], "wall_s": 0}
+    reused = {"new": 0, "reused": 18}
+    assert {**document(again), "wall_s": 0} == {**smoke[1], "wall_s": 0, "answers": reused}
+    assert "0 new, 18 reused answers" in again[1]
     assert "loading" not in again[2]
 
 
@@ -87,13 +88,13 @@ def test_a_named_method_adds_one_arm_to_the_run(smoke, kvbench, tmp_path):
 
 def test_a_sweep_runs_every_combination(kvbench, tmp_path):
     found = document(kvbench(tmp_path, "-m", *SMOKE, "method=h2o,cam", "budget=0.5,0.35"))
-    assert [arm["arm"] for arm in found["arms"]] == ["cam@0.5", "cam@0.35", "h2o@0.5", "h2o@0.35"]
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # no outputs/, no multirun/
+    assert [arm["arm"] for arm in found["arms"]] == ["full", "cam@0.5", "cam@0.35", "h2o@0.5", "h2o@0.35"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "runs.csv"]  # no outputs/, no multirun/
 
 
 def test_a_method_that_repeats_the_context_runs_before_the_question_and_records_its_cost(kvbench, tmp_path):
     arms = ["method=kvzip", "budget=0.4", "protocol.compress=before_question", "task.limit=1"]
-    (arm,) = document(kvbench(tmp_path, *SMOKE, *arms))["arms"]
+    _, arm = document(kvbench(tmp_path, *SMOKE, *arms))["arms"]
     assert (arm["arm"], arm["n"], arm["n_failed"]) == ("kvzip@0.4", 1, 0)
     (path,) = tmp_path.glob("**/kvzip@0.4.jsonl")
     record = json.loads(path.read_text())
@@ -103,11 +104,11 @@ def test_a_method_that_repeats_the_context_runs_before_the_question_and_records_
     assert len(set(record["slots_per_layer"])) > 1
 
 
-def test_help_and_cfg_need_no_model(kvbench, tmp_path):
+def test_help_is_a_screenful_and_cfg_needs_no_model(kvbench, tmp_path):
     code, out, _ = kvbench(tmp_path, "--help")
     assert code == 0
-    for name in ("cam", "full", "h2o", "kvmerger", "kvmerger_bias"):
-        assert re.search(rf"^ *method: .*\b{name}\b", out, re.MULTILINE), name
+    assert out.count("\n") <= 24
+    assert max(map(len, out.splitlines())) <= 120
     code, out, _ = kvbench(tmp_path, "--cfg", "job")
     assert code == 0
     assert "smollm2-135m" in out
@@ -128,8 +129,27 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["method=nope"], ["nope", "h2o", "kvmerger"]), (["task=nope"], ["nope", "passkey"]),
-        (["model=nope"], ["nope", "tiny-random"]), (["protocol.sede=1"], ["sede"]), (["model.pth=3"], ["pth"]),
+        (["method=nope"], ["method=nope is unknown", "`kvbench ls methods` lists all"]),
+        (["task=passky"], ["task=passky is unknown: did you mean passkey?", "`kvbench ls tasks` lists all"]),
+        (["task=nope"], ["task=nope", "`kvbench ls tasks`"]), (["engine=plane"], ["did you mean plain?"]),
+        (["model=nope"], ["model=nope", "no folder", "ORGANISATION/MODEL"]), (["arms=papr"], ["did you mean paper?"]),
+        (["model=tiny-randm"], ["did you mean tiny-random?"]), (["experiment=needel"], ["did you mean needle?"]),
+        (["protocol.sede=1"], ["protocol.sede is no setting: did you mean protocol.seed?"]),
+        (["model.pth=3"], ["did you mean model.path?"]), (["metod=h2o"], ["metod", "did you mean method?"]),
+        (["limit=3"], ["limit is no setting: did you mean task.limit?"]),
+        (["arms.h2o_50.recent_shre=1"], ["did you mean arms.h2o_50.recent_share?"]),
+        (["method.sigma=3"], ["method.sigma is an option of no method", "method=NAME"]),
+        (["method=h2o,cam"], ["method=h2o,cam", "'methods=[h2o,cam]'", "-m"]),
+        (["budget=0.5,0.35"], ["budget=0.5,0.35", "'budgets=[0.5,0.35]'"]),
+        (["methods=h2o,cam"], ["'methods=[h2o,cam]'"]), (["task=mini,niah"], ["task=mini,niah", "add -m"]),
+        (["methods=[h2o,kvmergr]"], ["kvmergr", "did you mean kvmerger?"]),
+        (["methods=[]"], ["methods=[] names no method"]), (["methods=[3]"], ["methods has the entry 3"]),
+        (["methods=[{h2o:{recent:3}}]"], ["recent for method h2o: did you mean recent_share?"]),
+        (["method=h2o", "methods=[cam]"], ["method and methods are both given"]),
+        (["methods=[h2o]", "budget=0.5", "budgets=[0.5]"], ["budget and budgets are both given"]),
+        (["method=no.such:Class"], ["no.such:Class", "no module no.such", "file.py:Class"]),
+        (["method=json:JSONDecoder"], ["json:JSONDecoder is not a subclass of kvbench.methods.base.Policy"]),
+        (["method=gone.py:Class"], ["there is no file gone.py"]), (["--bogus"], ["--bogus", "kvbench run --help"]),
         (["method=h2o", "method.backend=torch"], ["backend is no option", "set engine.kernels"]),
         (["method=h2o", "+method.backend=torch"], ["backend=torch is no option", "set engine.kernels"]),
         (["method=kvmerger", "method.treshold=0.8"], ["treshold"]),
@@ -151,8 +171,8 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["method=h2o", "method.budget=true"], ["budget=True", "(0, 1]"]),
         (["protocol.gold_tokens=-1"], ["protocol.gold_tokens=-1", "at least 0"]),
         (["protocol.max_new_tokens=0"], ["protocol.max_new_tokens=0", "at least 1 or null"]),
-        (["method=null"], ["method=null", "leave it out", "kvmerger"]), (["arms=null"], ["arms=null", "paper"]),
-        (["model=5"], ["model=5", "tiny-random"]), (["~model"], ["model"]),
+        (["method=null"], ["method=null", "leave it out", "ls methods"]), (["arms=null"], ["arms=null", "ls arms"]),
+        (["model=5"], ["model=5", "ls models"]), (["~model"], ["model"]),
         (["model.device=meta"], ["model.device='meta'", "cuda:N"]),
         (["model.hidden_size=-1"], ["model.hidden_size=-1", "from 1 to 131072", "hidden_size=64"]),
         (["model.hidden_size=66"], ["model.hidden_size=66", "model.n_query_heads=4", "divisor"]),
@@ -163,7 +183,7 @@ INTEGER_OR_NULL = "an integer of at least 1 or null"
         (["-m", "shard=range(1,9999999)"], ["shard=range(1,9999999)", "from 1 to 1000"]),
         (["-m", "protocol.seed=range(9999999)"], ["protocol.seed=range(9999999)", "10,000"]),
         (["-m", "protocol.seed=range(200)", "task.seed=range(200)"], ["40,000 jobs", "10,000"]),
-        (["model.path=/nowhere"], ["/nowhere"]),
+        (["model.path=/nowhere"], ["/nowhere"]), (["model=/nowhere"], ["model=/nowhere is unknown", "no folder"]),
         (["model.name=\udcff"], ["argument ", r"\udcff", "UTF-8"]),  # what Python makes of a byte that is no text
         (["model.name='\udcff'"], ["argument ", r"\udcff", "UTF-8"]), (["shard=9/8"], ["9/8", "1 to 8", "shard=2/8"]),
     ],
@@ -178,5 +198,6 @@ def test_a_task_s_settings_wait_for_the_tasks_of_a_sweep():
     deferred = ["task.length=choice(8192)", "task.seed=choice(1,2)", "task.lengths=choice([1,2])", *given[3:]]
     for tasks in ("task=glob(ruler/*)", "task=a,b"):
         assert defer_task_settings(["-m", tasks, *given]) == ["-m", tasks, *deferred]
+    assert check_arguments(["task=glob(ruler/*)", "task.length=8192"], True).task.length == 8192
     for alone in (["task=ruler/vt", "task.length=8192"], ["task.limit=2"]):
         assert defer_task_settings(alone) == alone

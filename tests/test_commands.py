@@ -109,7 +109,7 @@ def recorded(folder):
 @pytest.mark.parametrize("line", ["$KVBENCH | true", "$KVBENCH 2>&1 | true"])
 def test_a_reader_that_leaves_ends_the_command_quietly_after_the_work(tmp_path, line):
     assert shell(line, tmp_path).returncode == EXIT_NO_READER
-    assert recorded(tmp_path) == 1
+    assert recorded(tmp_path) == 2
 
 
 def test_a_reader_that_leaves_in_the_middle_ends_the_command_there(tmp_path):
@@ -122,14 +122,14 @@ def test_a_full_output_is_one_line_and_loses_no_record(tmp_path):
     call = shell("$KVBENCH > /dev/full", tmp_path)
     assert call.returncode == 2
     assert call.stderr.splitlines()[-1].startswith("kvbench: standard output cannot be written (No space left")
-    assert recorded(tmp_path) == 1
+    assert recorded(tmp_path) == 2
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>/dev/full", "<&- >&- 2>&-"])
 def test_closed_streams_and_a_full_standard_error_hold_up_no_run(tmp_path, closed):
     call = shell(f"$KVBENCH {closed}", tmp_path)
     assert call.returncode == 0, call.stderr
-    assert recorded(tmp_path) == 1
+    assert recorded(tmp_path) == 2
     if closed == "2>/dev/full":
         assert json.loads(call.stdout.splitlines()[-1])["n_samples"] == 1
 

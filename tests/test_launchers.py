@@ -18,7 +18,7 @@ from kvbench.run import run_plan
 
 SMOKE = [
     "model=tiny-random", "task=passkey", "task.limit=4", "task.lengths=[300]", "protocol.max_new_tokens=6",
-    "protocol.gold_tokens=4", "method=h2o", "budget=0.5", "engine.max_rows=3",
+    "protocol.gold_tokens=4", "method=h2o", "budget=0.5", "engine.max_rows=4",
 ]  # fmt: skip
 RAY = ["shard=range(2)", "hydra/launcher=ray"]
 LAUNCHERS = {
@@ -111,7 +111,7 @@ def test_what_goes_wrong_in_a_worker_reaches_the_line_and_the_exit_code(ray_work
     assert (code, re.findall("^kvbench: .*0.002", err, re.MULTILINE)) == (EXIT_MEND, [ANY])
     broken = ["method._target_=broken.Broken", "hydra/launcher=ray"]
     code, out, _ = here(*broken, "shard=range(2)")
-    (arm,) = json.loads(out.splitlines()[-1])["arms"]
+    _, arm = json.loads(out.splitlines()[-1])["arms"]
     assert (code, arm["n"], arm["n_failed"]) == (EXIT_FAILED_SAMPLES, 0, 4)
     code, _, err = here(*broken, "+method.deadly=true", "hydra.launcher.remote.max_retries=0")
     assert (code, re.findall("^kvbench: Ray gave up", err, re.MULTILINE)) == (EXIT_MEND, [ANY])

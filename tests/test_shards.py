@@ -5,9 +5,9 @@ import random
 import pytest
 from rich.console import Console
 
-from kvbench.config import composed
+from kvbench.config import composed, spelled_out
 from kvbench.errors import ConfigError
-from kvbench.plan import Shard, build_plan, spell_out_shards
+from kvbench.plan import Shard, build_plan
 from kvbench.records.read import read_records, record_files
 from kvbench.run import run_plan
 from kvbench.tasks.base import Sample
@@ -18,7 +18,7 @@ TASK = [
     "protocol.max_new_tokens=5", "protocol.gold_tokens=4",
 ]  # fmt: skip
 NINE_ARMS = [*TASK, "arms=smoke"]  # 18 rows a sample: no two samples share a batch
-ONE_ARM = [*TASK, "method=cam", "budget=0.5"]  # 3 rows a sample: samples share batches
+ONE_ARM = [*TASK, "method=cam", "budget=0.5"]  # 4 rows a sample: samples share batches
 
 
 def samples(lengths):
@@ -53,9 +53,9 @@ def test_a_shard_is_read_and_written_alike_and_a_range_is_spelled_out_for_hydra(
     assert Shard.parse("2/8") == Shard(2, 8)
     assert (str(Shard(2, 8)), Shard(2, 8).folder_name) == ("2/8", "2-of-8")
     words = ["-m", "shard=range(3)", "task=glob(*)", "x=range(3)"]
-    assert spell_out_shards(words) == ["-m", "shard=1/3,2/3,3/3", "task=glob(*)", "x=range(3)"]
+    assert spelled_out(words) == ["-m", "shard=1/3,2/3,3/3", "task=glob(*)", "x=range(3)"]
     with pytest.raises(ConfigError, match=r"range\(0\)"):
-        spell_out_shards(["shard=range(0)"])
+        spelled_out(["shard=range(0)"])
 
 
 @pytest.mark.parametrize("text", ["0/8", "9/8", "0/0", "3", "", "2/8/1", "-1/4", "2/ 8", "a/b", "1/0", "1/99999999"])

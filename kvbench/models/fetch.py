@@ -12,7 +12,6 @@ holds https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -37,6 +36,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from kvbench.arguments import Parser
 from kvbench.commands import command
 from kvbench.errors import ModelError
 from kvbench.models.checkpoint import check_folder, quiet
@@ -212,7 +212,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make sure that a model's files are on this machine; 0, or 2 after an error that the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m kvbench.models.fetch", description="Prepare a model.")
+    parser = Parser(prog="python -m kvbench.models.fetch", description="Prepare a model.")
     parser.add_argument("name", nargs="?", default=DEFAULT_MODEL, help="a file of configs/model, without .yaml")
     name = parser.parse_args(arguments).name
     console = Console(stderr=True)

@@ -60,7 +60,8 @@ def arms(monkeypatch, capfd):
 
 
 def test_the_readme_s_method_runs_from_its_own_file(methods, arms):
-    (arm,) = arms(*SMALL, "task=passkey", "method=full", "method._target_=my_methods.newest.Newest", "budget=0.5")
+    full, arm = arms(*SMALL, "task=passkey", "method=full", "method._target_=my_methods.newest.Newest", "budget=0.5")
+    assert full["arm"] == "full"
     assert (arm["arm"], arm["method"], arm["n"]) == ("newest@0.5", "newest", 1)
     assert 0.49 < arm["budget_measured"] <= 0.5
     assert arm["kl"] > 0
@@ -93,7 +94,7 @@ def test_the_page_shows_what_the_check_says_of_a_forgotten_need(methods):
 
 def test_the_page_s_runs_give_the_arm_beside_the_others(methods, arms):
     alone, together = ([arm["arm"] for arm in arms(*words, *SMALL)] for words in commands("kvbench"))
-    assert alone == ["last_votes@0.5"]
+    assert alone == ["full", "last_votes@0.5"]
     assert "last_votes@0.5" in together
     assert len(together) > 5
 
@@ -118,7 +119,7 @@ def test_the_template_package_is_found_by_name_and_its_test_passes(methods, arms
             rule()
     assert type(build_policy("last_votes", {"last_tokens": 4})).__module__ == "last_votes"
     try:
-        (arm,) = arms(*SMALL, "method=last_votes", "method.last_tokens=4", "budget=0.5", "task=passkey")
+        _, arm = arms(*SMALL, "method=last_votes", "method.last_tokens=4", "budget=0.5", "task=passkey")
     finally:  # the store is the process's, the package ours
         ConfigStore.instance().repo["method"].pop("last_votes.yaml", None)
     assert arm["arm"] == "last_votes@0.5,last_tokens=4"

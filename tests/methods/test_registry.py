@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint
 import pytest
 from hydra.utils import instantiate
 
+from kvbench.catalogue import methods
 from kvbench.errors import ConfigError
 from kvbench.methods import registry
 from kvbench.methods.adakv import AdaKV
@@ -50,11 +51,26 @@ def test_build_passes_options_on():
     assert build_policy("full") == Full()
 
 
-def test_mistakes_list_the_choices():
-    with pytest.raises(ConfigError, match=r"unknown method 'h20': choose one of .*cam.*h2o"):
+def test_mistakes_name_the_nearest_choice():
+    with pytest.raises(ConfigError, match=r"unknown method 'h20': did you mean h2o\? `kvbench ls methods` lists all"):
         build_policy("h20")
-    with pytest.raises(ConfigError, match=r"unknown option recent for method h2o: choose among budget, recent_share"):
+    with pytest.raises(ConfigError, match=r"unknown option recent for method h2o: did you mean recent_share\?"):
         build_policy("h2o", {"recent": 3})
+    with pytest.raises(ConfigError, match=r"unknown option sinks for method h2o: choose among budget, recent_share"):
+        build_policy("h2o", {"sinks": 3})
+
+
+def test_what_is_read_from_the_source_is_what_the_classes_say():
+    catalogue = methods()
+    assert list(catalogue) == list(load_policies())
+    for name, policy in load_policies().items():
+        found = catalogue[name]
+        assert found.target == f"{policy.__module__}.{policy.__qualname__}"
+        assert found.complete
+        assert found.summary
+        assert list(found.options) == [field.name for field in dataclasses.fields(policy)]
+        for field in dataclasses.fields(policy):
+            assert found.options[field.name] in (field.default, None)
 
 
 def test_kernels_are_no_option_of_a_method_any_more(caplog):

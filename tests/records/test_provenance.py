@@ -99,20 +99,20 @@ def test_other_texts_under_equal_ids_are_asked_again_and_never_tabled_together(k
     assert again["arms"] == first["arms"]
     assert kvbench.n_lines() == n_arms
     second, said = kvbench(*two, "method=cam", "budget=0.5")
-    assert "1 recorded answers are of another text" in said
-    assert arms(second) == {"cam@0.5"}  # not beside answers to the first text
-    assert f"{n_arms - 1} answers of an earlier text, model or method are left out." in second["notes"]
+    assert "2 recorded answers are of another text" in said
+    assert arms(second) == {"full", "cam@0.5"}  # not beside answers to the first text
+    assert f"{n_arms - 2} answers of an earlier text, model or method are left out." in second["notes"]
     back, _ = kvbench(*one, "arms=smoke")
     assert [(a["arm"], a["kl"]) for a in back["arms"]] == [(a["arm"], a["kl"]) for a in first["arms"]]
-    assert kvbench.n_lines() == 2 * n_arms + 1
+    assert kvbench.n_lines() == 2 * n_arms + 2
 
 
 @pytest.mark.parametrize("edited", [{"context": "Six geese fly. "}, {"answer": "about six"}])
 def test_an_edited_row_is_asked_again(kvbench, rows, edited):
     kvbench(*rows("one", "Seven geese fly. "), "method=h2o", "budget=0.5")
     _, said = kvbench(*rows("one", **{"context": "Seven geese fly. ", **edited}), "method=h2o", "budget=0.5")
-    assert "1 recorded answers are of another text" in said
-    assert kvbench.n_lines() == 2
+    assert "2 recorded answers are of another text" in said
+    assert kvbench.n_lines() == 4
 
 
 def test_other_weights_in_the_same_folder_are_another_model(kvbench, tiny_model, tmp_path):
@@ -123,9 +123,9 @@ def test_other_weights_in_the_same_folder_are_another_model(kvbench, tiny_model,
         made = tiny_model(seed=seed)
         made.model.save_pretrained(folder)
         made.tokenizer.save_pretrained(folder)
-        nll.add(kvbench(*words, "method=h2o", "budget=0.5")[0]["arms"][0]["gold_nll"])
+        nll.add(kvbench(*words, "method=h2o", "budget=0.5")[0]["arms"][-1]["gold_nll"])
     assert len(nll) == 2
-    assert kvbench.n_lines() == 4
+    assert kvbench.n_lines() == 8
 
 
 def test_a_hash_of_a_file_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_an_edited_method_is_another_method(kvbench, tmp_path, monkeypatch):
         file.write_text(text)
         monkeypatch.delitem(sys.modules, "mine", raising=False)
         kvbench(*words)
-    assert kvbench.n_lines() == 4
+    assert kvbench.n_lines() == 6  # the full cache's answers stay
 
 
 def test_what_a_method_imports_from_beside_it_is_part_of_its_source(tmp_path, monkeypatch):
@@ -186,8 +186,8 @@ def test_a_method_under_another_one_s_name_is_refused(kvbench, tmp_path, monkeyp
 
 def test_budgets_that_differ_never_share_a_name(kvbench):
     found = [arms(kvbench(*PASSKEY, "method=snapkv", f"budget={b}")[0]) for b in ("0.5", "0.5000004", "0.9999999")]
-    assert found[-1] == {"snapkv@0.5", "snapkv@0.5000004", "snapkv@0.9999999"}
-    assert len(record_files(kvbench.run)) == 3
+    assert found[-1] == {"full", "snapkv@0.5", "snapkv@0.5000004", "snapkv@0.9999999"}
+    assert len(record_files(kvbench.run)) == 4
 
 
 def test_answers_of_two_environments_are_tabled_together_only_if_told(kvbench, monkeypatch, capfd):
@@ -201,7 +201,7 @@ def test_answers_of_two_environments_are_tabled_together_only_if_told(kvbench, m
         assert part in said
     assert kvbench.n_lines() == n_before  # refused before anything was computed
     document, _ = kvbench(*words, "budget=0.2", "mix_environments=true")
-    assert arms(document) == {"h2o@0.5", "h2o@0.2"}
+    assert arms(document) == {"full", "h2o@0.5", "h2o@0.2"}
     assert "several environments" in document["notes"][0]
     for command in (report, lambda words: export(["model-index", *words])):
         assert command([str(kvbench.run)]) == 2
@@ -218,28 +218,28 @@ def test_a_dtype_resolved_otherwise_is_another_model(kvbench, monkeypatch):
     kvbench(*words)
     monkeypatch.setattr("kvbench.models.load.resolve_dtype", lambda dtype, device: torch.bfloat16)
     kvbench(*words)
-    assert kvbench.n_lines() == 4
+    assert kvbench.n_lines() == 8
     assert [call["environment"]["dtype"] for call in read_calls(kvbench.run)] == ["float32", "bfloat16"]
 
 
 def test_records_from_before_are_read_as_unverified_and_reused_only_if_told(kvbench):
     words = [*PASSKEY, "method=h2o", "budget=0.5"]
     before, _ = kvbench(*words)
-    (file,) = record_files(kvbench.run)
     new = ("call", *HASHES)
-    old = [{k: v for k, v in json.loads(line).items() if k not in new} for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps(record) + "\n" for record in old))
+    for file in record_files(kvbench.run):
+        old = [{k: v for k, v in json.loads(line).items() if k not in new} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(record) + "\n" for record in old))
     (kvbench.run / "calls.jsonl").unlink()
     told, _ = kvbench(*words, "mix_environments=true")
     assert told["arms"] == before["arms"]
-    assert told["notes"] == ["2 of 2 answers are unverified: from before records said what made them."]
+    assert told["notes"] == ["4 of 4 answers are unverified: from before records said what made them."]
     _, said = kvbench(*PASSKEY, "method=cam", "budget=0.5", code=2)
     assert "2 answers: from before records said what made them" in said
     assert report([str(kvbench.run)]) == 0
     assert "are unverified" in (kvbench.run / "report.html").read_text()
     _, said = kvbench(*words)
-    assert "2 recorded answers are of another text" in said
-    assert kvbench.n_lines() == 4
+    assert "4 recorded answers are of another text" in said
+    assert kvbench.n_lines() == 8
 
 
 @pytest.mark.parametrize("setting", ["model.device=cuda:77", "engine.kernels=fast", "engine.kernels=triton"])
