@@ -1,21 +1,22 @@
-"""Run what the paper's tables and figures still lack, then write them from the records: `make paper-tables`.
+"""Run what the paper's tables and figures still lack, then write them from the records.
 
-    python -m kvbench.paper --experiment longbench --model llama2-7b-chat --data DIR --official DIR2
-    python -m kvbench.paper --model smollm2-135m --limit 10
-    python -m kvbench.paper --rebuild --model smollm2-135m      # run nothing: tables and figures from the records alone
+    kvbench tables --experiment longbench --model llama2-7b-chat --data DIR --official DIR2
+    kvbench tables --model smollm2-135m --limit 10
+    kvbench tables --rebuild --model smollm2-135m      # run nothing: tables and figures from the records alone
 
 Experiments that ask the same model the same questions share one run: the arms of all of them ride on one prefill.
 Tasks whose data or weights cannot be had are named and left out; their cells name the command that fills them. What
 `--limit` cut short goes on later from where it stopped.
 
 A file of `configs/experiment/` is an ordinary Hydra experiment whose sweep (`hydra.sweeper.params`) names models and
-tasks, so `python -m kvbench experiment=longbench` runs it too; here its parts are taken one by one.
+tasks, so `kvbench run experiment=longbench` runs it too; here its parts are taken one by one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,10 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from kvbench.arguments import parse
-from kvbench.commands import command
+from kvbench.commands import EXIT_MEND, command
 from kvbench.config import composed
 from kvbench.errors import ConfigError, KvbenchError
-from kvbench.paths import config_folder
+from kvbench.paths import config_folder, published_folder
 from kvbench.plan import Plan, build_plan
 from kvbench.records.folder import identity_hash
 from kvbench.results.cells import ExpectedArm, ExpectedColumn, TableSpec, build_table, read_published
@@ -129,18 +130,17 @@ def run_missing(parts: Sequence[ExperimentPart], console: Console) -> int:
 
 
 def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[str]) -> list[Path]:
-    """Write tables and figures of every experiment and model, from records alone; returns the files.
+    """Write `tables/` and `figures/` of every experiment and model, from records alone; returns the files.
 
-    The folder `results` has `reference/`, and gets `tables/` and `figures/`; `options` are `NAME=value` settings that
-    belong into the commands shown beside empty cells.
+    `options` are the words that belong into the commands shown beside empty cells.
     """
-    published = read_published(results / "reference")
+    published = read_published(published_folder())
     groups: dict[tuple[str, str], list[ExperimentPart]] = {}
     for part in parts:
         groups.setdefault((part.experiment, part.model), []).append(part)
     written = []
     for (experiment, model), group in groups.items():
-        command = " ".join(["make paper-tables", f"EXPERIMENT={experiment}", f"MODEL={model}", *options])
+        command = shlex.join(["kvbench", "tables", "--experiment", experiment, "--model", model, *options])
         table = build_table(table_spec(group, command), published)
         written += write_table(table, results / "tables") + write_figures(table, results / "figures")
     return written
@@ -148,7 +148,7 @@ def write_all(parts: Sequence[ExperimentPart], results: Path, options: Sequence[
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 done (tasks left out included: they are named), 2 something to mend."""
+    """Command line; returns the exit code: 0 done (some tasks left out included: they are named), 2 to mend."""
     options = parse("tables", arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = Console(stderr=True)
@@ -160,12 +160,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("tables", "figures"):
         (options.results / name).mkdir(parents=True, exist_ok=True)  # what cannot be written is told before it is run
     left_out = 0 if options.rebuild else run_missing(parts, console)
-    which_runs = ["DATA=DIR", "OFFICIAL=DIR"]  # the settings that decide which runs are meant, as `make` takes them
-    which_runs += [] if options.prompt_tokens is None else [f"PROMPT={options.prompt_tokens}"]
-    which_runs += [f'SET="{" ".join(options.override)}"'] if options.override else []
-    print(*write_all(parts, options.results, which_runs), sep="\n")
+    words = {"--limit": options.limit, "--prompt-tokens": options.prompt_tokens}
+    words |= {name: given and "DIR" for name, given in (("--data", options.data), ("--official", options.official))}
+    again = [word for name, value in words.items() if value for word in (name, str(value))]
+    again += ["--override", *options.override] if options.override else []
+    print(*write_all(parts, options.results, again), sep="\n")
     if left_out:
-        console.print(f"{left_out} tasks left out, see above")
+        n_tasks = len(merged_plans(parts))
+        console.print(f"{left_out} of {n_tasks} tasks left out, see above")
+        return EXIT_MEND if left_out == n_tasks else 0
     return 0
 
 

@@ -39,6 +39,12 @@ def config_folder() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def published_folder() -> Path:
+    """The folder with the published numbers: inside the package in a wheel, `results/reference` in a source tree."""
+    packaged = Path(__file__).parent / "results" / "published"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "results" / "reference"
+
+
 def cache_folder() -> Path:
     """`$KVBENCH_CACHE` if set, else `$XDG_CACHE_HOME/kvbench` unless relative, else `~/.cache/kvbench`; created."""
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))

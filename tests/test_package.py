@@ -49,3 +49,14 @@ def test_the_wheel_alone_runs_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(tmp_path / "site" / "kvbench" / "configs")
     assert json.loads(done.stdout.splitlines()[-1])["arms"][0]["n"] == 1
+    console = [sys.executable, str(tmp_path / "site" / "bin" / "kvbench")]
+    listed = subprocess.run(
+        [*console, "ls"], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "\npasskey " in listed.stdout
+    code = "from kvbench.results.cells import *; from kvbench.paths import *; f = published_folder(); print(f)"
+    command = [sys.executable, "-c", f"{code}; print(len(read_published(f)))"]
+    published = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=True)
+    folder, n_numbers = published.stdout.split()
+    assert folder == str(tmp_path / "site" / "kvbench" / "results" / "published")
+    assert int(n_numbers) > 80

@@ -1,17 +1,16 @@
 """`python -m kvbench.paper`: experiments compose, run what is missing once, and rebuild without a model."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from kvbench import paper
+from kvbench.arguments import parser
 from kvbench.metrics.longbench import KVMERGER_DATASETS
 from kvbench.paper import experiment_grid, experiment_names, experiment_part
 
-REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
 SMALL = ["arms=smoke", "protocol.max_new_tokens=4", "protocol.gold_tokens=4", "task.lengths=[160]", "task.depths=[0.5]"]
 
 
@@ -52,7 +51,6 @@ def test_experiments_with_the_same_questions_share_a_run():
 
 
 def test_runs_what_is_missing_then_rebuilds_from_records_alone(tmp_path, monkeypatch, capsys):
-    shutil.copytree(REFERENCE, tmp_path / "results" / "reference")
     arguments = [
         "--experiment", "needle", "--model", "tiny-random", "--limit", "2", "--results", str(tmp_path / "results"),
         "--override", f"output.root={tmp_path / 'runs'}", "model.name='org/m'", *SMALL,
@@ -84,12 +82,31 @@ def test_a_task_without_data_is_named_and_left_out(tmp_path, capsys):
     assert "left out:" in capsys.readouterr().err
 
 
+def test_cells_name_the_command_that_fills_them_and_nothing_run_is_not_success(tmp_path, capsys):
+    folder = tmp_path / "no rows"
+    arguments = [
+        "--experiment", "longbench", "--model", "tiny-random", "--limit", "1", "--data", str(folder), "--results",
+        str(tmp_path / "results"), "--override", f"output.root={tmp_path / 'runs'}", "arms=smoke",
+    ]  # fmt: skip
+    assert paper.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "9 of 9 tasks left out" in err
+    text = next(Path(line) for line in out.split("\n") if line.endswith(".md")).read_text()
+    override = f"--override output.root={tmp_path / 'runs'} arms=smoke"
+    again = f"kvbench tables --experiment longbench --model tiny-random --limit 1 --data DIR {override}"
+    assert f"- qasper: `{again}`" in text
+    assert vars(parser("tables").parse_args(again.split()[2:]))["limit"] == 1
+    assert "## Published numbers" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--experiment", "nope"], "experiment 'nope' is unknown"),
-        (["--experiment", "needle", "--model", "nope"], "Could not find 'model/nope' Available options"),
-        (["--experiment", "needle", "--override", "arms=null"], "arms=null names no option of arms"),
+        (["--experiment", "nope"], "'nope' is no experiment of kvbench tables: choose from budgets"),
+        (["--experiment", "needel"], "did you mean needle?"),
+        (["--limit", "x"], "invalid int value: 'x'"),
+        (["--experiment", "needle", "--model", "nope"], "model=nope is unknown"),
+        (["--experiment", "needle", "--override", "arms=null"], "arms=null names none of the arms"),
         (["--experiment", "needle", "--limit", "0"], "task.limit=0 is not an integer of at least 1"),
         (["--experiment", "needle", "--results", "/proc/none"], "/proc/none cannot be used"),
     ],

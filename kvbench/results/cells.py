@@ -39,7 +39,7 @@ from kvbench.results.summary import (
     summarise,
 )
 
-MIX_REMEDY = 'say that it may with --mix-environments (make paper-tables: SET="mix_environments=true")'
+MIX_REMEDY = "say that it may with --mix-environments (kvbench tables: --override mix_environments=true)"
 AVERAGE = "average"
 AVERAGE_OF_NINE = "average of 9"  # the KVMerger paper's, as the reference files call it
 BUDGET_TOLERANCE = 0.02  # arms that keep more or less than they were asked to compete with nobody
@@ -147,8 +147,10 @@ class Table:
 
 def read_published(folder: Path) -> pd.DataFrame:
     """All published numbers of a folder's CSV files, as text; columns `PUBLISHED` and "file"."""
-    frames = [pd.DataFrame(columns=[*PUBLISHED, "file"])]
-    for path in sorted(folder.glob("*.csv")):
+    frames = []
+    if not (paths := sorted(folder.glob("*.csv"))):
+        raise DataError(f"{folder} holds 0 CSV files of published numbers: install kvbench again")
+    for path in paths:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
         if tuple(frame.columns) != PUBLISHED:
             raise DataError(f"{path} has columns {list(frame.columns)}: give {','.join(PUBLISHED)}")
@@ -280,7 +282,9 @@ def _average(table: Table) -> None:
     shared = {column.name: column for column in able if set(column.scores) == present}
     if len(shared) < 2:
         return
-    average = Column(AVERAGE, comparisons=compare_arms({name: column.scores for name, column in shared.items()}))
+    average = Column(AVERAGE)
+    if all(column.cells[arm].n > 1 for column in shared.values() for arm in present):  # one sample has no spread
+        average.comparisons = compare_arms({name: column.scores for name, column in shared.items()})
     for arm in sorted(present):
         cells = [column.cells[arm] for column in shared.values()]
         score = sum(cell.score for cell in cells if cell.score is not None) / len(cells)

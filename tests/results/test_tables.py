@@ -84,6 +84,14 @@ def test_average_is_over_the_data_sets_all_arms_share(tmp_path):
     assert table.average.cells["kvmerger@0.5"].best
 
 
+def test_an_average_of_single_samples_carries_no_verdict(tmp_path):
+    one_sample = {name: steady(name)[::12] for name in map("data{}".format, range(12))}
+    table = build_table(make_spec(*((name, make_run(tmp_path, name, rows)) for name, rows in one_sample.items())))
+    assert {cell.n for cell in table.average.cells.values()} == {12}
+    assert table.average.comparisons == []
+    assert not any(cell.best or cell.interval for cell in table.average.cells.values())
+
+
 def test_published_numbers_stand_beside_ours_with_their_source(tmp_path):
     numbers = [
         ("llama2-7b-chat", "h2o", "0.5", "qasper", "20.04", "some paper", "conflict: 19", ""),
