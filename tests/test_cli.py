@@ -11,8 +11,8 @@ from kvbench.cli import main
 from kvbench.config import check_arguments, defer_task_settings
 
 SMOKE = [
-    "model=tiny-random", "arms=smoke", "task=passkey", "task.limit=2", "task.lengths=[300]", "engine=fused",
-    "protocol.max_new_tokens=6", "protocol.gold_tokens=4",
+    "model=tiny-random", "model.n_layers=4", "arms=smoke", "task=passkey", "task.limit=2", "task.lengths=[300]",
+    "engine=fused", "protocol.max_new_tokens=6", "protocol.gold_tokens=4",
 ]  # fmt: skip
 
 

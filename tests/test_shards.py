@@ -14,7 +14,7 @@ from kvbench.tasks.base import Sample
 
 TIMES = ("seconds", "recorded_at", "call")
 TASK = [
-    "model=tiny-random", "task=passkey", "task.lengths=[200,260,320]", "task.samples_per_cell=1",
+    "model=tiny-random", "model.n_layers=4", "task=passkey", "task.lengths=[200,260,320]", "task.samples_per_cell=1",
     "protocol.max_new_tokens=5", "protocol.gold_tokens=4",
 ]  # fmt: skip
 NINE_ARMS = [*TASK, "arms=smoke"]  # 18 rows a sample: no two samples share a batch

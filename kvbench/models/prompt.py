@@ -135,7 +135,14 @@ def frame(loaded: PreparedModel, *, chat: bool) -> tuple[str, str]:
 def _render(prompt: str, loaded: PreparedModel) -> str:
     message = [{"role": "user", "content": prompt}]
     try:
-        return str(loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        return str(
+            loaded.tokenizer.apply_chat_template(
+                message,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,  # Qwen3's: answer at once
+            )
+        )
     except Exception as error:  # a template is foreign code: jinja lets any exception through
         raise _template_error(loaded, f"fails ({error})") from error
 

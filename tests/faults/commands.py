@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 TIMES = ("seconds", "recorded_at", "call")
 """Fields of a record that differ from run to run."""
 RUN = [
-    "model=tiny-random", "arms=smoke", "task=passkey", "task.limit=8", "task.lengths=[200]",
+    "model=tiny-random", "model.n_layers=4", "arms=smoke", "task=passkey", "task.limit=8", "task.lengths=[200]",
     "protocol.max_new_tokens=4", "protocol.gold_tokens=3",
 ]  # fmt: skip
 """A run of 8 samples and 9 arms, a second long, in 8 batches."""
