@@ -68,12 +68,14 @@ def files(group: str) -> dict[str, str]:
     return {path.stem: _comment(path) for path in sorted(folder.glob("[!_]*.yaml"))}
 
 
-def class_summary(target: str) -> str:
-    """The first sentence of the docstring of a class "module.Class"; empty if its source is not found."""
+@functools.cache
+def summary(target: str) -> str:
+    """The first sentence of the docstring of a class or function "module.name"; empty if its source is not found."""
     module, _, name = target.rpartition(".")
     file = _source(module)
-    node = _classes(file).get(name) if file else None
-    return _summary(node) if node else ""
+    body = ast.parse(file.read_text(encoding="utf-8")).body if file else []
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    return next((_summary(node) for node in body if isinstance(node, kinds) and node.name == name), "")
 
 
 def _comment(path: Path) -> str:
@@ -98,6 +100,9 @@ def _by_module(module: str, name: str, strict: bool = False) -> Method:
         raise ConfigError(f"method={module}:{name} cannot be loaded (there is no module {module}): {WRITE}")
     target = f"{module}.{name}"
     node = _classes(file).get(name) if file else None
+    if strict and file and not node and name not in (known := _names(file)) and "*" not in known:
+        problem = f"method={module}:{name} cannot be loaded ({file.name} has no {name})"
+        raise ConfigError(f"{problem}:{nearest(name, known)} {WRITE}")
     return _method(target, node) if node else Method(target, "", {}, complete=False)
 
 
@@ -128,6 +133,20 @@ def _classes(file: Path) -> dict[str, ast.ClassDef]:
     except (OSError, SyntaxError, ValueError):  # told when the module is imported
         return {}
     return {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+
+
+def _names(file: Path) -> set[str]:
+    """What a module binds at its top level, "*" for all of another; everything ("*") if it cannot be read."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return {"*"}
+    nodes = list(ast.walk(tree))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    imports = (node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+    names |= {alias.asname or alias.name for node in imports for alias in node.names}
+    return names | ({"*"} if "__getattr__" in names else set())
 
 
 @functools.cache
@@ -183,5 +202,5 @@ def _assignments(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr | None]]:
                 yield target.id, getattr(statement, "value", None)
 
 
-def _summary(node: ast.ClassDef) -> str:
+def _summary(node: ast.ClassDef | ast.FunctionDef) -> str:
     return _sentence((ast.get_docstring(node) or "").partition("\n\n")[0])

@@ -345,6 +345,8 @@ def _check_options(overrides: Sequence[Override], config: DictConfig) -> None:
         parent, name = key.split(".")[: depth - 1], ".".join(key.split(".")[:depth])
         if ".".join(parent) in other_class or key.endswith(".backend"):
             continue
+        if not key.startswith("method.") and not config.arms:  # a set of `ARMS_OF_CLASSES`: Hydra knows its names
+            continue
         if key.startswith("method.") and config.method is None:
             raise ConfigError(
                 f"{key} is an option of no method: name one with method=NAME, or write arms.NAME.{key[7:]}"

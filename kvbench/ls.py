@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from kvbench import catalogue
 from kvbench.arguments import LISTED, SHELLS, parse
 from kvbench.commands import command
-from kvbench.config import GROUPS, group_options, settings
+from kvbench.config import ARMS_OF_CLASSES, GROUPS, group_options, settings
 from kvbench.errors import ConfigError, printable
 
 NOTES = {
@@ -53,11 +53,11 @@ def complete_setting(prefix: str, **_: Any) -> list[str]:
 
 def _stored(group: str, name: str) -> str:
     """What is known of an option without a file: its class's first line, and its metric."""
-    if (group, name) == ("arms", "all"):
-        return "Every method of the package at 50, 35 and 20 %, and the full cache"
+    if group == "arms":
+        return ARMS_OF_CLASSES[name]
     node = ConfigStore.instance().repo[group][f"{name}.yaml"].node
     metric = node.get("metric") if hasattr(node, "get") else None
-    summary = catalogue.class_summary(str(node.get("_target_", "")))
+    summary = catalogue.summary(str(node.get("_target_", "")))
     return f"{summary}, scored by {metric}" if metric else summary
 
 

@@ -43,16 +43,21 @@ def test_every_command_has_a_module_and_a_help(call):
     assert call("run", "--help")[1].startswith("kvbench compares")
 
 
-def test_formats_are_those_that_can_be_written():
-    from kvbench.results.exports import EXPORTERS
+def test_words_are_those_that_the_modules_know():
+    from kvbench.export import EXPORTERS
+    from kvbench.fetch import FETCHERS
 
-    assert set(EXPORT_FORMATS) == set(EXPORTERS)
+    assert tuple(EXPORTERS) == EXPORT_FORMATS
+    help_text = parser("fetch").format_help()
+    assert all(name in help_text for name in FETCHERS)
 
 
 MISTAKES = {
     ("rnu",): "'rnu' is no command of kvbench: did you mean run?",
     ("ls", "metods"): "did you mean methods?",
     ("check", "h2q"): "did you mean h2o?",
+    ("check", "kvbench.methods.h2o:H3O"): "(h2o.py has no H3O): did you mean H2O?",
+    ("run", "method=kvbench.methods.h2o:H3O"): "(h2o.py has no H3O): did you mean H2O?",
     ("check",): "the following arguments are required: METHOD",
     ("export", "longbenhc", "x"): "did you mean longbench?",
     ("tables", "--experiment", "nedle"): "did you mean needle?",
