@@ -60,7 +60,7 @@ def arms(monkeypatch, capfd):
 
 
 def test_the_readme_s_method_runs_from_its_own_file(methods, arms):
-    full, arm = arms(*SMALL, "task=passkey", "method=full", "method._target_=my_methods.newest.Newest", "budget=0.5")
+    full, arm = arms(*SMALL, "task=passkey", "method=my_methods.newest:Newest", "budget=0.5")
     assert full["arm"] == "full"
     assert (arm["arm"], arm["method"], arm["n"]) == ("newest@0.5", "newest", 1)
     assert 0.49 < arm["budget_measured"] <= 0.5
