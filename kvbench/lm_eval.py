@@ -11,8 +11,11 @@ starts it has to register others first. A script calls `kvbench.lm_eval.register
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 
+from kvbench.catalogue import method
 from kvbench.commands import command
 from kvbench.errors import ConfigError
 
@@ -31,9 +34,17 @@ def register() -> None:
     register_model(MODEL_NAME)(CompressedCacheLM)
 
 
+def check_method(words: Sequence[str]) -> None:
+    """Tell a mistyped `method=` before the seconds that torch and the harness take; in JSON it is told after them."""
+    if re.search(rf"(^|\s)(--model|-[mM])[\s=]{MODEL_NAME}(\s|$)", " ".join(words)):
+        for name in re.findall(r"(?:^|[\s,=])method=([^\s,]+)", " ".join(words)):
+            method(name)
+
+
 @command
 def main() -> int:
     """Register the model and hand over to `lm_eval`; returns 2 after an error that the user can mend."""
+    check_method(sys.argv[1:])
     register()
     from lm_eval.__main__ import cli_evaluate  # only here: `register` says so if the package is missing
 

@@ -66,6 +66,7 @@ MISTAKES = {
     ("run", "task=passky"): "did you mean passkey?",
     ("task=passky",): "did you mean passkey?",
     ("run", "log=wandbb"): "did you mean wandb?",
+    ("lm-eval", "--model", "kvbench", "--model_args", "budget=0.5,method=kvmergr"): "did you mean kvmerger?",
     ("run", "method=h2o", "+x=1", "--nope"): "see kvbench run --help",
 }
 
