@@ -10,7 +10,6 @@ from kvbench.config import composed, group_options
 from kvbench.plan import _task_identity, build_plan
 from kvbench.tasks.base import Mix, Task
 
-
 ANY_METHOD = "protocol.compress=before_question"  # also one that has the model repeat the context
 
 
