@@ -13,6 +13,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY configs configs
 COPY hydra_plugins hydra_plugins
 COPY kvbench kvbench
+COPY results/reference results/reference
 RUN pip install --no-cache-dir --constraint constraints.txt .
 
 # Weights, data and compiled kernels outlive the container in one volume.

@@ -104,7 +104,7 @@ def to_tensorboard(run: RunFigures) -> None:
     writer = SummaryWriter(log_dir=str(run.folder / "tensorboard"))
     for name, value in run.figures.items():
         writer.add_scalar(name, value)
-    writer.add_text("settings", json.dumps(run.settings, indent=2, default=str))
+    writer.add_text("settings", json.dumps(run.settings, indent=2, default=str, allow_nan=False))
     writer.close()
 
 

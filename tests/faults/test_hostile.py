@@ -73,7 +73,7 @@ def test_a_row_of_a_gigabyte_is_refused(ask, tmp_path):
 def test_names_that_leave_the_folder_are_refused_or_contained(cli, tmp_path):
     cli.run([*SMALL, "task=qasper", "task.dataset=../../qasper", "data.root=."], tmp_path, 2)
     cli.run([*SMALL, "task=passkey", "task.name='../../out'", "model.name='/etc/x'"], tmp_path, 0)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "runs.csv"]
     (run,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
     assert run.name.startswith("..-..-out-")
 

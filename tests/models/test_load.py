@@ -81,7 +81,7 @@ def assert_same(found: list[Answer], expected: list[Answer], tolerance: float = 
 @pytest.mark.parametrize(("engine", "embedding"), [(FusedEngine(), "disk"), (PlainEngine(), "cpu")])
 def test_layers_on_two_devices_answer_token_for_token(engine, embedding, tiny_gqa, tmp_path):
     expected = answers(tiny_gqa, engine)
-    loaded = load_model(named_config("tiny-random"), device="cpu")
+    loaded = load_model(named_config("tiny-random", n_layers=4), device="cpu")
     places = {
         "model.embed_tokens": embedding, "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu",
         "model.layers.3": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk",
@@ -99,7 +99,7 @@ def test_auto_places_a_checkpoint_and_a_random_model_where_there_is_room(tiny_gq
     expected = answers(tiny_gqa, FusedEngine())
     stored = load_model(named_config("local", path=str(tmp_path), device_map="auto", chat_format="none"))
     assert_same(answers(stored, FusedEngine()), expected)
-    assert_same(answers(load_model(named_config("tiny-random", device_map="auto")), FusedEngine()), expected)
+    assert_same(answers(load_model(named_config("tiny-random", n_layers=4, device_map="auto")), FusedEngine()), expected)
 
 
 def test_layers_that_would_have_to_leave_the_gpus_are_refused():

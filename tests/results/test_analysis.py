@@ -124,7 +124,7 @@ def test_measure_then_draw(tmp_path, capsys):
     files = drawn()
     assert sum(name.endswith((".png", ".svg")) for name in files) == 6
     rows = list(csv.DictReader((folder / "compression.csv").open()))
-    assert len(rows) == 2 * 4 * len(THRESHOLDS)
+    assert len(rows) == 2 * 10 * len(THRESHOLDS)
     for name in files:
         (folder / name).unlink()
     assert drawn() == files
@@ -141,7 +141,7 @@ def test_the_committed_tables_come_from_the_committed_measurements(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "words", "message"),
     [
-        (".", ["measure", "--model", "nope"], "Could not find 'model/nope'"),
+        (".", ["measure", "--model", "nope"], "model=nope is unknown"),
         ("file/x", ["measure", "--model", "tiny-random"], "file/x cannot be used"),
         (".", ["draw"], "no measurements"),
     ],

@@ -112,7 +112,7 @@ def test_a_run_answers_and_scores_and_has_no_context_to_compress(tmp_path: Path,
     said = json.loads(capfd.readouterr().out.splitlines()[-1])
     (run,) = (tmp_path / "runs").glob("gsm8k-*")
     records = read_records(run)
-    assert {record["arm"] for record in records} == {"h2o@0.5"}
+    assert {record["arm"] for record in records} == {"full", "h2o@0.5"}
     for record in records:
         assert (record["score"], record["status"]) == (last_number(record["prediction"], "#### 5"), "ok")
         assert record["gold_tokens"] > 0
