@@ -133,7 +133,7 @@ def test_json_is_one_document(capsys):
         (["nowhere.py:Policy"], "nowhere.py:Policy cannot be loaded"),
         (["kvbench.methods.h2o:H3O"], "cannot be loaded"),
         (["kvbench.methods.h2o:torch"], "is not a subclass of kvbench.methods.base.Policy"),
-        (["kvbench.methods.h2o:H2O", "sinks=4"], "unknown option sinks for method kvbench.methods.h2o:H2O: choose among"),
+        (["kvbench.methods.h2o:H2O", "sinks=4"], "unknown option sinks for method kvbench.methods.h2o:H2O: choose"),
         (["kvbench.methods.base:Policy"], "cannot be built"),
         (["h2o", "recent_share=2"], "recent_share=2 is not a number from 0 to 1"),
         (["h2o", "recent_share"], "cannot be read: write name=value"),
