@@ -18,11 +18,12 @@ SHORT |= {"refit_queries": 8}
 @given(
     n_tokens=st.integers(24, 70), budget=st.floats(0.4, 0.99), shares=st.tuples(*[st.floats(0.0, 1.0)] * 3),
     kernel=st.sampled_from([1, 3, 13, 41]), heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
-    reach_queries=st.sampled_from([1, 7, 100]), recent=st.integers(0, 20), part=st.floats(0.5, 1.5),
+    reach_queries=st.sampled_from([2, 7, 100]), recent=st.integers(0, 20), part=st.floats(0.5, 1.5),
 )  # fmt: skip
 def test_chooses_as_the_reference_for_any_length_shares_and_slots(
     n_tokens, budget, shares, kernel, heads, reach_queries, recent, part
 ):
+    # Not one query alone: its attention has the same mean in every head, and rounding would decide between them.
     options = {**SHORT, "kernel_tokens": kernel, "reach_queries": reach_queries, "recent_tokens": recent}
     options |= dict(zip(("floor_share", "question_share", "reach_share"), shares, strict=True))
     policy = KVMergerPlus(budget=budget, refit="none", **options)
