@@ -2,7 +2,7 @@
 # from the package index with the CUDA libraries it was built for, so no CUDA image is needed.
 #
 #   docker build -t kvbench .
-#   docker run --gpus all -v "$PWD/runs:/work/runs" -v kvbench:/cache kvbench task=passkey arms=all
+#   docker run --gpus all -v "$PWD/runs:/bench/runs" -v kvbench:/cache kvbench task=passkey arms=all
 FROM python:3.11-slim
 
 # Triton compiles its launchers when a kernel is first used.
@@ -18,5 +18,5 @@ RUN pip install --no-cache-dir --constraint constraints.txt .
 
 # Weights, data and compiled kernels outlive the container in one volume.
 ENV KVBENCH_CACHE=/cache/kvbench HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton
-WORKDIR /work
+WORKDIR /bench
 ENTRYPOINT ["python", "-m", "kvbench"]
