@@ -247,7 +247,7 @@ def keepkv(layer: Layer, budget: float, row_scale: str = "raw") -> Outcome:
     alone = LayerStates(keys, values, 0, 1, H, window_attention=states.window_attention, extras=states.extras)
     m = KeepKV(budget=budget).budget_tokens(states.n_tokens)
     recent, options = KeepKV().recent_tokens(m), {"budget": budget, "row_scale": row_scale}
-    policy = KeepKV(observation_tokens=recent, **options)  # type: ignore[arg-type]
+    policy = KeepKV(observation_tokens=recent, **options)  # type: ignore[arg-type]  # the policy checks
     places: list[Tensor] = []
 
     class Recording:
@@ -346,7 +346,7 @@ def critical(layer: Layer, budget: float, adaptive: bool = False) -> Outcome:
     if adaptive:
         CriticalAdaKVPress(base).compress(*arguments)
         theirs = torch.ones(states.keys.shape[:2], dtype=torch.bool)
-        theirs[shim.masked_key_indices[1:]] = False  # type: ignore[attr-defined]
+        theirs[shim.masked_key_indices[1:]] = False  # type: ignore[attr-defined]  # set by the press
     else:
         scores = CriticalKVPress(base).score(*arguments)[0]
         theirs = torch.stack([best_of_all(head, m) for head in scores])
@@ -399,7 +399,7 @@ def kvzip(layer: Layer, budget: float, selection: str = "global") -> Outcome:
 
     names = {"_get_score", "_update_score", "_mask_causal", "_make_mask", "_threshold", "_threshold_uniform"}
     functions = layer.official("kvzip", "attention/score.py", names, "KVScore", nn=nn)
-    policy = KVzip(budget=budget, selection=selection)  # type: ignore[arg-type]
+    policy = KVzip(budget=budget, selection=selection)  # type: ignore[arg-type]  # the policy checks
     competitors = layer.peers if selection == "global" else [layer]
     n_tokens, n_heads = layer.states.n_tokens, layer.states.n_kv_heads
 
@@ -448,7 +448,7 @@ def cake(layer: Layer, budget: float) -> Outcome:
         def evict(*_: Any) -> None:
             raise _Seen
 
-        evict.num_layers = -1  # type: ignore[attr-defined]
+        evict.num_layers = -1  # type: ignore[attr-defined]  # a bare object stands in for theirs
         past = SimpleNamespace(update=lambda k, v, *_: (k, v), layer_budget=[], update_score=lambda *s: seen.extend(s))
         options = {"window_size": [window], "prefill": [True], "decoding_evict": [None], "key_size": [0]}
         config = SimpleNamespace(**options, tau1=1.0, tau2=1.0, gamma=policy.gamma, prefill_cake_evict=[evict])
@@ -511,7 +511,7 @@ def observed(model: Any, input_ids: Tensor, demand: Tensor, indices: list[int]) 
     config, seen = model.config, {}
     for index, block in enumerate(model.model.layers):
         if index in indices:
-            hook = lambda module, _, kwargs, index=index: seen.update({index: (module, kwargs)})  # noqa: E731
+            hook = lambda module, _, kwargs, index=index: seen.update({index: (module, kwargs)})  # noqa: E731  one each
             block.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         output = model(input_ids=torch.cat([input_ids, demand, input_ids[:, SINK_TOKENS:]], 1), use_cache=True)

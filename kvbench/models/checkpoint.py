@@ -72,7 +72,7 @@ def _integer_weights(folder: Path, model: PreTrainedModel) -> list[str]:
     found = []
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:  # which is no mapping
-            keys = [key for key in tensors.keys() if key in floating or key.endswith(".weight")]  # noqa: SIM118
+            keys = [key for key in tensors.keys() if key in floating or key.endswith(".weight")]  # noqa: SIM118  no mapping
             found += [key for key in keys if tensors.get_slice(key).get_dtype() not in FLOATS]
     return found
 
